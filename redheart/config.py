@@ -1,0 +1,201 @@
+"""One frozen configuration per run: a preset (or a YAML file), then `--set a.b=c`; unknown keys are refused.
+
+The resolved configuration is written into every run directory, so a run can be repeated from its own files.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from redheart.schema import RedHeartError
+
+Strategy = Literal["plain", "zero1", "zero2", "zero2_offload"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Sizes of the network. Everything else is a fixed ratio of these, so that ×2 in width is ×4 in parameters."""
+
+    encoder_width: int = Field(768, gt=0, description="E: width of the frozen encoder's token features")
+    width: int = Field(gt=0, description="D: width of the backbone")
+    heads: int = Field(gt=0, description="attention heads of the backbone; D / heads is one head's width")
+    layers: int = Field(6, gt=0, description="encoder layers")
+    task_width: int = Field(gt=0, description="K: width of a task's feature")
+    task_heads: int = Field(gt=0, description="attention heads over K")
+    num_experts: int = Field(8, gt=1, description="experts of the emotion head")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of channels dropped, drawn per sample position")
+    activation_checkpointing: bool = Field(False, description="recompute encoder layers in the backward pass")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelConfig:
+        if self.width % self.heads or self.task_width % self.task_heads:
+            raise ValueError("width must be divisible by heads, and task_width by task_heads")
+        return self
+
+
+class EncoderConfig(Section):
+    name: str = Field("package:minilm", description="`package:minilm`, a directory, or a hub id")
+    layers: tuple[int, ...] = Field((4, 6), min_length=1, description="hidden layers concatenated; 0 is the embedding")
+    max_tokens: int = Field(64, ge=4, le=512)
+    batch_size: int = Field(32, gt=0)
+    languages: tuple[str, ...] = Field(("en",), description="languages the encoder was made for; others are refused")
+
+
+class LabelerConfig(Section):
+    name: str = Field("package:smollm2", description="`package:smollm2`, a directory, or a hub id of a causal LM")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit weights through bitsandbytes, or none")
+    weight: float = Field(0.3, gt=0, le=1, description="weight of an LLM or derived label beside a human one")
+    min_mass: float = Field(0.05, ge=0, lt=1, description="below this digit mass an answer is refused, not stored")
+
+
+class DataConfig(Section):
+    encoder: EncoderConfig = EncoderConfig()
+    labeler: LabelerConfig = LabelerConfig()
+    rows_per_shard: int = Field(4096, gt=0)
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(1e-4, gt=0)
+    final_learning_rate: float = Field(1e-6, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class LossConfig(Section):
+    weights: dict[str, float] = Field(default_factory=dict, description="factor per output, 1.0 where not named")
+    focal_gamma: float = Field(2.0, ge=0)
+    huber_delta: float = Field(0.25, gt=0)
+    extreme_penalty: float = Field(0.1, ge=0, description="of Bentham values pushed beyond 0.02 or 0.98")
+    balance: float = Field(0.01, ge=0, description="load balance of a sample's gate")
+    router_z: float = Field(0.001, ge=0, description="squared log-partition of the gate's logits")
+    constant_floor: float = Field(0.01, gt=0, description="least constant-predictor loss a loss is divided by")
+
+
+class TrainingConfig(Section):
+    seed: int = 0
+    epochs: float = Field(gt=0, description="passes over the training split; ignored where max_steps is given")
+    max_steps: int | None = Field(None, gt=0)
+    global_batch_size: int = Field(gt=0, description="samples of one optimizer step over all ranks and micro-steps")
+    micro_batch_size: int = Field(gt=0, description="most samples a rank runs at once")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    log_every: int = Field(10, gt=0)
+    evaluate_every: int = Field(100, gt=0)
+    checkpoint_every: int = Field(100, gt=0)
+    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept beside the best one")
+    best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
+    max_bad_steps: int = Field(3, gt=0, description="non-finite steps in a row that end the run")
+    collective_timeout_s: int = Field(600, gt=0)
+
+
+class MemoryConfig(Section):
+    strategy: Strategy = "zero2_offload"
+    gpu_memory_gib: float = Field(8.0, gt=0)
+    host_memory_gib: float = Field(16.0, gt=0)
+
+
+class RunConfig(Section):
+    """A complete run. `redheart train` writes the resolved one to `config.yaml` in the run directory."""
+
+    preset: str
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig
+    memory: MemoryConfig = MemoryConfig()
+
+
+def preset_names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("redheart").joinpath("presets").iterdir())
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a preset's name or of a YAML file, with `a.b=c` overrides (values are read as YAML)."""
+    if preset.endswith((".yaml", ".yml")):
+        path = Path(preset)
+        if not path.is_file():
+            raise RedHeartError(f"configuration file {preset} does not exist")
+        text = path.read_text(encoding="utf-8")
+    elif preset in preset_names():
+        text = resources.files("redheart").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8")
+    else:
+        close = difflib.get_close_matches(preset, preset_names(), 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise RedHeartError(
+            f"unknown preset {preset!r}{hint}: choose one of {', '.join(preset_names())}, or give a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RedHeartError(f"configuration {preset} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RedHeartError(f"configuration {preset} must be a mapping of sections")
+    values.setdefault("preset", Path(preset).stem)
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> RunConfig:
+    """RunConfig from plain values; every wrong key or value is named with its dotted path."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise RedHeartError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise RedHeartError(f"--set {override!r}: write it as section.key=value, for instance training.epochs=3")
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RedHeartError(f"--set {override!r}: {section} is a value, not a section")
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RedHeartError(f"--set {override!r}: {text!r} is not a YAML value") from None
+    if isinstance(values[key], str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            values[key] = float(text)
+        except ValueError:
+            pass
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(error["loc"][-1]), known_keys(), 1)
+        return f"unknown config key {path}" + (f" (did you mean {close[0]}?)" if close else "")
+    if error["type"] == "missing":
+        return f"config key {path} is missing"
+    return f"config key {path} = {error['input']!r}: {error['msg']}"
+
+
+def known_keys(section: type[BaseModel] = RunConfig) -> list[str]:
+    """Every key of the configuration, for suggestions."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation)
+    return keys

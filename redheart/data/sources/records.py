@@ -1,0 +1,146 @@
+"""Records of the user: a JSON list (`processed_dataset.json`) or JSON lines, in the schema of DESIGN §3.
+
+A record is {"text" or "content": …, "emotion" or "label": …, further labels …}. A vector may be a list in the order of
+schema.py (null entries allowed), a mapping from names, or, for the emotion, one name (1 for it, 0 for the others).
+`label_origin` is one word for the whole record or a mapping; without it the labels count as human annotations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from redheart.schema import LABELS, ORIGINS, SPLITS, RedHeartError
+
+MAX_CHARACTERS = 20_000
+ALIASES = {"content": "text", "label": "emotion"}
+FIELDS = {"id", "source", "split", "lang", "text", "contrast_text", "label_origin", *LABELS}
+
+
+class InvalidRecord(RedHeartError):
+    """One record that breaks the schema: its place, field and reason."""
+
+
+def read_records(path: Path, source: str) -> Iterator[tuple[int, Any]]:
+    """(number, raw record) of a .json list or a .jsonl file; an unreadable file is an error that names it."""
+    if not path.is_file():
+        raise RedHeartError(f"source {source}: {path} does not exist: give a .json or .jsonl file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RedHeartError(f"source {source}: {path} is not UTF-8 ({error}): convert it first") from None
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines()):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield number, InvalidRecord(f"{path}: record {number}: not valid JSON ({error})")
+        return
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RedHeartError(f"source {source}: {path} is not valid JSON ({error})") from None
+    if not isinstance(records, list):
+        raise RedHeartError(f"source {source}: {path} must hold a list of records, it holds a {type(records).__name__}")
+    yield from enumerate(records)
+
+
+def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
+    """A raw record -> the fields of DESIGN §3 without features. Raises InvalidRecord with `where` and the field."""
+    if isinstance(raw, InvalidRecord):
+        raise raw
+    if not isinstance(raw, dict):
+        raise InvalidRecord(f"{where}: a record must be an object, it is a {type(raw).__name__}")
+    given = {}
+    for key, value in raw.items():
+        name = ALIASES.get(key, key)
+        if name not in FIELDS:
+            raise InvalidRecord(
+                f"{where}: unknown field {key!r}: the fields are text, contrast_text, {', '.join(LABELS)}"
+            )
+        if name in given:
+            raise InvalidRecord(f"{where}: {key!r} and its alias are both given: keep one")
+        given[name] = value
+    text = _text(given.get("text"), f"{where}, field text")
+    contrast = given.get("contrast_text")
+    if contrast is not None:
+        contrast = _text(contrast, f"{where}, field contrast_text")
+    record: dict[str, Any] = {"text": text, "contrast_text": contrast, "source": source}
+    record["lang"] = _word(given.get("lang", "en"), f"{where}, field lang")
+    identity = f"{source}\0{text}\0{contrast or ''}".encode()
+    record["id"] = _word(given.get("id") or hashlib.sha256(identity).hexdigest()[:20], f"{where}, field id")
+    split = given.get("split")
+    if split is not None and split not in SPLITS:
+        raise InvalidRecord(f"{where}, field split: {split!r} is none of {', '.join(SPLITS)}")
+    record["split"] = split or _split_of(record["id"])
+    for name in LABELS:
+        value = given.get(name)
+        record[name] = None if value is None else _label(name, value, f"{where}, field {name}")
+    if record["preference"] is not None and contrast is None:
+        raise InvalidRecord(f"{where}, field preference: it compares two texts, and contrast_text is missing")
+    record["label_origin"] = _origins(given.get("label_origin", "human"), record, where)
+    return record
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidRecord(f"{where}: it must be a text that is not empty")
+    if len(value) > MAX_CHARACTERS:
+        raise InvalidRecord(f"{where}: {len(value)} characters, at most {MAX_CHARACTERS}: cut it into passages")
+    return value.strip()
+
+
+def _word(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRecord(f"{where}: {value!r} is not a word")
+    return value
+
+
+def _split_of(identity: str) -> str:
+    """80 % train, 10 % dev, 10 % test, by the id alone."""
+    bucket = int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) % 10
+    return "dev" if bucket == 8 else "test" if bucket == 9 else "train"
+
+
+def _label(name: str, value: Any, where: str) -> Any:
+    label = LABELS[name]
+    if label.scalar:
+        return _number(value, label, where)
+    if isinstance(value, str) and name == "emotion":
+        value = {**dict.fromkeys(label.names, 0.0), value: 1.0}
+    if isinstance(value, dict):
+        unknown = [k for k in value if k not in label.names]
+        if unknown:
+            raise InvalidRecord(f"{where}: {unknown[0]!r} is none of {', '.join(label.names)}")
+        value = [value.get(n) for n in label.names]
+    if not isinstance(value, list) or len(value) != label.size:
+        raise InvalidRecord(f"{where}: it must be a list of {label.size} numbers ({', '.join(label.names)})")
+    numbers = [None if v is None else _number(v, label, f"{where}[{i}]") for i, v in enumerate(value)]
+    if label.simplex and None not in numbers[: label.simplex]:
+        total = sum(v for v in numbers[: label.simplex] if v is not None)
+        if abs(total - 1) > 1e-3:
+            raise InvalidRecord(f"{where}: the first {label.simplex} numbers must sum to 1, they sum to {total:g}")
+    return numbers
+
+
+def _number(value: Any, label: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRecord(f"{where}: {value!r} is not a number")
+    if not label.low <= value <= label.high or (label.binary and value not in (label.low, label.high)):
+        legal = f"{label.low:g} or {label.high:g}" if label.binary else f"between {label.low:g} and {label.high:g}"
+        raise InvalidRecord(f"{where}: {value!r} must be {legal}")
+    return float(value)
+
+
+def _origins(value: Any, record: dict[str, Any], where: str) -> dict[str, str | None]:
+    named = dict.fromkeys(LABELS, value) if isinstance(value, str) else value
+    if not isinstance(named, dict) or any(
+        n not in LABELS or o not in ORIGINS for n, o in named.items() if o is not None
+    ):
+        raise InvalidRecord(f"{where}, field label_origin: use one of {', '.join(ORIGINS)}, for all or by label")
+    return {n: (named.get(n) or "human") if record[n] is not None else None for n in LABELS}

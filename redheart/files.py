@@ -1,0 +1,113 @@
+"""Files that are either whole or absent: write-and-rename, sha256 manifests, completion markers.
+
+A directory is committed by its manifest: `committed_directory` fills `NAME.tmp`, writes `manifest.json` (sha256 of every
+file), flushes everything to the disk and renames. A directory without a valid manifest was never committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from redheart.schema import RedHeartError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync of a file or of a directory's entry list."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` with `text` in one step; a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush_to_disk(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The value in a JSON file; a missing or unreadable one is an error that names the file and `remedy`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RedHeartError(f"{path} does not exist: {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RedHeartError(f"{path} is not valid JSON ({error}): {remedy}") from None
+
+
+def write_manifest(directory: Path) -> None:
+    """Lists every file below `directory` with its sha256 and size, and flushes each to the disk. Written last."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {str(p.relative_to(directory)): {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in files}
+    for path in files:
+        flush_to_disk(path)
+    write_json(directory / MANIFEST, {"files": entries})
+
+
+def verify_manifest(directory: Path) -> None:
+    """Raises RedHeartError unless every file of the manifest is there with the recorded sha256."""
+    entries = read_json(directory / MANIFEST, "this directory was never committed; choose another one")["files"]
+    for name, entry in entries.items():
+        path = directory / name
+        if not path.is_file():
+            raise RedHeartError(f"{path} is missing although {MANIFEST} names it: choose another checkpoint")
+        if sha256_of(path) != entry["sha256"]:
+            raise RedHeartError(f"{path} is damaged (its sha256 differs from {MANIFEST}): choose another checkpoint")
+
+
+@contextmanager
+def committed_directory(final: Path) -> Iterator[Path]:
+    """Yields `final`.tmp to be filled; on success it becomes `final`, on an error it is left out of sight and `final` untouched."""
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    commit_directory(temporary, final)
+
+
+def commit_directory(temporary: Path, final: Path) -> None:
+    """The second half of `committed_directory`, for callers whose ranks fill the directory together."""
+    write_manifest(temporary)
+    for directory in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+        flush_to_disk(directory)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    flush_to_disk(final.parent)
+
+
+def write_pointer(path: Path, target: str) -> None:
+    """A small text file that names a sibling directory (`last`, `best`); a link would not survive every file system."""
+    write_text(path, target + "\n")
+
+
+def read_pointer(path: Path) -> Path | None:
+    """The directory that a pointer names, or None where the pointer does not exist."""
+    if not path.is_file():
+        return None
+    return path.parent / path.read_text(encoding="utf-8").strip()

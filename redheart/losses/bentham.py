@@ -1,0 +1,26 @@
+"""Losses of the Bentham head: seven hedonic values in [0, 1], and pairs of texts."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from redheart.losses.elementwise import SumCount, weighted
+
+EDGE = 0.02  # a value nearer to 0 or 1 than this counts as extreme
+
+
+def hedonic(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, extreme_penalty: float) -> SumCount:
+    """Squared error of σ(x) plus a penalty on needlessly extreme values; [B, 7].
+
+    The penalty is the squared distance by which σ(x) lies beyond both [EDGE, 1 - EDGE] and the target.
+    """
+    p = torch.sigmoid(logits)
+    above = F.relu(p - target.clamp(min=1 - EDGE))
+    below = F.relu(target.clamp(max=EDGE) - p)
+    return weighted((p - target).square() + extreme_penalty * (above + below).square() / EDGE**2, weight)
+
+
+def pair_logistic(difference: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> SumCount:
+    """-log σ(±(u(text) - u(contrast))), + where target is 1 (Bradley and Terry 1952); [C, 1]."""
+    return weighted(F.binary_cross_entropy_with_logits(difference, target, reduction="none"), weight)

@@ -1,0 +1,62 @@
+"""The regret head: its feature [B, K] -> regret [B, 1] and regret seen by three observers [B, 3].
+
+Each observer v (optimistic, neutral, pessimistic) sees the outcome foregone minus the outcome had as a normal variable
+N(μ_v, σ_v²), and regrets what he expects to have missed:  r_v = 1 - exp(-E[max(X_v, 0)]),
+E[max(X, 0)] = μ Φ(μ/σ) + σ φ(μ/σ), which grows in μ and in σ. Both are built by adding positive steps from the
+optimist to the pessimist, so r is ordered by construction. Latents: μ and σ; the losses of `regret_views` and
+`regret` reach them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from redheart.model.layers import MLP, BranchAttention, Keys, Residual
+from redheart.schema import REGRET_VIEWS
+
+
+class RegretReading(NamedTuple):
+    regret_logits: torch.Tensor  # [B, 1]
+    regret_views: torch.Tensor  # [B, 3] in [0, 1), ascending
+    outcome_mean: torch.Tensor  # [B, 3], foregone minus had, ascending
+    outcome_spread: torch.Tensor  # [B, 3], positive, ascending
+    state: torch.Tensor  # [B, K]
+
+
+def expected_excess(mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """E[max(X, 0)] of X ~ N(mean, spread²); any shape, spread > 0."""
+    z = mean / spread
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    return (mean * torch.special.ndtr(z) + spread * density).clamp(min=0)
+
+
+class RegretHead(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.had = Residual(width, 3 * width // 2, dropout=dropout)
+        self.views = nn.ModuleDict(
+            {view: MLP(width, 4 * width, 3 * width, width, dropout=dropout) for view in REGRET_VIEWS}
+        )
+        self.outcome = nn.ModuleDict({view: nn.Linear(width, 2) for view in REGRET_VIEWS})
+        self.branches = BranchAttention(width, heads, 4 * width, dropout)
+        self.norm = nn.LayerNorm(width)
+        self.regret = MLP(width, 4 * width, 2 * width, 1, dropout=dropout)
+        self.mix = nn.Linear(width, len(REGRET_VIEWS))
+
+    def forward(self, feature: torch.Tensor, keys: Keys) -> RegretReading:
+        had = self.had(feature, keys)
+        views = [self.views[view](had, keys) for view in REGRET_VIEWS]
+        raw = torch.stack([self.outcome[name](view) for name, view in zip(REGRET_VIEWS, views, strict=True)], 1).float()
+        steps = torch.cat([raw[:, :1, 0], F.softplus(raw[:, 1:, 0])], 1)
+        mean = steps.cumsum(1)
+        spread = F.softplus(raw[..., 1]).cumsum(1) + 0.05
+        regret_views = -torch.expm1(-expected_excess(mean, spread))
+        state = self.norm(self.branches(had, torch.stack(views, 1), keys))
+        mixed = (torch.softmax(self.mix(state).float(), -1) * regret_views).sum(-1, keepdim=True)
+        logits = self.regret(state, keys).float() + torch.logit(mixed, eps=1e-4)
+        return RegretReading(logits, regret_views, mean, spread, state)

@@ -1,0 +1,111 @@
+"""Building blocks of every module: exact dropout, MLPs, attention. All grow by tiling (no block mixes positions of a vector)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Keys = torch.Tensor | None  # [B] int64, the samples' positions in the run; None outside training
+
+
+def mix_bits(x: torch.Tensor) -> torch.Tensor:
+    """A 32-bit integer hash with good avalanche, element-wise on int64 in [0, 2³²)."""
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+class SampleDropout(nn.Module):
+    """Drops whole channels of a sample, by a mask that is a pure function of (sample position, site, channel).
+
+    So a run does not depend on its world size, its micro-batch or on when it was interrupted. Sharing one mask over all
+    tokens is the variational dropout of Gal and Ghahramani (2016). x: [B, …, n] -> the same shape.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.site = 0  # numbered by `number_dropout_sites` once the network is assembled
+
+    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if keys is None:
+            raise ValueError("training with dropout needs `sample_keys`: the samples' positions in the run")
+        channel = torch.arange(x.shape[-1], device=x.device)
+        row = mix_bits((keys + 0x9E3779B1 * (self.site + 1)) & 0xFFFFFFFF)
+        keep = mix_bits(row[:, None] ^ mix_bits(channel)[None]) >= int(self.p * 2**32)  # [B, n]
+        scale = keep.to(x.dtype) / (1 - self.p)
+        return x * scale.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+
+
+def number_dropout_sites(model: nn.Module) -> None:
+    """Gives every dropout of an assembled network its own number, in the order of the modules."""
+    for site, module in enumerate(m for m in model.modules() if isinstance(m, SampleDropout)):
+        module.site = site
+
+
+class MLP(nn.Module):
+    """Linear, GELU, dropout, …, Linear: [..., dims[0]] -> [..., dims[-1]]."""
+
+    def __init__(self, *dims: int, dropout: float):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.dropout = SampleDropout(dropout)
+
+    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
+        for linear in self.linears[:-1]:
+            x = self.dropout(F.gelu(linear(x)), keys)
+        return self.linears[-1](x)
+
+
+class Residual(nn.Module):
+    """x + MLP(LayerNorm(x)): [..., width] -> [..., width]."""
+
+    def __init__(self, width: int, *hidden: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = MLP(width, *hidden, width, dropout=dropout)
+
+    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
+        return x + self.mlp(self.norm(x), keys)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries [B, Q, n] over memory [B, M, n] -> [B, Q, n]; mask [B, M] is True where memory is real.
+
+    Keys have no bias: a constant added to every key leaves the softmax unchanged, so it would never get a gradient.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = (
+            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj, y in ((self.query, x), (self.key, memory), (self.value, memory))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class BranchAttention(nn.Module):
+    """Reads several branches of one task: the feature [B, K] attends to the branches [B, N, K] -> [B, K]."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = Residual(width, hidden, dropout=dropout)
+
+    def forward(self, feature: torch.Tensor, branches: torch.Tensor, keys: Keys) -> torch.Tensor:
+        state = feature + self.attention(feature[:, None], self.norm(branches))[:, 0]
+        return self.mlp(state, keys)

@@ -1,0 +1,36 @@
+"""A dense, softly gated mixture of experts: every expert sees every sample, so none can die unseen.
+
+Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". Experts are stacked into two tensors, one batched product each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from redheart.model.layers import Keys, SampleDropout
+
+
+class DenseMixture(nn.Module):
+    """x [B, K] -> (mixture [B, K], gate logits [B, n]); each expert is K -> hidden -> K with a GELU."""
+
+    def __init__(self, width: int, hidden: int, num_experts: int, dropout: float):
+        super().__init__()
+        self.gate = nn.Linear(width, num_experts)
+        self.in_weight = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.in_bias = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.out_weight = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.out_bias = nn.Parameter(torch.zeros(num_experts, width))
+        self.dropout = SampleDropout(dropout)
+        for weight in (self.in_weight, self.out_weight):
+            for expert in weight:
+                nn.init.kaiming_uniform_(expert, a=math.sqrt(5))  # as nn.Linear does
+
+    def forward(self, x: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_logits = self.gate(x)
+        hidden = F.gelu(torch.einsum("bk,nhk->bnh", x, self.in_weight) + self.in_bias)
+        expert = torch.einsum("bnh,nkh->bnk", self.dropout(hidden, keys), self.out_weight) + self.out_bias
+        return (torch.softmax(gate_logits, -1)[..., None] * expert).sum(1), gate_logits

@@ -1,0 +1,103 @@
+"""The words of the project: labels with their order, ranges and units; what a batch holds; the one error for users.
+
+Shape legend, used in every room:
+    B samples of a micro-batch     C of them that have a contrast text      T tokens, padded to the longest
+    E width of the frozen encoder  D width of the backbone                  K width of a task's feature
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RedHeartError(Exception):
+    """Something the user can mend. The message names the thing and the remedy, and is printed without a traceback."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label of a sample (docs: DESIGN §3). `names` gives its entries in order; a scalar has one entry."""
+
+    names: tuple[str, ...]
+    low: float
+    high: float
+    scalar: bool = False
+    binary: bool = False  # only the two ends of the range are legal
+    simplex: int = 0  # the first `simplex` entries sum to one
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+
+EMOTIONS = ("joy", "sadness", "anger", "fear", "surprise", "disgust", "neutral")
+EMOTIONS_FINE = (
+    *("admiration", "amusement", "anger", "annoyance", "approval", "caring", "confusion", "curiosity", "desire"),
+    *("disappointment", "disapproval", "disgust", "embarrassment", "excitement", "fear", "gratitude", "grief", "joy"),
+    *("love", "nervousness", "optimism", "pride", "realization", "relief", "remorse", "sadness", "surprise"),
+    "neutral",
+)
+CULTURE = ("jeong", "han", "chemyeon")
+CULTURE_HANGUL = {"jeong": "정", "han": "한", "chemyeon": "체면"}
+BENTHAM = ("intensity", "duration", "certainty", "propinquity", "fecundity", "purity", "extent")
+ETHICS = ("utilitarian", "deontological", "virtue", "justice")
+REGRET_VIEWS = ("optimistic", "neutral", "pessimistic")
+SURD = ("redundant", "unique", "synergistic", "leak")
+
+LABELS: dict[str, Label] = {
+    "emotion": Label(EMOTIONS, 0.0, 1.0),
+    "emotion_fine": Label(EMOTIONS_FINE, 0.0, 1.0),
+    "vad": Label(("valence", "arousal", "dominance"), -1.0, 1.0),
+    "culture": Label(CULTURE, 0.0, 1.0),
+    "bentham": Label(BENTHAM, 0.0, 1.0),
+    "preference": Label(("preference",), 0.0, 1.0, scalar=True, binary=True),
+    "ethics": Label(ETHICS, 0.0, 1.0),
+    "acceptability": Label(("acceptability",), 0.0, 1.0, scalar=True),
+    "regret": Label(("regret",), 0.0, 1.0, scalar=True),
+    "regret_views": Label(REGRET_VIEWS, 0.0, 1.0),
+    "counterfactual": Label(("counterfactual",), 0.0, 1.0, scalar=True, binary=True),
+    "surd": Label(SURD, 0.0, 1.0, simplex=3),
+}
+ORIGINS = ("human", "author", "llm", "derived")
+JUDGED_ORIGINS = ("human", "author")  # labels that may judge the model; the others only help to train
+SPLITS = ("train", "dev", "test")
+TASKS4 = ("emotion", "bentham", "regret", "surd")  # the backbone makes one feature for each
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `features` are token states of the frozen encoder, zero where `mask` is False.
+
+    labels[name] and weights[name] are float32 [B, size]; a weight of 0 marks an entry without a label, whose value in
+    `labels` is 0 and never enters a loss. `keys` identify the samples' positions in the run, for dropout.
+    """
+
+    features: torch.Tensor  # [B, T, E]
+    mask: torch.Tensor  # [B, T] bool, True where there is a token
+    contrast_features: torch.Tensor  # [C, T', E]; C may be 0
+    contrast_mask: torch.Tensor  # [C, T'] bool
+    contrast_rows: torch.Tensor  # [C] int64, the row of the batch each contrast belongs to
+    labels: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    keys: torch.Tensor  # [B] int64
+    ids: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        """A copy on `device`; the encoder's features become `dtype`, labels stay float32."""
+        moved: dict[str, object] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                moved[field.name] = {k: v.to(device) for k, v in value.items()}
+            elif field.name in ("features", "contrast_features"):
+                moved[field.name] = value.to(device, dtype)
+            elif field.name != "ids":
+                moved[field.name] = value.to(device)
+        return replace(self, **moved)
