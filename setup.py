@@ -1,5 +1,13 @@
-"""All metadata stands in setup.cfg; this file lets older tools find it."""
+"""All metadata stands in setup.cfg; here only what it cannot say: ds_configs/ ships inside the package."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(
+    packages=[*find_packages(include=["redheart*"]), "redheart.ds_configs"],
+    package_dir={"redheart.ds_configs": "ds_configs"},
+    package_data={
+        "redheart": ["presets/*.yaml"],
+        "redheart.data": ["corpus/*.json"],
+        "redheart.ds_configs": ["*.json"],
+    },
+)

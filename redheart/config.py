@@ -5,6 +5,7 @@ The resolved configuration is written into every run directory, so a run can be 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from importlib import resources
@@ -93,6 +94,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     log_every: int = Field(10, gt=0)
     evaluate_every: int = Field(100, gt=0)
+    evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
     checkpoint_every: int = Field(100, gt=0)
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept beside the best one")
     best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
@@ -175,10 +177,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise RedHeartError(f"--set {override!r}: {text!r} is not a YAML value") from None
     if isinstance(values[key], str):  # YAML 1.1 reads 1e-4 as a string
-        try:
+        with contextlib.suppress(ValueError):
             values[key] = float(text)
-        except ValueError:
-            pass
 
 
 def _explain(error: Any) -> str:

@@ -48,3 +48,10 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     return made
+
+
+def quiet_libraries() -> None:
+    """Turns off the progress bars of Transformers; ours tell the whole of the work."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

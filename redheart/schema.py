@@ -8,7 +8,7 @@ Shape legend, used in every room:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """A copy on `device`; the encoder's features become `dtype`, labels stay float32."""
-        moved: dict[str, object] = {}
+        moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, dict):

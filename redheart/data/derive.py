@@ -52,12 +52,13 @@ def surd_labels(
     codes = np.concatenate([levels, _clusters(pooled, train, seed)[:, None]], 1)
     pmf = joint_pmf(torch.from_numpy(codes[train].T.copy()), [LEVELS, LEVELS, LEVELS, CLUSTERS])
     known: dict[tuple[int, ...], list[float | None] | None] = {}
+    unknown: list[float | None] = [None] * 3
     labels: list[list[float | None] | None] = []
     for code, usable in zip(codes.tolist(), complete, strict=True):
         key = tuple(code)
         if usable and key not in known:
             shares, leak = pointwise_shares(pmf, key[0], key[1:])
-            known[key] = None if leak is None else [*(shares or [None] * 3), leak]
+            known[key] = None if leak is None else [*(shares or unknown), leak]
         labels.append(known[key] if usable else None)
     return labels
 

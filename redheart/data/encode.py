@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from redheart.config import EncoderConfig
+from redheart.console import quiet_libraries
 from redheart.data.pretrained import encoder_path, no_such_model, revision_of
 from redheart.schema import RedHeartError
 
@@ -24,6 +25,7 @@ class TextEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         self.config, self.device = config, device
+        quiet_libraries()
         path = encoder_path(config.name)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)

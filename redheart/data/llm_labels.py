@@ -9,14 +9,16 @@ The mass Σ p(s) says how far the model meant to answer at all; below `min_mass`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from redheart.config import LabelerConfig
-from redheart.data.pretrained import cache_directory, gguf_file, no_such_model
+from redheart.console import quiet_libraries
+from redheart.data.pretrained import cache_directory, gguf_file, no_such_model, revision_of
 from redheart.data.questions import INSTRUCTION
-from redheart.files import committed_directory, sha256_of, verify_manifest
+from redheart.files import committed_directory, verify_manifest
 from redheart.schema import RedHeartError
 
 DIGITS = "0123456789"
@@ -34,6 +36,7 @@ class LlmScorer:
 
     def __init__(self, config: LabelerConfig):
         self.config = config
+        quiet_libraries()
         self.model, self.tokenizer, revision = _load(config)
         self.fingerprint: dict[str, Any] = {
             "name": config.name,
@@ -108,8 +111,8 @@ def _load(config: LabelerConfig) -> tuple[Any, Any, str]:
     path = config.name
     if config.name.startswith("package:"):
         gguf = gguf_file(config.name)
-        revision = f"sha256:{sha256_of(gguf)[:16]}"
-        path = str(_unpacked(gguf, revision))
+        revision = revision_of(str(gguf.parent), None)
+        path = str(unpacked(gguf, revision))
     settings: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
     if config.quantization == "nf4":
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -121,13 +124,11 @@ def _load(config: LabelerConfig) -> tuple[Any, Any, str]:
     except (OSError, ValueError) as error:
         raise no_such_model(config.name, error) from error
     if not config.name.startswith("package:"):
-        from redheart.data.pretrained import revision_of
-
         revision = revision_of(path, getattr(model.config, "_commit_hash", None))
     return model, tokenizer, revision
 
 
-def _unpacked(gguf: Any, revision: str) -> Any:
+def unpacked(gguf: Path, revision: str) -> Path:
     """The directory in the cache that holds a GGUF file's weights in bf16; made on first use."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

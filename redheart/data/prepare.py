@@ -1,6 +1,6 @@
 """sources -> LLM scores for what is missing -> token features -> SURD label -> shards and index. Resumable.
 
-Work in progress stands in OUT/work: `labels.jsonl` (one line per record the LLM read) and `encoded-00000.npz`. A second
+Work in progress stands in OUT/work: `labels.jsonl` (one line per record the LLM read) and `encoded-00000.safetensors`. A second
 call goes on from there; `index.json`, written last, commits the result. `--force-preprocess` starts afresh.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from redheart.config import DataConfig
 from redheart.console import console, progress
@@ -222,21 +223,17 @@ def _encode(
     pooled = np.zeros((len(records), encoder.width), np.float32)
     with progress("token features", len(records)) as (bar, task):
         for start in range(0, len(records), CHUNK):
-            path, rows = work / f"encoded-{start:09d}.npz", records[start : start + CHUNK]
+            path, rows = work / f"encoded-{start:09d}.safetensors", records[start : start + CHUNK]
             if not path.is_file():
                 texts = [r["text"] for r in rows]
                 contrasts = [r["contrast_text"] for r in rows if r["contrast_text"] is not None]
                 features, _ = encoder.encode(texts, lambda n: bar.advance(task, n))
                 contrast_features, _ = encoder.encode(contrasts)
-                with path.with_suffix(".tmp").open("wb") as file:
-                    np.savez(
-                        file,
-                        **{f"t{i}": f for i, f in enumerate(features)},
-                        **{f"c{i}": f for i, f in enumerate(contrast_features)},
-                    )
+                states = {f"t{i}": f for i, f in enumerate(features)}
+                states |= {f"c{i}": f for i, f in enumerate(contrast_features)}
+                save_file(states, path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").rename(path)
-            states = load_chunk(path, rows)
-            pooled[start : start + len(rows)] = [t.astype(np.float32).mean(0) for t, _ in states]
+            pooled[start : start + len(rows)] = [t.astype(np.float32).mean(0) for t, _ in load_chunk(path, rows)]
             bar.update(task, completed=start + len(rows))
     lengths = encoder.tokenizer([r["text"] for r in records])["input_ids"]
     for record, ids in zip(records, lengths, strict=True):
@@ -248,15 +245,9 @@ def _encode(
 
 def load_chunk(path: Path, rows: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """(features, contrast features or None) of the records of one encoded chunk."""
-    states, contrasts = [], 0
-    with np.load(path) as file:
-        for i, row in enumerate(rows):
-            contrast = None
-            if row["contrast_text"] is not None:
-                contrast = file[f"c{contrasts}"]
-                contrasts += 1
-            states.append((file[f"t{i}"], contrast))
-    return states
+    saved = load_file(path)
+    contrasts = iter([saved[f"c{i}"] for i in range(len(saved) - len(rows))])
+    return [(saved[f"t{i}"], None if row["contrast_text"] is None else next(contrasts)) for i, row in enumerate(rows)]
 
 
 def _write(
@@ -285,7 +276,9 @@ def _write(
 
     for start in range(0, len(records), CHUNK):
         rows = records[start : start + CHUNK]
-        for record, (features, contrast) in zip(rows, load_chunk(work / f"encoded-{start:09d}.npz", rows), strict=True):
+        for record, (features, contrast) in zip(
+            rows, load_chunk(work / f"encoded-{start:09d}.safetensors", rows), strict=True
+        ):
             origin = record["label_origin"]
             for name, label in LABELS.items():
                 if record[name] is not None:

@@ -61,12 +61,13 @@ class SampleStream:
             yield collate(self.rows(numbers[part]), where[part], self.encoder["width"])
 
     def in_order(
-        self, batch_size: int, rank: int = 0, world_size: int = 1
+        self, batch_size: int, rank: int = 0, world_size: int = 1, max_rows: int | None = None
     ) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
-        """Every row once, in the order of the shards, batches dealt to the ranks in turn: (rows, Batch)."""
-        for number, start in enumerate(range(0, self.num_rows, batch_size)):
+        """The first `max_rows` rows (all by default) once, in the order of the shards, batches dealt to the ranks in turn."""
+        end = self.num_rows if max_rows is None else min(max_rows, self.num_rows)
+        for number, start in enumerate(range(0, end, batch_size)):
             if number % world_size == rank:
-                numbers = np.arange(start, min(start + batch_size, self.num_rows))
+                numbers = np.arange(start, min(start + batch_size, end))
                 rows = self.rows(numbers)
                 yield rows, collate(rows, numbers, self.encoder["width"])
 

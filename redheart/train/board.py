@@ -1,0 +1,77 @@
+"""What a run shows while it runs: TensorBoard scalars, from the main process.
+
+loss/TASK, loss/total, dev_loss/…, dev/TASK/ORIGIN/METRIC, learning_rate, grad_norm/MODULE, grad_norm/total, samples_per_s,
+memory/host_rss_gib, memory/gpu_allocated_gib, memory/gpu_reserved_gib, skipped_steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+
+from redheart.evaluation.evaluate import Evaluation
+from redheart.ranks import is_main
+from redheart.train.stages import Update
+
+GIB = 2**30
+
+
+class Board:
+    """Writes to RUN/tensorboard; on a resume, events after the resumed step are hidden (`purge_step`)."""
+
+    def __init__(self, run: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step) if is_main() else None
+        self._clock, self._samples = time.perf_counter(), 0
+
+    def count(self, num_samples: int) -> None:
+        """Samples that one more step has seen, over all ranks."""
+        self._samples += num_samples
+
+    def train(
+        self, step: int, losses: Mapping[str, float], total: float, update: Update, learning_rate: float, skipped: int
+    ) -> float:
+        """Logs a training step; returns the samples per second since the last call."""
+        now = time.perf_counter()
+        rate = self._samples / (now - self._clock)
+        self._clock, self._samples = now, 0
+        values = {f"loss/{name}": value for name, value in losses.items()} | {"loss/total": total}
+        values |= {f"grad_norm/{module}": v for module, v in (update.module_norms or {}).items()}
+        values |= {"grad_norm/total": update.grad_norm, "learning_rate": learning_rate, "samples_per_s": rate}
+        values |= memory() | {"skipped_steps": float(skipped)}
+        self._write(step, values)
+        return rate
+
+    def dev(self, step: int, result: Evaluation) -> None:
+        values = {f"dev_loss/{name}": value for name, value in result.losses.items()} | {"dev_loss/total": result.total}
+        for (task, origin), metrics in result.metrics.items():
+            values |= {f"dev/{task}/{origin}/{metric}": v for metric, v in metrics.items()}
+        self._write(step, values)
+
+    def restart_clock(self) -> None:
+        """Leaves time spent on evaluation and checkpoints out of samples_per_s."""
+        self._clock, self._samples = time.perf_counter(), 0
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+
+def memory() -> dict[str, float]:
+    """Resident memory of this process and, with a GPU, what torch holds there, in GiB."""
+    values = {"memory/host_rss_gib": psutil.Process().memory_info().rss / GIB}
+    if torch.cuda.is_available():
+        values["memory/gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
+        values["memory/gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+    return values

@@ -1,0 +1,115 @@
+"""Checkpoints that are whole or absent (DESIGN §8): RUN/checkpoints/step-00000040/ with a manifest, `last` and `best` pointers.
+
+A directory holds the engine's shards, trainer.json (step, dev losses, world size) and config.yaml. All ranks write into
+step-….tmp; the main one then writes the manifest, flushes, renames and moves the pointer.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redheart.config import RunConfig, dump_config
+from redheart.files import (
+    MANIFEST,
+    commit_directory,
+    read_json,
+    read_pointer,
+    verify_manifest,
+    write_json,
+    write_pointer,
+    write_text,
+)
+from redheart.ranks import barrier, is_main
+from redheart.schema import RedHeartError
+from redheart.train.engine import Engine
+
+STEP = re.compile(r"step-(\d{8})$")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything else is a function of the configuration and of this."""
+
+    step: int = 0  # optimizer steps done
+    world_size: int = 1
+    scales: dict[str, float] = field(default_factory=dict)  # constant-predictor losses
+    data: str = ""  # the data directory it was trained on
+    encoder: dict[str, Any] = field(default_factory=dict)  # fingerprint of the features it was trained on
+    initial_dev_loss: float | None = None
+    best_value: float | None = None
+    best_step: int | None = None
+    last_loss: float | None = None
+    last_dev_loss: float | None = None
+    skipped_steps: int = 0
+
+
+def save(engine: Engine, run: Path, config: RunConfig, state: Progress, is_best: bool, keep: int) -> Path:
+    """Commits a checkpoint of the current step and prunes old ones. Collective."""
+    final = run / "checkpoints" / f"step-{state.step:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    engine.save(temporary)
+    barrier()
+    if is_main():
+        write_json(temporary / "trainer.json", asdict(state))
+        write_text(temporary / "config.yaml", dump_config(config))
+        commit_directory(temporary, final)
+        write_pointer(run / "checkpoints" / "last", final.name)
+        if is_best:
+            write_pointer(run / "checkpoints" / "best", final.name)
+        _prune(run / "checkpoints", keep)
+    barrier()
+    return final
+
+
+def committed(run: Path) -> list[Path]:
+    """The checkpoints of a run that were committed, oldest first."""
+    directories = (run / "checkpoints").glob("step-*")
+    return sorted(d for d in directories if STEP.search(d.name) and (d / MANIFEST).is_file())
+
+
+def find(wanted: str, run: Path) -> Path:
+    """The checkpoint that `--resume` means: `last`, `best`, a checkpoint directory or a run directory. Verified, or an error."""
+    if wanted in ("last", "best"):
+        directory = read_pointer(run / "checkpoints" / wanted)
+        if directory is None:
+            raise RedHeartError(
+                f"--resume: {run} has no {wanted} checkpoint: start it without --resume, or name another --run"
+            )
+    else:
+        directory = Path(wanted)
+        pointed = read_pointer(directory / "checkpoints" / "last")
+        directory = pointed or directory
+    return verified(directory)
+
+
+def verified(directory: Path) -> Path:
+    """`directory`, if it is a whole checkpoint; otherwise an error that offers the one before it."""
+    if not directory.is_dir():
+        raise RedHeartError(f"checkpoint {directory} does not exist")
+    try:
+        verify_manifest(directory)
+    except RedHeartError as error:
+        others = [d for d in committed(directory.parent.parent) if d.name < directory.name]
+        offer = f"; the one before it is {others[-1]}" if others else ""
+        raise RedHeartError(f"{error}{offer}") from None
+    return directory
+
+
+def read_progress(directory: Path) -> Progress:
+    return Progress(**read_json(directory / "trainer.json", "choose another checkpoint"))
+
+
+def _prune(checkpoints: Path, keep: int) -> None:
+    """Keeps the newest `keep` and whatever the pointers name."""
+    named = {read_pointer(checkpoints / p) for p in ("last", "best")}
+    for old in committed(checkpoints.parent)[:-keep]:
+        if old not in named:
+            shutil.rmtree(old)

@@ -1,0 +1,95 @@
+"""From a checkpoint to a model that `RedHeartModel.from_pretrained` loads: safetensors, config.json, a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from redheart.config import RunConfig, parse_config
+from redheart.console import quiet_libraries
+from redheart.files import committed_directory, read_json, read_pointer, write_text
+from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
+from redheart.schema import RedHeartError
+from redheart.train.checkpoint import verified
+from redheart.train.engine import consolidated_weights
+
+SETTINGS = "redheart.json"  # beside config.json: the run's configuration and loss scales
+
+
+def resolve(path: Path) -> Path:
+    """An export, a checkpoint, or a run directory (its best checkpoint) -> the directory that holds the weights."""
+    if not path.is_dir():
+        raise RedHeartError(f"checkpoint {path} does not exist")
+    if (path / "config.json").is_file():
+        return path
+    best = read_pointer(path / "checkpoints" / "best") or read_pointer(path / "checkpoints" / "last")
+    return verified(best or path)
+
+
+def load_model(path: Path) -> tuple[RedHeartModel, RunConfig, dict[str, float]]:
+    """(model in evaluation mode on the CPU in fp32, its run's configuration, its loss scales) from `resolve(path)`."""
+    quiet_libraries()
+    directory = resolve(path)
+    if (directory / "config.json").is_file():
+        kept = read_json(directory / SETTINGS, "export the checkpoint again")
+        return RedHeartModel.from_pretrained(directory).eval(), parse_config(kept["config"]), kept["scales"]
+    trainer = read_json(directory / "trainer.json", "choose another checkpoint")
+    config = parse_config(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
+    sizes = config.model.model_dump()
+    sizes.pop("activation_checkpointing")
+    model = RedHeartModel(RedHeartConfig(**sizes, encoder=trainer["encoder"]))
+    model.load_state_dict(consolidated_weights(directory))
+    return model.eval(), config, trainer["scales"]
+
+
+def trained_on(path: Path) -> str:
+    """The data directory that a checkpoint, an export or a run was trained on, as recorded there."""
+    directory = resolve(path)
+    name = SETTINGS if (directory / "config.json").is_file() else "trainer.json"
+    return read_json(directory / name, "choose another checkpoint")["data"]
+
+
+def export(checkpoint: Path, out: Path, licences: dict[str, str] | None = None) -> dict[str, Any]:
+    """Writes the export in one step; returns its parameter counts."""
+    if out.exists():
+        raise RedHeartError(f"{out} exists already: name another --out")
+    model, config, scales = load_model(checkpoint)
+    with committed_directory(out) as temporary:
+        model.save_pretrained(temporary)
+        kept = {"config": config.model_dump(mode="json"), "scales": scales, "data": trained_on(checkpoint)}
+        write_text(temporary / SETTINGS, json.dumps(kept, indent=2) + "\n")
+        write_text(temporary / "README.md", _card(model, config, licences or {}))
+    return parameter_counts(model)
+
+
+def _card(model: RedHeartModel, config: RunConfig, licences: dict[str, str]) -> str:
+    counts = parameter_counts(model)
+    rows = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
+    sources = "\n".join(f"- {name}: {licence}" for name, licence in licences.items()) or "- not recorded"
+    encoder = model.config.encoder or {}
+    return f"""---
+library_name: redheart
+tags: [emotion, ethics, regret, multi-task]
+---
+# Red Heart ({config.preset})
+
+Reads token features of the frozen encoder `{encoder.get("name")}` (hidden layers {encoder.get("layers")}) and predicts emotion,
+Korean cultural affect (jeong 정, han 한, chemyeon 체면), Bentham's hedonic values, acceptability, regret and SURD shares.
+
+| module | parameters |
+|---|---|
+{rows}
+| **total** | **{sum(counts.values()):,}** |
+
+Training data and licences:
+
+{sources}
+
+```python
+from redheart import RedHeartPipeline
+RedHeartPipeline.from_pretrained("PATH")("I promised to call and forgot.")
+```
+"""

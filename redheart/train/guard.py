@@ -1,0 +1,84 @@
+"""What ends or skips a step: signals and numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from redheart.console import console
+from redheart.files import write_json
+from redheart.ranks import is_main
+from redheart.schema import RedHeartError
+from redheart.train.stages import Update
+
+
+class StopRequest:
+    """Set by SIGINT or SIGTERM; the run then ends at the next step's boundary with a checkpoint. A second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return self.signal is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: object) -> None:
+            self.signal = number
+            for s, handler in before.items():
+                signal.signal(s, handler)
+            console.print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint …")
+
+        for s in before:
+            signal.signal(s, note)
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+class NonFiniteGuard:
+    """Counts steps that were skipped because a gradient was not finite; `max_bad_steps` in a row end the run with a file."""
+
+    def __init__(self, run_directory: Path, max_bad_steps: int):
+        self.run_directory, self.max_bad_steps = run_directory, max_bad_steps
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def check(self, step: int, update: Update, losses: Mapping[str, float], sample_ids: list[str]) -> None:
+        """Call after every step. `losses` are this step's loss sums by task. Raises RedHeartError at the limit."""
+        if update.applied:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        norms = update.module_norms or {}
+        modules = [m for m, v in norms.items() if not math.isfinite(v)]
+        tasks = [t for t, v in losses.items() if not math.isfinite(v)]
+        fault = f"modules {', '.join(modules) or 'unknown'}; losses {', '.join(tasks) or 'all finite'}"
+        console.print(f"step {step}: gradient not finite, step skipped ({fault})")
+        if self.in_a_row < self.max_bad_steps:
+            return
+        path = self.run_directory / f"non_finite_step_{step:08d}.json"
+        if is_main():
+            printable = {t: str(v) for t, v in losses.items()}
+            write_json(
+                path,
+                {
+                    "step": step,
+                    "modules": modules,
+                    "losses": printable,
+                    "norms": {m: str(v) for m, v in norms.items()},
+                    "samples": sample_ids,
+                },
+            )
+        raise RedHeartError(
+            f"{self.in_a_row} steps in a row were not finite ({fault}): see {path}; lower optimizer.learning_rate or look at these samples"
+        )

@@ -1,0 +1,146 @@
+"""From a configuration, a data directory and a run directory to a trained run: checks, engine, trainer, export."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redheart.config import RunConfig, dump_config
+from redheart.console import console
+from redheart.data.collate import label_tensors
+from redheart.data.encode import check_encoder
+from redheart.data.stream import SampleStream
+from redheart.files import write_json, write_text
+from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.ranks import barrier, is_main, launched_rank, launched_world_size
+from redheart.schema import RedHeartError
+from redheart.tasks import TASKS, constant_losses
+from redheart.train import checkpoint
+from redheart.train.checkpoint import Progress
+from redheart.train.engine import DeepSpeedEngine, make_engine
+from redheart.train.stages import split_global_batch
+from redheart.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `signal` is the number of the signal that stopped it, or None."""
+
+    run: Path
+    state: Progress
+    total_steps: int
+    seconds: float
+    signal: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        state = self.state
+        return {
+            "run": str(self.run), "steps": state.step, "total_steps": self.total_steps, "seconds": self.seconds,
+            "world_size": state.world_size, "initial_dev_loss": state.initial_dev_loss, "last_dev_loss": state.last_dev_loss,
+            "best_value": state.best_value, "best_step": state.best_step, "last_loss": state.last_loss,
+            "skipped_steps": state.skipped_steps, "signal": self.signal,
+        }  # fmt: skip
+
+
+def train(
+    config: RunConfig,
+    data: Path,
+    run: Path,
+    resume: str | None = None,
+    overwrite: bool = False,
+    update_parameters: bool = True,
+) -> TrainResult:
+    """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot."""
+    streams = _open_streams(data, config)
+    micro, accumulation = split_global_batch(
+        config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
+    )
+    if config.training.best_metric not in ("loss", *TASKS):
+        raise RedHeartError(f"training.best_metric must be loss or one of {', '.join(TASKS)}")
+    source = checkpoint.find(resume, run) if resume else None
+    state = checkpoint.read_progress(source) if source else Progress()
+    if source and state.world_size != launched_world_size():
+        raise RedHeartError(
+            f"{source} was saved by {state.world_size} processes and this run has {launched_world_size()}: "
+            "resume with as many (a change of the world size is not built yet)"
+        )
+    if source and state.encoder != streams[0].encoder:
+        raise RedHeartError(f"{source} was trained on features of another encoder ({state.encoder}) than {data} holds")
+    state.encoder, state.data = streams[0].encoder, str(data.resolve())
+    total_steps = steps_of(config, streams[0].num_rows)
+    _claim(run, config, bool(source), overwrite)
+
+    torch.manual_seed(config.training.seed)
+    model = build_model(config, streams[0].encoder)
+    if config.memory.strategy != "plain":
+        console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
+    engine = make_engine(model, config, accumulation, micro)
+    if is_main() and isinstance(engine, DeepSpeedEngine):
+        write_json(run / "ds_config.json", engine.settings)
+    if source:
+        engine.load(source)
+    else:
+        state.scales = constant_losses(*label_tensors(streams[0].label_rows()), config.loss)
+    _announce(config, engine.world_size, micro, accumulation, total_steps, state)
+    trainer = Trainer(config, run, engine, streams, state, total_steps, micro, update_parameters)
+    started = time.perf_counter()
+    stop = trainer.run()
+    barrier()
+    return TrainResult(run, state, total_steps, time.perf_counter() - started, stop.signal)
+
+
+def steps_of(config: RunConfig, num_rows: int) -> int:
+    """max_steps, or as many steps as `epochs` passes over the rows take."""
+    settings = config.training
+    return settings.max_steps or max(1, math.ceil(settings.epochs * num_rows / settings.global_batch_size))
+
+
+def build_model(config: RunConfig, encoder: dict[str, Any] | None) -> RedHeartModel:
+    """A fresh network of the configured size, in training mode."""
+    sizes = config.model.model_dump()
+    recompute = sizes.pop("activation_checkpointing")
+    model = RedHeartModel(RedHeartConfig(**sizes, encoder=encoder))
+    model.backbone.gradient_checkpointing = recompute
+    return model.train()
+
+
+def _open_streams(data: Path, config: RunConfig) -> tuple[SampleStream, SampleStream]:
+    streams = SampleStream(data, "train"), SampleStream(data, "dev")
+    if not streams[0].num_rows:
+        raise RedHeartError(f"{data} has no training rows: prepare more samples, or give some of them split 'train'")
+    check_encoder(streams[0].encoder, config.data.encoder, config.model.encoder_width)
+    return streams
+
+
+def _claim(run: Path, config: RunConfig, resuming: bool, overwrite: bool) -> None:
+    """Makes the run directory ours; refuses to start afresh over an old run."""
+    if launched_rank() == 0:
+        used = (run / "config.yaml").exists()
+        if used and not resuming and not overwrite:
+            raise RedHeartError(
+                f"{run} holds a run already: go on with --resume, replace it with --overwrite, or name another --run"
+            )
+        if used and not resuming:
+            shutil.rmtree(run)
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "config.yaml", dump_config(config))
+
+
+def _announce(
+    config: RunConfig, world_size: int, micro: int, accumulation: int, total_steps: int, state: Progress
+) -> None:
+    console.print(
+        f"training {config.preset}: {total_steps} steps of {config.training.global_batch_size} samples "
+        f"(micro-batch {micro} × accumulation {accumulation} × ranks {world_size}), {config.memory.strategy}, "
+        f"{config.training.precision}" + (f", resumed at step {state.step}" if state.step else "")
+    )
+    console.print(
+        f"constant-predictor losses: {json.dumps({k: round(v, 4) for k, v in state.scales.items() if k in TASKS})}"
+    )
