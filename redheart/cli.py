@@ -139,7 +139,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    data: Data,
+    data: Annotated[Path | None, typer.Option("--data", help="[default: the data it was trained on]")] = None,
     split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
     report: Annotated[
         Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")

@@ -11,15 +11,16 @@ from redheart.losses.combine import factors
 from redheart.model.redheart import parameter_counts
 from redheart.schema import RedHeartError
 from redheart.tasks import task_weights
-from redheart.train.export import load_model, resolve
+from redheart.train.export import load_model, resolve, trained_on
 
 
 def validate(
-    checkpoint: Path, data: Path, split: str, report: Path | None
+    checkpoint: Path, data: Path | None, split: str, report: Path | None
 ) -> tuple[Evaluation, list[Line], Path | None]:
     """(evaluation, lines beside the baselines, where report.md was written)."""
     directory = resolve(checkpoint)
     model, config, scales = load_model(directory)
+    data = data or Path(trained_on(directory))
     train, held_out = SampleStream(data, "train"), SampleStream(data, split)
     if not held_out.num_rows:
         raise RedHeartError(f"{data} has no rows in split {split!r}: prepare more samples, or choose another --split")
