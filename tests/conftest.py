@@ -1,0 +1,23 @@
+"""What every test stands on: fixed seeds, few threads, no network, and the CPU where there is no GPU."""
+
+import os
+import random
+from pathlib import Path
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # subprocesses inherit it
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
+    torch.manual_seed(0)

@@ -1,0 +1,185 @@
+"""Configurations: presets are complete, every wrong key or value is named, and a dumped run reads back as itself."""
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from redheart.config import RunConfig, dump_config, known_keys, load_config, parse_config, preset_names
+from redheart.schema import RedHeartError
+
+PRESETS = ("330m", "base", "local")
+
+
+def unset_keys(model: BaseModel, path: str = "") -> list[str]:
+    """Dotted paths of the keys a preset leaves to a default of the code."""
+    missing = []
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            missing += unset_keys(value, f"{path}{name}.")
+        elif name not in model.model_fields_set:
+            missing.append(path + name)
+    return missing
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_every_key_itself(name):
+    config = load_config(name)
+    assert config.preset == name
+    assert unset_keys(config) == []
+
+
+def test_a_key_that_is_left_to_its_default_would_be_noticed():
+    values = yaml.safe_load(dump_config(load_config("local")))
+    del values["loss"]["huber_delta"]
+    assert unset_keys(parse_config(values)) == ["loss.huber_delta"]
+
+
+def test_the_presets_are_listed():
+    assert set(PRESETS) <= set(preset_names())
+
+
+def test_the_330m_preset_has_the_sizes_of_the_design():
+    model = load_config("330m").model
+    assert (model.width, model.heads, model.layers, model.task_width, model.encoder_width) == (768, 12, 6, 512, 768)
+
+
+def test_an_unknown_preset_is_refused_with_a_suggestion():
+    with pytest.raises(RedHeartError, match=r"'locl' \(did you mean local\?\).*330m"):
+        load_config("locl")
+
+
+def test_a_file_that_is_absent_is_named(tmp_path):
+    with pytest.raises(RedHeartError, match=r"absent\.yaml does not exist"):
+        load_config(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("a: [", "not valid YAML"), ("- 1\n- 2\n", "mapping of sections"), ("", "mapping of sections")]
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, reason):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(RedHeartError, match=reason):
+        load_config(str(path))
+
+
+def test_a_file_takes_its_own_name_as_preset(tmp_path):
+    values = yaml.safe_load(dump_config(load_config("local")))
+    del values["preset"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(str(tmp_path / "mine.yaml"), ["training.seed=7"])
+    assert (config.preset, config.training.seed) == ("mine", 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "suggestion"),
+    [
+        ("training.epoch=3", "training.epoch", "epochs"),
+        ("optimizer.learning_rat=3", "optimizer.learning_rat", "learning_rate"),
+        ("trainig.epochs=3", "trainig", "training"),
+        ("data.encoder.layer=[1]", "data.encoder.layer", "layers"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_a_suggestion(override, path, suggestion):
+    with pytest.raises(RedHeartError, match=rf"unknown config key {path} \(did you mean {suggestion}\?\)"):
+        load_config("local", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
+        ("optimizer.learning_rate=1.5E-5", "optimizer.learning_rate", 1.5e-5),
+        ("optimizer.betas=[0.8, 0.95]", "optimizer.betas", (0.8, 0.95)),
+        ("training.max_steps=12", "training.max_steps", 12),
+        ("training.max_steps=null", "training.max_steps", None),
+        ("training.max_steps=1e2", "training.max_steps", 100),
+        ("model.activation_checkpointing=true", "model.activation_checkpointing", True),
+        ("data.encoder.layers=[6]", "data.encoder.layers", (6,)),
+        ("data.encoder.name=org/model=x", "data.encoder.name", "org/model=x"),
+        ("loss.weights.emotion=2", "loss.weights", {"emotion": 2.0}),
+        ("loss.weights={regret: 0.5}", "loss.weights", {"regret": 0.5}),
+    ],
+)
+def test_set_reads_every_type(override, path, value):
+    found = load_config("local", [override])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_later_set_wins():
+    assert load_config("local", ["training.epochs=3", "training.epochs=5"]).training.epochs == 5
+
+
+@pytest.mark.parametrize(
+    "override", ["training.epochs", "=3", "preset.name=x", "training.seed=[1", "training.seed.x=1"]
+)
+def test_a_set_that_cannot_be_applied_is_quoted(override):
+    with pytest.raises(RedHeartError) as error:
+        load_config("local", [override])
+    assert f"--set {override!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.global_batch_size=0",
+        "training.global_batch_size=2.5",
+        "training.epochs=-1",
+        "training.epochs=.nan",
+        "optimizer.learning_rate=fast",
+        "optimizer.betas=0.9",
+        "optimizer.warmup_fraction=1",
+        "model.dropout=1",
+        "model.num_experts=1",
+        "data.encoder.layers=[]",
+        "data.encoder.max_tokens=3",
+        "data.labeler.quantization=int3",
+        "memory.strategy=zero9",
+    ],
+)
+def test_a_bad_value_is_named_with_its_dotted_path(override):
+    path, _, _ = override.partition("=")
+    with pytest.raises(RedHeartError, match=f"config key {path} = "):
+        load_config("local", [override])
+
+
+@pytest.mark.parametrize("override", ["model.heads=5", "model.task_heads=3"])
+def test_widths_must_be_divisible_by_their_heads(override):
+    with pytest.raises(RedHeartError, match=r"config key model .*divisible"):
+        load_config("local", [override])
+
+
+def test_a_missing_key_and_a_second_error_are_both_named():
+    values = yaml.safe_load(dump_config(load_config("local")))
+    del values["training"]["epochs"]
+    values["model"]["widht"] = 3
+    with pytest.raises(RedHeartError, match="missing") as error:
+        parse_config(values)
+    assert "config key training.epochs is missing" in str(error.value)
+    assert "model.widht (did you mean width?)" in str(error.value)
+
+
+def test_a_configuration_is_frozen():
+    config = load_config("local")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.seed = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training = config.training
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_dump_reads_back_as_itself(name, tmp_path):
+    config = load_config(name, ["optimizer.learning_rate=1e-7", "data.encoder.name=모델", "loss.weights.surd=0.25"])
+    text = dump_config(config)
+    assert "모델" in text
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    assert parse_config(yaml.safe_load(text)) == config
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_known_keys_reach_the_innermost_section():
+    assert {"training", "epochs", "encoder", "layers", "quantization"} <= set(known_keys(RunConfig))

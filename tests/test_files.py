@@ -1,0 +1,183 @@
+"""Files are whole or absent, and damage is found and named."""
+
+import json
+import os
+import re
+
+import pytest
+
+from redheart import files
+from redheart.files import (
+    MANIFEST,
+    committed_directory,
+    read_json,
+    read_pointer,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_pointer,
+    write_text,
+)
+from redheart.schema import RedHeartError
+
+
+class PowerCutError(Exception):
+    """Stands for the machine going down."""
+
+
+def interrupted(final, name):
+    """An attempt to commit a directory with one file that dies half-way."""
+    with committed_directory(final) as directory:
+        (directory / name).write_text("half")
+        raise PowerCutError
+
+
+def crash(*_):
+    raise PowerCutError
+
+
+@pytest.fixture
+def committed(tmp_path):
+    final = tmp_path / "step-1"
+    with committed_directory(final) as directory:
+        (directory / "weights.bin").write_bytes(bytes(range(256)))
+        (directory / "deep").mkdir()
+        (directory / "deep" / "state.json").write_text("{}")
+    return final
+
+
+def test_a_text_is_written_whole_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "note.txt"
+    write_text(path, "정 한\n")
+    assert path.read_bytes() == "정 한\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["note.txt"]
+
+
+def test_a_crash_before_the_rename_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "note.txt"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(PowerCutError):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_the_bytes_are_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    write_text(tmp_path / "note.txt", "x")
+    assert events == ["sync", "rename", "sync"]  # the file, then its new name, then the folder's list of names
+
+
+def test_json_round_trips_with_hangul_readable(tmp_path):
+    value = {"jeong": "정", "shares": [0.1, None, 1e-9], "deep": {"b": 1, "a": 2}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json", "-") == value
+    assert "정" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+def test_a_missing_or_broken_json_names_the_file_and_the_remedy(tmp_path):
+    with pytest.raises(RedHeartError, match=r"x\.json does not exist: do this"):
+        read_json(tmp_path / "x.json", "do this")
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(RedHeartError, match=r"x\.json is not valid JSON .*: do that"):
+        read_json(tmp_path / "x.json", "do that")
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RedHeartError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json", "do that")
+
+
+def test_the_manifest_lists_every_file_but_itself(committed):
+    entries = json.loads((committed / MANIFEST).read_text())["files"]
+    assert set(entries) == {"weights.bin", "deep/state.json"}
+    assert entries["weights.bin"]["bytes"] == 256
+    # sha256 of the bytes 0 … 255, a known value
+    assert entries["weights.bin"]["sha256"] == "40aff2e9d2d8922e47afd4648e6967497158785fbd1da870e7110266bf944880"
+
+
+def test_an_untouched_directory_verifies(committed):
+    verify_manifest(committed)
+    write_manifest(committed)  # writing it again changes nothing
+    verify_manifest(committed)
+
+
+@pytest.mark.parametrize("position", [0, 100, 255])
+def test_one_flipped_bit_is_found_and_named(committed, position):
+    content = bytearray((committed / "weights.bin").read_bytes())
+    content[position] ^= 0b100
+    (committed / "weights.bin").write_bytes(content)
+    with pytest.raises(RedHeartError, match=re.escape(f"{committed / 'weights.bin'} is damaged")):
+        verify_manifest(committed)
+
+
+def test_a_missing_file_is_named(committed):
+    (committed / "deep" / "state.json").unlink()
+    with pytest.raises(RedHeartError, match=r"deep/state\.json is missing"):
+        verify_manifest(committed)
+
+
+def test_a_directory_without_a_manifest_was_never_committed(tmp_path):
+    with pytest.raises(RedHeartError, match="never committed"):
+        verify_manifest(tmp_path)
+
+
+def test_a_committed_directory_appears_at_the_end_alone(tmp_path):
+    final = tmp_path / "step-1"
+    with committed_directory(final) as directory:
+        (directory / "a").write_text("1")
+        assert not final.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_an_error_inside_leaves_nothing_under_the_final_name(tmp_path):
+    with pytest.raises(PowerCutError):
+        interrupted(tmp_path / "step-1", "a")
+    assert not (tmp_path / "step-1").exists()
+    assert not list(tmp_path.rglob(MANIFEST))
+
+
+def test_an_error_inside_leaves_the_committed_one_untouched(committed):
+    with pytest.raises(PowerCutError):
+        interrupted(committed, "weights.bin")
+    verify_manifest(committed)
+    assert (committed / "weights.bin").read_bytes() == bytes(range(256))
+
+
+def test_what_an_interrupted_attempt_left_is_not_taken_over(tmp_path):
+    final = tmp_path / "step-1"
+    with pytest.raises(PowerCutError):
+        interrupted(final, "stale")
+    with committed_directory(final) as directory:
+        (directory / "fresh").write_text("1")
+    assert {p.name for p in final.iterdir()} == {"fresh", MANIFEST}
+
+
+def test_a_directory_is_replaced_as_a_whole(committed):
+    with committed_directory(committed) as directory:
+        (directory / "other").write_text("1")
+    assert {p.name for p in committed.iterdir()} == {"other", MANIFEST}
+    verify_manifest(committed)
+
+
+@pytest.mark.xfail(strict=True, raises=RedHeartError, reason="commit_directory removes the old one before it renames")
+def test_a_crash_while_replacing_loses_nothing_committed(committed, monkeypatch):
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(PowerCutError), committed_directory(committed) as directory:
+        (directory / "other").write_text("1")
+    verify_manifest(committed)
+
+
+def test_a_directory_has_its_name_only_once_it_has_its_manifest(tmp_path, monkeypatch):    monkeypatch.setattr(files, "write_manifest", crash)
+    final = tmp_path / "step-1"
+    with pytest.raises(PowerCutError), committed_directory(final) as directory:
+        (directory / "a").write_text("1")
+    assert not final.exists()
+
+
+def test_a_pointer_names_a_sibling(tmp_path):
+    assert read_pointer(tmp_path / "last") is None
+    write_pointer(tmp_path / "last", "step-00000010")
+    write_pointer(tmp_path / "last", "step-00000020")
+    assert read_pointer(tmp_path / "last") == tmp_path / "step-00000020"
