@@ -149,13 +149,14 @@ def evaluate(
 ) -> None:
     """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
     from redheart.console import console
-    from redheart.evaluation.report import FOOTNOTE, terminal_table, to_json
+    from redheart.evaluation.report import FOOTNOTE
     from redheart.train.validate import validate
 
-    result, lines, path = validate(checkpoint, data, split, report)
-    console.print(terminal_table(lines, f"{split} split, {result.rows} samples"))
+    result, path = validate(checkpoint, data, split, report)
+    for one in result.terminal_tables():
+        console.print(one)
     console.print(FOOTNOTE + (f"\nreport: {path}" if path else ""))
-    _emit(to_json(result, lines), json_)
+    _emit(result.to_json(), json_)
 
 
 @app.command()

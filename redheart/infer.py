@@ -30,7 +30,7 @@ class RedHeartPipeline:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> RedHeartPipeline:
         """`path`: an export, a checkpoint, or a run directory (its best checkpoint). Loads the encoder it was trained with."""
-        model, _, _ = load_model(Path(path))
+        model = load_model(Path(path)).model
         made_with = model.config.encoder
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
         return cls(model, TextEncoder(config))

@@ -169,7 +169,8 @@ def test_a_crash_while_replacing_loses_nothing_committed(committed, monkeypatch)
     verify_manifest(committed)
 
 
-def test_a_directory_has_its_name_only_once_it_has_its_manifest(tmp_path, monkeypatch):    monkeypatch.setattr(files, "write_manifest", crash)
+def test_a_directory_has_its_name_only_once_it_has_its_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "write_manifest", crash)
     final = tmp_path / "step-1"
     with pytest.raises(PowerCutError), committed_directory(final) as directory:
         (directory / "a").write_text("1")

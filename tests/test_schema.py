@@ -17,6 +17,7 @@ from redheart.schema import (
     SURD,
     Batch,
 )
+from tests.corpora import corpus
 
 
 def a_batch() -> Batch:
@@ -69,6 +70,11 @@ def test_goemotions_come_in_the_order_of_that_corpus():
     """Alphabetical with neutral last, as in emotions.txt of Demszky et al. (2020)."""
     assert len(EMOTIONS_FINE) == len(set(EMOTIONS_FINE)) == 28
     assert (*sorted(EMOTIONS_FINE[:-1]), "neutral") == EMOTIONS_FINE
+
+
+def test_the_fine_emotions_are_those_of_the_published_corpus():
+    listed = corpus("goemotions") / "original" / "labels.txt"
+    assert tuple(listed.read_text(encoding="utf-8").split()) == EMOTIONS_FINE
 
 
 def test_ranges_are_those_of_the_design():

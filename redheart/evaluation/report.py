@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from redheart.schema import JUDGED_ORIGINS
 from redheart.tasks import TASKS
 
 COLUMNS = ("answer", "labels by", "n", "metric", "Red Heart", "linear", "constant")
+LOSS_COLUMNS = ("loss on the fixed dev batch", "before training", "this checkpoint", "constant predictor")
 ARROW = {"mae": "↓", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
 
 
@@ -63,31 +64,53 @@ FOOTNOTE = (
 )
 
 
-def terminal_table(lines: list[Line], title: str) -> Any:
-    return table(title, COLUMNS, map(cells, lines))
+@dataclass(frozen=True)
+class Report:
+    """Everything there is to say about one checkpoint on one split. `dev_losses` rows: task, before, at the checkpoint, constant."""
+
+    title: str
+    facts: Mapping[str, object]
+    split: str
+    evaluation: Evaluation
+    lines: list[Line]
+    dev_losses: list[tuple[str, float, float, float]]
+
+    def terminal_tables(self) -> list[Any]:
+        title = f"{self.split} split, {self.evaluation.rows} samples"
+        return [
+            table("what was learned", LOSS_COLUMNS, self._loss_cells()),
+            table(title, COLUMNS, map(cells, self.lines)),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        result = self.evaluation
+        losses = {n: {"before": b, "after": a, "constant": c} for n, b, a, c in self.dev_losses}
+        return {
+            "split": self.split, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
+            "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
+        }  # fmt: skip
+
+    def write(self, path: Path) -> None:
+        """`path` (markdown), with the learning curve beside it where the run has TensorBoard events."""
+        curve = learning_curve(path.parent)
+        text = [f"# {self.title}", "", *(f"- {k}: {v}" for k, v in self.facts.items()), ""]
+        text += [*_markdown(LOSS_COLUMNS, self._loss_cells()), "", f"## {self.split} split", ""]
+        text += [*_markdown(COLUMNS, map(cells, self.lines)), "", FOOTNOTE, ""]
+        text += [
+            "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels."
+        ]
+        text += ["constant: always the training mean."]
+        if curve:
+            text += ["", f"![losses over the steps]({curve.name})"]
+        write_text(path, "\n".join(text) + "\n")
+
+    def _loss_cells(self) -> list[list[str]]:
+        return [[name, *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]
 
 
-def to_json(result: Evaluation, lines: list[Line]) -> dict[str, Any]:
-    return {
-        "rows": result.rows,
-        "total_loss": result.total,
-        "losses": result.losses,
-        "lines": [asdict(x) for x in lines],
-    }
-
-
-def write_report(path: Path, title: str, result: Evaluation, lines: list[Line], facts: Mapping[str, object]) -> None:
-    """`report.md` in `path`'s directory, with the learning curve beside it where the run has TensorBoard events."""
-    curve = learning_curve(path.parent)
-    text = [f"# {title}", "", *(f"- {k}: {v}" for k, v in facts.items()), ""]
-    text += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    text += ["| " + " | ".join(cells(line)) + " |" for line in lines]
-    text += ["", FOOTNOTE, "", "linear: ridge or logistic regression on the mean-pooled features of the same encoder."]
-    text += ["constant: always the training mean.", "", "| loss | value |", "|---|---|"]
-    text += [f"| {name} | {value:.4f} |" for name, value in result.losses.items()]
-    if curve:
-        text += ["", f"![losses over the steps]({curve.name})"]
-    write_text(path, "\n".join(text) + "\n")
+def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    names = list(columns)
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *("| " + " | ".join(r) + " |" for r in rows)]
 
 
 def learning_curve(run: Path) -> Path | None:

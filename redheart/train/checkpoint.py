@@ -40,6 +40,8 @@ class Progress:
     data: str = ""  # the data directory it was trained on
     encoder: dict[str, Any] = field(default_factory=dict)  # fingerprint of the features it was trained on
     initial_dev_loss: float | None = None
+    initial_dev_losses: dict[str, float] = field(default_factory=dict)  # per task, before the first step
+    dev_losses: dict[str, float] = field(default_factory=dict)  # per task, at the last evaluation
     best_value: float | None = None
     best_step: int | None = None
     last_loss: float | None = None

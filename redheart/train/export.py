@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -13,10 +14,16 @@ from redheart.console import quiet_libraries
 from redheart.files import committed_directory, read_json, read_pointer, write_text
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
 from redheart.schema import RedHeartError
-from redheart.train.checkpoint import verified
+from redheart.train.checkpoint import Progress, read_progress, verified
 from redheart.train.engine import consolidated_weights
 
-SETTINGS = "redheart.json"  # beside config.json: the run's configuration and loss scales
+SETTINGS = "redheart.json"  # beside config.json: the run's configuration and where it stood
+
+
+class Trained(NamedTuple):
+    model: RedHeartModel
+    config: RunConfig
+    progress: Progress
 
 
 def resolve(path: Path) -> Path:
@@ -29,37 +36,31 @@ def resolve(path: Path) -> Path:
     return verified(best or path)
 
 
-def load_model(path: Path) -> tuple[RedHeartModel, RunConfig, dict[str, float]]:
-    """(model in evaluation mode on the CPU in fp32, its run's configuration, its loss scales) from `resolve(path)`."""
+def load_model(path: Path) -> Trained:
+    """The model, in evaluation mode on the CPU in fp32, and where its run stood, from `resolve(path)`."""
     quiet_libraries()
     directory = resolve(path)
     if (directory / "config.json").is_file():
         kept = read_json(directory / SETTINGS, "export the checkpoint again")
-        return RedHeartModel.from_pretrained(directory).eval(), parse_config(kept["config"]), kept["scales"]
-    trainer = read_json(directory / "trainer.json", "choose another checkpoint")
+        model = RedHeartModel.from_pretrained(directory).eval()
+        return Trained(model, parse_config(kept["config"]), Progress(**kept["progress"]))
+    progress = read_progress(directory)
     config = parse_config(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
     sizes = config.model.model_dump()
     sizes.pop("activation_checkpointing")
-    model = RedHeartModel(RedHeartConfig(**sizes, encoder=trainer["encoder"]))
+    model = RedHeartModel(RedHeartConfig(**sizes, encoder=progress.encoder))
     model.load_state_dict(consolidated_weights(directory))
-    return model.eval(), config, trainer["scales"]
-
-
-def trained_on(path: Path) -> str:
-    """The data directory that a checkpoint, an export or a run was trained on, as recorded there."""
-    directory = resolve(path)
-    name = SETTINGS if (directory / "config.json").is_file() else "trainer.json"
-    return read_json(directory / name, "choose another checkpoint")["data"]
+    return Trained(model.eval(), config, progress)
 
 
 def export(checkpoint: Path, out: Path, licences: dict[str, str] | None = None) -> dict[str, Any]:
     """Writes the export in one step; returns its parameter counts."""
     if out.exists():
         raise RedHeartError(f"{out} exists already: name another --out")
-    model, config, scales = load_model(checkpoint)
+    model, config, progress = load_model(checkpoint)
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)
-        kept = {"config": config.model_dump(mode="json"), "scales": scales, "data": trained_on(checkpoint)}
+        kept = {"config": config.model_dump(mode="json"), "progress": asdict(progress)}
         write_text(temporary / SETTINGS, json.dumps(kept, indent=2) + "\n")
         write_text(temporary / "README.md", _card(model, config, licences or {}))
     return parameter_counts(model)

@@ -20,7 +20,10 @@ GRACE_S = 5.0
 
 
 class StopRequest:
-    """Set by SIGINT or SIGTERM; the run then ends at the next step's boundary with a checkpoint. Another signal, GRACE_S later, ends it at once."""
+    """Set by SIGINT or SIGTERM; the run then ends at the next step's boundary with a checkpoint.
+
+    Another signal, GRACE_S or more later, ends it at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None

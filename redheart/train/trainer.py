@@ -55,7 +55,8 @@ class Trainer:
         state, settings = self.state, self.config.training
         with StopRequest().listening() as stop, progress("training", self.total_steps, state.step) as (bar, task):
             if state.initial_dev_loss is None and self.dev_stream.num_rows:
-                state.initial_dev_loss = self._evaluate().total
+                before = self._evaluate()
+                state.initial_dev_loss, state.initial_dev_losses = before.total, before.losses
             self.board.restart_clock()
             while state.step < self.total_steps:
                 window = stages.open_window(self._batches(state.step), stop.wanted)
@@ -116,7 +117,7 @@ class Trainer:
             engine.model, self.dev_stream, self.config.loss, self.factors, engine.device, engine.dtype,
             self.micro_batch_size, engine.rank, engine.world_size, settings.evaluate_rows,
         )  # fmt: skip
-        self.state.last_dev_loss = result.total
+        self.state.last_dev_loss, self.state.dev_losses = result.total, result.losses
         self.board.dev(self.state.step, result)
         return result
 

@@ -5,43 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 
 from redheart.data.stream import SampleStream
-from redheart.evaluation.evaluate import Evaluation, evaluate
-from redheart.evaluation.report import Line, compare, write_report
+from redheart.evaluation.evaluate import evaluate
+from redheart.evaluation.report import Report, compare
 from redheart.losses.combine import factors
 from redheart.model.redheart import parameter_counts
 from redheart.schema import RedHeartError
 from redheart.tasks import task_weights
-from redheart.train.export import load_model, resolve, trained_on
+from redheart.train.export import load_model, resolve
 
 
-def validate(
-    checkpoint: Path, data: Path | None, split: str, report: Path | None
-) -> tuple[Evaluation, list[Line], Path | None]:
-    """(evaluation, lines beside the baselines, where report.md was written)."""
+def validate(checkpoint: Path, data: Path | None, split: str, out: Path | None) -> tuple[Report, Path | None]:
+    """(the report, where it was written). `data` defaults to what the checkpoint was trained on, `out` to its run directory."""
     directory = resolve(checkpoint)
-    model, config, scales = load_model(directory)
-    data = data or Path(trained_on(directory))
+    model, config, progress = load_model(directory)
+    data = data or Path(progress.data)
     train, held_out = SampleStream(data, "train"), SampleStream(data, split)
     if not held_out.num_rows:
         raise RedHeartError(f"{data} has no rows in split {split!r}: prepare more samples, or choose another --split")
-    if held_out.encoder != model.config.encoder:
+    if held_out.encoder != progress.encoder:
         raise RedHeartError(
-            f"{data} was encoded by {held_out.encoder}, but {directory} was trained on {model.config.encoder}"
+            f"{data} was encoded by {held_out.encoder}, but {directory} was trained on {progress.encoder}"
         )
-    result = evaluate(
-        model, held_out, config.loss, factors(task_weights(config.loss), scales, config.loss.constant_floor)
+    weights = factors(task_weights(config.loss), progress.scales, config.loss.constant_floor)
+    result = evaluate(model, held_out, config.loss, weights)
+    facts = {
+        "preset": config.preset,
+        "parameters": f"{sum(parameter_counts(model).values()):,}",
+        "checkpoint": f"{directory.name} ({progress.step} optimizer steps on {progress.world_size} processes)",
+        "samples": f"{train.num_rows} in training, {held_out.num_rows} in {split}",
+        "encoder": f"{held_out.encoder['name']}, hidden layers {held_out.encoder['layers']}",
+    }
+    before, after = progress.initial_dev_losses, progress.dev_losses
+    losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before]
+    report = Report(
+        f"Red Heart: what {config.preset} learned", facts, split, result, compare(result, train, held_out), losses
     )
-    lines = compare(result, train, held_out)
     run = directory.parent.parent
-    if report is None and (run / "config.yaml").is_file():
-        report = run / "report.md"
-    if report is not None:
-        facts = {
-            "preset": config.preset,
-            "parameters": f"{sum(parameter_counts(model).values()):,}",
-            "checkpoint": directory.name,
-            "split": f"{split}, {held_out.num_rows} samples (training: {train.num_rows})",
-            "encoder": f"{held_out.encoder['name']}, hidden layers {held_out.encoder['layers']}",
-        }
-        write_report(report, f"Red Heart: what {config.preset} learned", result, lines, facts)
-    return result, lines, report
+    if out is None and (run / "config.yaml").is_file():
+        out = run / "report.md"
+    if out is not None:
+        report.write(out)
+    return report, out
