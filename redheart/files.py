@@ -95,10 +95,13 @@ def commit_directory(temporary: Path, final: Path) -> None:
     write_manifest(temporary)
     for directory in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         flush_to_disk(directory)
+    aside = final.with_name(final.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, aside)
     os.rename(temporary, final)
     flush_to_disk(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_pointer(path: Path, target: str) -> None:

@@ -18,6 +18,7 @@ from redheart.losses.elementwise import SumCount, cross_entropy
 from redheart.losses.emotion import gate_balance, router_z, soft_focal
 from redheart.losses.regret import huber
 from redheart.losses.surd import squared
+from redheart.model.layers import full_precision
 from redheart.model.redheart import RedHeartOutput
 from redheart.schema import LABELS
 
@@ -37,8 +38,8 @@ class Task:
     weight: float = 1.0
 
     def raw(self, outputs: RedHeartOutput) -> torch.Tensor:
-        """What the loss takes, float32 [B, size]."""
-        return outputs[self.output].float()
+        """What the loss takes, float32 (or float64) [B, size]."""
+        return full_precision(outputs[self.output])
 
     def predict(self, outputs: RedHeartOutput) -> torch.Tensor:
         """In the label's units, [B, size]."""
@@ -117,7 +118,7 @@ def task_losses(
         for name, task in TASKS.items()
     }
     for gate in GATES:
-        logits = outputs[gate].float()
+        logits = full_precision(outputs[gate])
         regulariser = config.balance * gate_balance(logits) + config.router_z * router_z(logits)
         losses[gate] = (regulariser.sum(), torch.tensor(float(len(logits))))
     return losses

@@ -161,7 +161,6 @@ def test_a_directory_is_replaced_as_a_whole(committed):
     verify_manifest(committed)
 
 
-@pytest.mark.xfail(strict=True, raises=RedHeartError, reason="commit_directory removes the old one before it renames")
 def test_a_crash_while_replacing_loses_nothing_committed(committed, monkeypatch):
     monkeypatch.setattr(os, "rename", crash)
     with pytest.raises(PowerCutError), committed_directory(committed) as directory:

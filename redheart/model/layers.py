@@ -11,6 +11,11 @@ from torch.nn import functional as F
 Keys = torch.Tensor | None  # [B] int64, the samples' positions in the run; None outside training
 
 
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """`x` in fp32, or in fp64 where it is that already: for exponentials and losses of a bf16 network."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def mix_bits(x: torch.Tensor) -> torch.Tensor:
     """A 32-bit integer hash with good avalanche, element-wise on int64 in [0, 2³²)."""
     for _ in range(2):

@@ -19,7 +19,7 @@ from redheart.model.heads.bentham import BenthamHead
 from redheart.model.heads.emotion import EmotionHead
 from redheart.model.heads.regret import RegretHead
 from redheart.model.heads.surd import SurdHead
-from redheart.model.layers import number_dropout_sites
+from redheart.model.layers import full_precision, number_dropout_sites
 
 MODULES = ("backbone", "heads.emotion", "heads.bentham", "heads.regret", "heads.surd")
 NOT_BUILT = (
@@ -132,7 +132,9 @@ class RedHeartModel(PreTrainedModel):
             ethics_logits=bentham.ethics_logits,
             regret_logits=regret.regret_logits,
             regret_views=regret.regret_views,
-            surd=torch.cat([surd.share_logits.float().softmax(-1), surd.leak_logits.float().sigmoid()], -1),
+            surd=torch.cat(
+                [full_precision(surd.share_logits).softmax(-1), full_precision(surd.leak_logits).sigmoid()], -1
+            ),
             expert_gate_logits=emotion.gate_logits,
             theory_gate_logits=bentham.gate_logits,
         )

@@ -21,12 +21,16 @@ GIB = 2**30
 
 
 class Board:
-    """Writes to RUN/tensorboard; on a resume, events after the resumed step are hidden (`purge_step`)."""
+    """Writes to RUN/tensorboard; on a resume, events of steps after the checkpoint's are hidden."""
 
     def __init__(self, run: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step) if is_main() else None
+        self._writer = (
+            SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+            if is_main()
+            else None
+        )
         self._clock, self._samples = time.perf_counter(), 0
 
     def count(self, num_samples: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from redheart.model.layers import MLP, BranchAttention, Keys, Residual
+from redheart.model.layers import MLP, BranchAttention, Keys, Residual, full_precision
 from redheart.schema import REGRET_VIEWS
 
 
@@ -51,12 +51,12 @@ class RegretHead(nn.Module):
     def forward(self, feature: torch.Tensor, keys: Keys) -> RegretReading:
         had = self.had(feature, keys)
         views = [self.views[view](had, keys) for view in REGRET_VIEWS]
-        raw = torch.stack([self.outcome[name](view) for name, view in zip(REGRET_VIEWS, views, strict=True)], 1).float()
+        raw = full_precision(torch.stack([self.outcome[n](v) for n, v in zip(REGRET_VIEWS, views, strict=True)], 1))
         steps = torch.cat([raw[:, :1, 0], F.softplus(raw[:, 1:, 0])], 1)
         mean = steps.cumsum(1)
         spread = F.softplus(raw[..., 1]).cumsum(1) + 0.05
         regret_views = -torch.expm1(-expected_excess(mean, spread))
         state = self.norm(self.branches(had, torch.stack(views, 1), keys))
-        mixed = (torch.softmax(self.mix(state).float(), -1) * regret_views).sum(-1, keepdim=True)
-        logits = self.regret(state, keys).float() + torch.logit(mixed, eps=1e-4)
+        mixed = (torch.softmax(full_precision(self.mix(state)), -1) * regret_views).sum(-1, keepdim=True)
+        logits = full_precision(self.regret(state, keys)) + torch.logit(mixed, eps=1e-4)
         return RegretReading(logits, regret_views, mean, spread, state)

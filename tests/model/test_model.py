@@ -1,0 +1,155 @@
+"""The network: every parameter earns a gradient, padding and batch mates change nothing, sizes are the design's."""
+
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from redheart.config import LossConfig, load_config
+from redheart.model.heads.regret import expected_excess
+from redheart.model.layers import Attention, SampleDropout
+from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
+from redheart.schema import LABELS
+from redheart.tasks import task_losses
+from redheart.train.start import build_model
+
+SMALL = {"width": 24, "heads": 2, "layers": 2, "task_width": 16, "task_heads": 2}
+
+
+def small(dropout: float = 0.1, dtype: torch.dtype = torch.float64) -> RedHeartModel:
+    torch.manual_seed(0)
+    return RedHeartModel(RedHeartConfig(**SMALL, dropout=dropout)).to(dtype).train()
+
+
+def inputs(rows: int = 8, tokens: int = 5, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(rows, tokens, 768, generator=generator, dtype=dtype)
+    mask = torch.arange(tokens)[None] < torch.randint(1, tokens + 1, (rows, 1), generator=generator)
+    labels = {n: torch.rand(rows, lab.size, generator=generator, dtype=dtype) for n, lab in LABELS.items()}
+    return features * mask[..., None], mask, labels
+
+
+def loss_of(model, features, mask, labels, rows: slice) -> torch.Tensor:
+    """Sum over the rows of all losses; every second row has a contrast."""
+    x, m = features[rows], mask[rows]
+    with_contrast = torch.arange(0, len(x), 2)
+    if rows.start and rows.start % 2:
+        with_contrast = torch.arange(1, len(x), 2)
+    keys = torch.arange(100, 108)[rows]
+    flipped = x.flip(-1)[with_contrast]
+    outputs = model(x, m, flipped, m[with_contrast], with_contrast, keys)
+    ones = {n: torch.ones_like(v[rows]) for n, v in labels.items()}
+    losses = task_losses(outputs, {n: v[rows] for n, v in labels.items()}, ones, LossConfig())
+    return sum(value for value, _ in losses.values())
+
+
+def gradients(cuts: list[slice], dropout: float = 0.1, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    model = small(dropout)
+    model.backbone.gradient_checkpointing = checkpointing
+    features, mask, labels = inputs()
+    for rows in cuts:
+        loss_of(model, features, mask, labels, rows).backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def test_every_parameter_gets_a_gradient():
+    found = gradients([slice(0, 8)])
+    largest: dict[str, float] = {}
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        module = ".".join(name.split(".")[:2])
+        largest[module] = max(largest.get(module, 0.0), gradient.norm().item())
+    dead = [n for n, g in found.items() if g.norm().item() <= 1e-10 * largest[".".join(n.split(".")[:2])]]
+    assert dead == []
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut_even_with_dropout(size: int):
+    whole = gradients([slice(0, 8)])
+    cut = gradients([slice(a, min(a + size, 8)) for a in range(0, 8, size)])
+    for name in whole:
+        assert (whole[name] - cut[name]).abs().max() <= 1e-10 * whole[name].abs().max().clamp(min=1e-3), name
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    plain, recomputed = gradients([slice(0, 8)]), gradients([slice(0, 8)], checkpointing=True)
+    assert all(torch.allclose(plain[n], recomputed[n], rtol=1e-12, atol=1e-14) for n in plain)
+
+
+def test_padding_and_batch_mates_change_nothing():
+    model = small().eval()
+    features, mask, _ = inputs()
+    together = model(features, mask)
+    for row in range(8):
+        length = int(mask[row].sum())
+        alone = model(features[row : row + 1, :length], mask[row : row + 1, :length])
+        for name in ("emotion_logits", "utility", "regret_views", "surd"):
+            assert torch.allclose(together[name][row], alone[name][0], rtol=1e-9, atol=1e-10), name
+
+
+def test_regret_views_ascend_and_surd_shares_sum_to_one():
+    outputs = small().eval()(*inputs()[:2])
+    views, surd = outputs.regret_views, outputs.surd
+    assert (views[:, 1:] > views[:, :-1]).all()
+    assert views.min() >= 0
+    assert views.max() < 1
+    assert surd[:, :3].sum(-1).tolist() == pytest.approx([1.0] * 8, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(-1.0, 0.3), (0.0, 1.0), (0.7, 0.2), (-0.2, 2.0)])
+def test_expected_excess_is_the_integral(mean: float, spread: float):
+    expected, _ = quad(lambda x: x * norm.pdf(x, mean, spread), 0, mean + 12 * spread if mean + 12 * spread > 0 else 1)
+    got = expected_excess(torch.tensor(mean, dtype=torch.float64), torch.tensor(spread, dtype=torch.float64)).item()
+    assert got == pytest.approx(expected, abs=1e-8)
+
+
+def test_saving_and_loading_is_bitwise(tmp_path):
+    model = small(dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    features, mask, _ = inputs(dtype=torch.float32)
+    loaded = RedHeartModel.from_pretrained(tmp_path).eval()
+    assert all(torch.equal(a, b) for a, b in zip(model(features, mask).values(), loaded(features, mask).values()))
+
+
+def test_sizes_are_the_designs():
+    with torch.device("meta"):
+        counts = parameter_counts(build_model(load_config("330m"), None))
+    design = {"backbone": 50e6, "heads.emotion": 22e6, "heads.bentham": 20e6, "heads.regret": 22e6, "heads.surd": 16e6}
+    for name, size in design.items():
+        assert counts[name] == pytest.approx(size, rel=0.02), name
+
+
+def test_base_is_local_twice_as_wide():
+    local, base = load_config("local").model, load_config("base").model
+    assert (base.width, base.heads, base.task_width, base.task_heads) == tuple(
+        2 * v for v in (local.width, local.heads, local.task_width, local.task_heads)
+    )
+    assert (base.layers, base.num_experts, base.encoder_width) == (local.layers, local.num_experts, local.encoder_width)
+
+
+def test_attention_is_torchs():
+    ours, theirs = Attention(12, 3).double(), torch.nn.MultiheadAttention(12, 3, batch_first=True).double()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, torch.zeros(12), ours.value.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+    x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.tensor([[True] * 5, [True, True, False, False, True]])
+    expected, _ = theirs(x, x, x, key_padding_mask=~mask, need_weights=False)
+    assert torch.allclose(ours(x, x, mask), expected, atol=1e-12)
+
+
+def test_dropout_is_a_function_of_the_sample_and_drops_its_share():
+    dropout = SampleDropout(0.2).train()
+    keys = torch.arange(2000)
+    whole = dropout(torch.ones(2000, 3, 50), keys)
+    assert (whole == 0).double().mean().item() == pytest.approx(0.2, abs=0.005)
+    assert whole.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert torch.equal(whole[:, 0], whole[:, 2])
+    picked = torch.tensor([1999, 4, 77])
+    assert torch.equal(dropout(torch.ones(3, 3, 50), keys[picked]), whole[picked])
+    dropout.site = 1
+    assert not torch.equal(dropout(torch.ones(2000, 3, 50), keys), whole)
+    rows = torch.corrcoef((whole[:200, 0] == 0).double())
+    assert (rows - torch.eye(200)).abs().mean() < 0.15  # as independent rows of 50 are (expected 0.113)
+    with pytest.raises(ValueError, match="sample_keys"):
+        dropout(torch.ones(1, 2), None)

@@ -1,0 +1,69 @@
+"""What a user may get wrong: one line that names the thing and the remedy, exit code 1 or 2, no traceback, nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runs import redheart
+
+
+def fails(*arguments: str | Path, code: int = 1) -> str:
+    result = redheart(*arguments)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [x for x in result.stderr.splitlines() if x.startswith("redheart: ")]
+    assert code == 2 or len(lines) == 1, result.stderr
+    return result.stderr
+
+
+def source(tmp_path: Path, content: object) -> str:
+    path = tmp_path / "processed_dataset.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return f"own={path}"
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ("[{]", ["not valid JSON"]),
+        ([], ["empty"]),
+        ({"text": "x"}, ["list of records"]),
+        ([{"text": "fine"}, {"text": 3}], ["record 1", "field text"]),
+        ([{"text": "fine", "regret": 1.4}], ["record 0", "field regret", "1.4"]),
+        ([{"text": "fine", "emotion": [0.1, 0.2]}], ["field emotion", "7 numbers"]),
+        ([{"text": "fine", "lang": "ko"}], ["'ko'", "data.encoder.languages"]),
+    ],
+)
+def test_bad_records_are_named_and_nothing_is_written(tmp_path: Path, records: object, words: list[str]):
+    told = fails("prepare", "--source", source(tmp_path, records), "--out", tmp_path / "out")
+    assert all(word in told for word in words), told
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mistakes(tmp_path: Path):
+    assert "does not exist" in fails("prepare", "--source", f"own={tmp_path}/none.json", "--out", tmp_path / "out")
+    assert "did you mean local" in fails("params", "--preset", "locl")
+    assert "did you mean micro_batch_size" in fails(
+        "params", "--preset", "local", "--set", "training.micro_batchsize=4"
+    )
+    assert "redheart prepare" in fails("train", "--data", tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "manifest" in fails("evaluate", "--checkpoint", tmp_path / "empty", "--data", tmp_path)
+    assert "Usage" in fails("train", code=2)
+    assert "No such option" in fails("train", "--dta", "x", code=2)
+
+
+def test_params_prints_every_module_as_json():
+    told = json.loads(redheart("params", "--preset", "330m", "--json").stdout)
+    assert told["total"] == sum(told["modules"].values())
+    design = {"backbone": 50e6, "heads.emotion": 22e6, "heads.bentham": 20e6, "heads.regret": 22e6, "heads.surd": 16e6}
+    assert told["modules"].keys() == design.keys()
+    for name, size in design.items():
+        assert told["modules"][name] == pytest.approx(size, rel=0.02), name
+    assert "analyzers.emotion" in told["not_built"]
+
+
+def test_a_debugger_gets_the_traceback():
+    result = redheart("--debug", "params", "--preset", "none")
+    assert "Traceback" in result.stderr

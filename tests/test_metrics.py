@@ -1,0 +1,43 @@
+"""Metrics against scikit-learn and scipy, and the identity that parts add up to the whole."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr
+from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
+
+from redheart.metrics import summarise, tally
+
+P = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+T = (P + 0.6 * torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) - 0.3).clamp(0, 1)
+ALL = torch.ones(50, 3)
+
+
+def test_they_equal_the_libraries():
+    told = summarise(tally(P, T, ALL))
+    p, t = P.numpy(), T.numpy()
+    assert told["mae"] == pytest.approx(mean_absolute_error(t, p), rel=1e-6)
+    assert told["rmse"] == pytest.approx(root_mean_squared_error(t.ravel(), p.ravel()), rel=1e-6)
+    assert told["pearson"] == pytest.approx(np.mean([pearsonr(p[:, k], t[:, k])[0] for k in range(3)]), rel=1e-5)
+    assert told["macro_f1"] == pytest.approx(f1_score(t > 0.5, p > 0.5, average="macro"), rel=1e-6)
+    assert told["accuracy"] == pytest.approx(((p > 0.5) == (t > 0.5)).mean(), rel=1e-6)
+
+
+def test_parts_add_up_to_the_whole():
+    parts = sum(tally(P[a:b], T[a:b], ALL[a:b]) for a, b in ((0, 7), (7, 8), (8, 50)))
+    assert torch.allclose(parts, tally(P, T, ALL), rtol=1e-12)
+
+
+def test_what_has_no_label_does_not_count():
+    w = ALL.clone()
+    w[10:] = 0
+    w[:, 1] = 0
+    wrong = T.clone()
+    wrong[w == 0] = 9.0
+    assert summarise(tally(P, wrong, w)) == summarise(tally(P, T, w))
+    assert summarise(tally(P, T, w))["count"] == 20
+    assert summarise(tally(P, T, torch.zeros(50, 3))) == {}
+
+
+def test_a_constant_prediction_has_no_correlation_to_speak_of():
+    assert "pearson" not in summarise(tally(torch.full_like(P, 0.4), T, ALL))

@@ -1,0 +1,165 @@
+"""Whole runs: the same parameters on every path, after every interruption, on every number of ranks."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from redheart.files import read_pointer
+from tests.runs import (
+    BIN,
+    largest_relative_difference,
+    last_weights,
+    losses,
+    redheart,
+    scalars,
+    start_and_signal,
+    train,
+)
+
+ACCELERATE = [
+    str(BIN / "accelerate"),
+    "launch",
+    "--config_file",
+    "launch/accelerate/zero2_offload.yaml",
+    "--main_process_port",
+    "0",
+]
+
+
+def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, whole_run: Path, tmp_path: Path):
+    train(data, tmp_path / "plain", 20, "--set", "memory.strategy=plain", "--set", "training.evaluate_every=10")
+    assert largest_relative_difference(last_weights(tmp_path / "plain"), last_weights(whole_run)) < 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whole_run, tmp_path, number):
+    run = tmp_path / "interrupted"
+    code, output = start_and_signal(data, run, 20, 5, number, "--set", "training.evaluate_every=10")
+    assert code == 128 + number, output
+    stopped_at = json.loads((read_pointer(run / "checkpoints" / "last") / "trainer.json").read_text())["step"]
+    assert 5 <= stopped_at < 20
+    train(data, run, 20, "--set", "training.evaluate_every=10", "--resume")
+    expected, got = last_weights(whole_run), last_weights(run)
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+    assert losses(run) == losses(whole_run)
+
+
+def test_two_ranks_under_accelerate_give_the_losses_of_one_process(data: Path, whole_run: Path, tmp_path: Path):
+    arguments = [*ACCELERATE, "--num_processes", "2", "-m", "redheart"]
+    train(data, tmp_path / "two", 20, "--set", "training.evaluate_every=10", launcher=arguments)
+    trainer = json.loads((read_pointer(tmp_path / "two" / "checkpoints" / "last") / "trainer.json").read_text())
+    assert trainer["world_size"] == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole_run), rel=1e-3)
+
+
+def test_two_ranks_under_deepspeed_give_the_losses_of_one_process(data: Path, whole_run: Path, tmp_path: Path):
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29677", "--module", "redheart"]
+    train(data, tmp_path / "two", 12, "--set", "training.max_steps=20", launcher=launcher)
+    trainer = json.loads((read_pointer(tmp_path / "two" / "checkpoints" / "last") / "trainer.json").read_text())
+    assert trainer["world_size"] == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole_run), rel=1e-3)
+
+
+def test_cutting_the_batch_into_micro_batches_changes_nothing(data: Path, whole_run: Path, tmp_path: Path):
+    train(data, tmp_path / "cut", 20, "--set", "training.micro_batch_size=4", "--set", "training.evaluate_every=10")
+    assert losses(tmp_path / "cut") == pytest.approx(losses(whole_run), rel=1e-3)
+
+
+def test_tensorboard_holds_what_a_run_is_judged_by(whole_run: Path):
+    tasks = ("emotion", "culture", "bentham", "acceptability", "ethics", "regret", "regret_views", "surd")
+    modules = ("backbone", "heads.emotion", "heads.bentham", "heads.regret", "heads.surd", "total")
+    for tag in [
+        *(f"loss/{t}" for t in tasks),
+        *(f"grad_norm/{m}" for m in modules),
+        "samples_per_s",
+        "memory/host_rss_gib",
+    ]:
+        values = scalars(whole_run, tag)
+        assert len(values) == 20, tag
+        assert all(v >= 0 for v in values.values()), tag
+    rate = scalars(whole_run, "learning_rate")
+    assert rate[1] == pytest.approx(5e-4)  # one step of warm-up in twenty
+    assert all(rate[k] > rate[k + 1] for k in range(2, 20))
+    assert set(scalars(whole_run, "dev_loss/total")) == {0, 10, 20}
+    squares = sum(scalars(whole_run, f"grad_norm/{m}")[7] ** 2 for m in modules[:-1])
+    assert squares**0.5 == pytest.approx(scalars(whole_run, "grad_norm/total")[7], rel=1e-4)
+
+
+def test_the_dev_loss_falls(whole_run: Path):
+    dev = scalars(whole_run, "dev_loss/total")
+    assert dev[20] < 0.9 * dev[0]
+
+
+def test_a_dry_run_changes_no_parameter_and_saves_nothing(data: Path, tmp_path: Path):
+    result = train(data, tmp_path / "dry", 3, "--no-param-update", "--json")
+    told = json.loads(result.stdout)
+    assert told["last_dev_loss"] == told["initial_dev_loss"]
+    assert not (tmp_path / "dry" / "checkpoints").exists()
+
+
+def test_everything_lies_under_the_run_directory_and_can_be_used(data: Path, whole_run: Path, tmp_path: Path):
+    evaluated = redheart("evaluate", "--checkpoint", whole_run, "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    report = json.loads(evaluated.stdout)
+    judged = [line for line in report["lines"] if line["judged"]]
+    assert {line["origin"] for line in judged} == {"author"}
+    assert {"emotion", "culture", "acceptability", "regret"} <= {line["task"] for line in judged}
+    names = {p.name for p in whole_run.iterdir()}
+    assert {"config.yaml", "ds_config.json", "checkpoints", "tensorboard", "report.md", "learning_curve.png"} <= names
+
+    exported = redheart("export", "--checkpoint", whole_run, "--out", tmp_path / "export", "--json")
+    assert exported.returncode == 0, exported.stderr
+    text = "I broke the cup and told nobody."
+    answers = [redheart("predict", "--checkpoint", p, text, "--json") for p in (whole_run, tmp_path / "export")]
+    assert answers[0].stdout == answers[1].stdout
+    answer = json.loads(answers[0].stdout)[0]
+    assert set(answer["emotion"]) == {"joy", "sadness", "anger", "fear", "surprise", "disgust", "neutral"}
+    views = list(answer["regret_views"].values())
+    assert views == sorted(views)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    train(data, run, 4, "--set", "training.checkpoint_every=2", "--set", "memory.strategy=plain")
+    victim = run / "checkpoints" / "step-00000004" / "plain_state.pt"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    result = redheart("train", "--data", data, "--run", run, "--resume")
+    assert result.returncode == 1
+    assert "plain_state.pt is damaged" in result.stderr
+    assert "step-00000002" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_old_run_is_neither_overwritten_nor_invented(data: Path, whole_run: Path, tmp_path: Path):
+    over = redheart("train", "--data", data, "--run", whole_run)
+    assert over.returncode == 1
+    assert "--resume" in over.stderr
+    assert "--overwrite" in over.stderr
+    nothing = redheart("train", "--data", data, "--run", tmp_path / "none", "--resume")
+    assert nothing.returncode == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_world_that_cannot_share_the_batch_is_told_so(data: Path, tmp_path: Path):
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29688",
+        "-m",
+        "redheart",
+    ]
+    arguments = ["train", "--data", data, "--run", tmp_path / "odd", "--set", "training.global_batch_size=9"]
+    result = redheart(*arguments, launcher=launcher)
+    assert result.returncode == 1
+    assert "cannot be shared by 2 ranks" in result.stderr
+    assert not (tmp_path / "odd").exists()
