@@ -101,7 +101,7 @@ run="$mode-$(date +%Y%m%d-%H%M%S)"
 
 redheart prepare --preset "$preset" --source "$source_name" --out "$data" ${samples:+--samples "$samples"}
 accelerate launch --config_file launch/accelerate/zero2_offload.yaml --num_processes $((gpus > 0 ? gpus : 1)) --main_process_port 0 \
-  -m redheart train --preset "$preset" --data "$data" --run "runs/$run" ${settings[@]+"${settings[@]}"}
+  -m redheart train --preset "$preset" --data "$data" --out "runs/$run" ${settings[@]+"${settings[@]}"}
 echo "$run" >runs/last
 redheart evaluate --checkpoint "runs/$run" --data "$data"
 redheart predict --checkpoint "runs/$run" "I promised my father I would call on Sunday, and I forgot again."

@@ -105,7 +105,7 @@ def train(
     data: Data,
     preset: Preset = "local",
     set_: Set = None,
-    run: Annotated[Path | None, typer.Option("--run", help="Run directory. [default: runs/PRESET]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/PRESET]")] = None,
     resume: Annotated[
         str | None,
         typer.Option("--resume", metavar="[PATH]", help="Go on from a checkpoint; alone: the last one of the run."),
@@ -123,7 +123,7 @@ def train(
     from redheart.train.start import train as start
 
     config = load_config(preset, set_ or ())
-    result = start(config, data, run or Path("runs") / config.preset, resume, overwrite, not no_param_update)
+    result = start(config, data, out or Path("runs") / config.preset, resume, overwrite, not no_param_update)
     state = result.state
     console.print(
         f"{'stopped' if result.signal else 'finished'} at step {state.step} of {result.total_steps} after {result.seconds:.0f} s; "
@@ -133,7 +133,7 @@ def train(
     if is_main():
         _emit(result.to_json(), json_)
     if result.signal:
-        console.print(f"go on with: redheart train --preset {preset} --data {data} --run {result.run} --resume")
+        console.print(f"go on with: redheart train --preset {preset} --data {data} --out {result.run} --resume")
         raise typer.Exit(128 + result.signal)
 
 

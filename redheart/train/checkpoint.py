@@ -83,7 +83,7 @@ def find(wanted: str, run: Path) -> Path:
         directory = read_pointer(run / "checkpoints" / wanted)
         if directory is None:
             raise RedHeartError(
-                f"--resume: {run} has no {wanted} checkpoint: start it without --resume, or name another --run"
+                f"--resume: {run} has no {wanted} checkpoint: start it without --resume, or name the run with --out"
             )
     else:
         directory = Path(wanted)

@@ -245,7 +245,8 @@ def make_engine(model: RedHeartModel, config: RunConfig, accumulation: int, micr
     """The engine that `memory.strategy` names."""
     if config.memory.strategy == "plain":
         return PlainEngine(model, config, accumulation)
-    return DeepSpeedEngine(model, config, accumulation, micro_batch_size)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout, which is kept for results
+        return DeepSpeedEngine(model, config, accumulation, micro_batch_size)
 
 
 def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int, world_size: int) -> dict[str, Any]:
@@ -286,8 +287,9 @@ def compile_kernels() -> None:
     from deepspeed.accelerator import get_accelerator
 
     names = ["CPUAdamBuilder"] if torch.cuda.is_available() else ["CPUAdamBuilder", "ShareMemCommBuilder"]
-    for name in names:
-        get_accelerator().create_op_builder(name).load(verbose=False)
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in names:
+            get_accelerator().create_op_builder(name).load(verbose=False)
 
 
 def _squared_by_module(gradients: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, float]:

@@ -125,7 +125,7 @@ def _claim(run: Path, config: RunConfig, resuming: bool, overwrite: bool) -> Non
         used = (run / "config.yaml").exists()
         if used and not resuming and not overwrite:
             raise RedHeartError(
-                f"{run} holds a run already: go on with --resume, replace it with --overwrite, or name another --run"
+                f"{run} holds a run already: go on with --resume, replace it with --overwrite, or name another --out"
             )
         if used and not resuming:
             shutil.rmtree(run)

@@ -87,7 +87,7 @@ def test_three_bad_steps_end_the_run_with_a_file_that_names_modules_and_samples(
         "train",
         "--data",
         poisoned,
-        "--run",
+        "--out",
         run,
         "--set",
         f"memory.strategy={strategy}",
