@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from redheart.losses.elementwise import SumCount, weighted
+from redheart.losses.elementwise import SumCount, labelled, weighted
 
 EDGE = 0.02  # a value nearer to 0 or 1 than this counts as extreme
 
@@ -15,6 +15,7 @@ def hedonic(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ex
 
     The penalty is the squared distance by which σ(x) lies beyond both [EDGE, 1 - EDGE] and the target.
     """
+    logits, target = labelled(logits, target, weight)
     p = torch.sigmoid(logits)
     above = F.relu(p - target.clamp(min=1 - EDGE))
     below = F.relu(target.clamp(max=EDGE) - p)
@@ -23,4 +24,5 @@ def hedonic(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ex
 
 def pair_logistic(difference: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> SumCount:
     """-log σ(±(u(text) - u(contrast))), + where target is 1 (Bradley and Terry 1952); [C, 1]."""
+    difference, target = labelled(difference, target, weight)
     return weighted(F.binary_cross_entropy_with_logits(difference, target, reduction="none"), weight)

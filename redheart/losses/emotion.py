@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from redheart.losses.elementwise import SumCount, weighted
+from redheart.losses.elementwise import SumCount, labelled, weighted
 
 
 def soft_focal(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, gamma: float) -> SumCount:
@@ -13,8 +13,9 @@ def soft_focal(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
 
     The continuous form of the focal loss (Li et al. 2020, "Generalized Focal Loss", eq. 3); γ = 0 is cross-entropy.
     """
+    logits, target = labelled(logits, target, weight)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    gap = (target - torch.sigmoid(logits)).abs()
+    gap = (target - torch.sigmoid(logits)).abs().clamp(min=torch.finfo(logits.dtype).tiny)  # gap^γ has no slope at 0 for γ < 1
     return weighted(bce * gap.pow(gamma), weight)
 
 

@@ -1,4 +1,7 @@
-"""Losses against torch, their own limits, and the promise that nulls and the cutting of a batch change nothing."""
+"""Losses against torch and closed forms; what is not labelled never counts; a batch may be cut anywhere."""
+
+import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,99 +12,237 @@ from redheart.losses.combine import combine, factors
 from redheart.losses.elementwise import cross_entropy, huber, squared, weighted
 from redheart.losses.emotion import gate_balance, router_z, soft_focal
 
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-ONES = torch.ones(6, 7, dtype=torch.float64)
-
-
-def test_focal_without_focus_is_cross_entropy():
-    x, t = drawn(6, 7) * 6 - 3, drawn(6, 7, seed=1)
-    assert soft_focal(x, t, ONES, 0.0)[0].item() == pytest.approx(
-        F.binary_cross_entropy_with_logits(x, t, reduction="sum").item()
-    )
+LOSSES = {
+    "squared": squared,
+    "huber": partial(huber, delta=0.25),
+    "cross_entropy": cross_entropy,
+    "soft_focal": partial(soft_focal, gamma=2.0),
+    "hedonic": partial(hedonic, extreme_penalty=0.1),
+    "pair_logistic": pair_logistic,
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
 
-def test_focal_looks_away_from_what_is_right_already():
-    t = torch.tensor([[1.0]])
-    right, wrong = (soft_focal(torch.tensor([[x]]), t, torch.ones(1, 1), 2.0)[0].item() for x in (4.0, -4.0))
-    plain = [F.binary_cross_entropy_with_logits(torch.tensor([[x]]), t).item() for x in (4.0, -4.0)]
-    assert right / plain[0] < 1e-3
-    assert wrong / plain[1] > 0.9
+def case(rows=6, size=4, dtype=torch.float64):
+    """Predictions, targets, and weights of which about a third are 0; [rows, size]."""
+    prediction = 2 * torch.randn(rows, size, dtype=dtype)
+    target = torch.rand(rows, size, dtype=dtype)
+    weight = torch.tensor([1.0, 0.3, 0.0], dtype=dtype)[torch.randint(3, (rows, size))]
+    return prediction.requires_grad_(), target, weight
 
 
-def test_huber_and_squared_are_torchs():
-    p, t = drawn(6, 7), drawn(6, 7, seed=1)
-    assert huber(p, t, ONES, 0.25)[0].item() == pytest.approx(F.huber_loss(p, t, reduction="sum", delta=0.25).item())
-    assert squared(p, t, ONES)[0].item() == pytest.approx(F.mse_loss(p, t, reduction="sum").item())
+def value_and_gradient(loss, prediction, target, weight):
+    prediction = prediction.detach().clone().requires_grad_()
+    total, count = loss(prediction, target, weight)
+    return total.detach(), count, torch.autograd.grad(total, prediction)[0]
 
 
-def test_the_extreme_penalty_strikes_only_beyond_edge_and_target():
-    x = torch.logit(torch.tensor([[0.5, 0.97, 0.995, 0.995]], dtype=torch.float64))
-    t = torch.tensor([[0.4, 0.5, 0.5, 1.0]], dtype=torch.float64)
-    with_penalty = hedonic(x, t, torch.eye(4, dtype=torch.float64)[:1], 1.0)[0]
-    assert with_penalty.item() == pytest.approx(0.01)
-    for column, expected in ((1, 0.0), (2, (0.995 - (1 - EDGE)) ** 2 / EDGE**2), (3, 0.0)):
-        w = torch.zeros(1, 4, dtype=torch.float64)
-        w[0, column] = 1
-        extra = hedonic(x, t, w, 1.0)[0] - hedonic(x, t, w, 0.0)[0]
-        assert extra.item() == pytest.approx(expected, abs=1e-12)
+def test_focal_loss_without_focus_is_cross_entropy():
+    x, t, w = case()
+    assert torch.equal(soft_focal(x, t, w, 0.0)[0], F.binary_cross_entropy_with_logits(x, t, w, reduction="sum"))
 
 
-def test_swapping_a_pair_and_its_answer_changes_nothing():
-    d, t, w = drawn(5, 1) * 4 - 2, torch.tensor([[1.0], [0], [1], [0], [1]], dtype=torch.float64), torch.ones(5, 1)
-    assert pair_logistic(d, t, w)[0].item() == pytest.approx(pair_logistic(-d, 1 - t, w)[0].item())
+def test_focal_loss_of_hard_targets_is_the_published_one():
+    """(1 - p_t)^γ · -log p_t of Lin et al. (2017)."""
+    x, t, _ = case()
+    t = t.round()
+    p_t = torch.where(t == 1, x.sigmoid(), 1 - x.sigmoid())
+    for gamma in (0.5, 1.0, 2.0, 5.0):
+        total, _ = soft_focal(x, t, torch.ones_like(x), gamma)
+        torch.testing.assert_close(total, ((1 - p_t) ** gamma * -p_t.log()).sum())
 
 
-@pytest.mark.parametrize("loss", [squared, cross_entropy, lambda p, t, w: soft_focal(p, t, w, 2.0)])
-def test_an_entry_without_a_label_enters_neither_value_nor_gradient(loss):
-    p = drawn(3, 2).requires_grad_()
-    t, w = drawn(3, 2, seed=1), torch.tensor([[1.0, 0], [0.3, 1], [0, 0]], dtype=torch.float64)
-    value, count = loss(p, t, w)
-    (gradient,) = torch.autograd.grad(value, p)
-    other = t.clone()
-    other[w == 0] = 0.123
-    assert loss(p, other, w)[0].item() == value.item()
-    assert count.item() == pytest.approx(2.3)
-    assert (gradient[w == 0] == 0).all()
-    assert (gradient[w > 0] != 0).all()
+def test_focal_loss_has_its_minimum_at_the_target():
+    t = torch.tensor([[0.3]], dtype=torch.float64)
+    x = torch.linspace(-4, 4, 801, dtype=torch.float64)[:, None]
+    losses = torch.stack([soft_focal(row[None], t, torch.ones_like(t), 2.0)[0] for row in x])
+    assert x[losses.argmin()].sigmoid().item() == pytest.approx(0.3, abs=0.005)
 
 
-def test_a_nan_without_a_label_is_harmless_and_shapes_must_agree():
-    assert weighted(torch.tensor([[float("nan"), 2.0]]), torch.tensor([[0.0, 1.0]]))[0].item() == 2.0
+@every_loss
+def test_the_gradient_is_that_of_finite_differences(loss):
+    x, t, w = case()
+    assert torch.autograd.gradcheck(lambda p: loss(p, t, w)[0], x)
+
+
+@every_loss
+def test_the_count_is_the_sum_of_the_weights(loss):
+    x, t, w = case()
+    assert loss(x, t, w)[1] == w.sum()
+
+
+@every_loss
+def test_a_weight_scales_value_and_gradient(loss):
+    x, t, w = case()
+    total, _, gradient = value_and_gradient(loss, x, t, w)
+    scaled, count, scaled_gradient = value_and_gradient(loss, x, t, 0.3 * w)
+    torch.testing.assert_close(scaled, 0.3 * total)
+    torch.testing.assert_close(scaled_gradient, 0.3 * gradient)
+    torch.testing.assert_close(count, 0.3 * w.sum())
+
+
+@every_loss
+def test_what_is_not_labelled_moves_nothing(loss):
+    x, t, w = case()
+    null = w == 0
+    assert null.any()
+    assert not null.all()
+    total, _, gradient = value_and_gradient(loss, x, t, w)
+    other_x, other_t = torch.where(null, 50 * torch.randn_like(x), x), torch.where(null, -7.0, t)
+    other_total, _, other_gradient = value_and_gradient(loss, other_x, other_t, w)
+    assert torch.equal(total, other_total)
+    assert torch.equal(gradient, other_gradient)
+    assert torch.equal(gradient[null], torch.zeros_like(gradient[null]))
+    assert (gradient[~null] != 0).all()
+
+
+@every_loss
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", ["prediction", "target"])
+def test_a_value_that_is_not_finite_and_not_labelled_is_not_counted(loss, bad, side):
+    x, t, w = case()
+    total, _ = loss(x, t, w)
+    if side == "prediction":
+        x = torch.where(w == 0, bad, x.detach())
+    else:
+        t = torch.where(w == 0, bad, t)
+    assert torch.equal(loss(x, t, w)[0], total)
+
+
+@every_loss
+@pytest.mark.parametrize("side", ["prediction", "target"])
+def test_a_nan_that_is_not_labelled_has_no_gradient(loss, side):
+    x, t, w = case()
+    _, _, gradient = value_and_gradient(loss, x, t, w)
+    if side == "prediction":
+        x = torch.where(w == 0, math.nan, x.detach())
+    else:
+        t = torch.where(w == 0, math.nan, t)
+    assert torch.equal(value_and_gradient(loss, x, t, w)[2], gradient)
+
+
+def test_a_weak_focus_has_a_gradient_where_the_answer_is_right():
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    _, _, gradient = value_and_gradient(partial(soft_focal, gamma=0.5), x, torch.full_like(x, 0.5), torch.ones_like(x))
+    assert gradient.isfinite().all()
+
+
+@every_loss
+def test_a_batch_without_any_label_gives_zero(loss):
+    x, t, w = case()
+    total, count, gradient = value_and_gradient(loss, x, t, 0 * w)
+    assert total == 0
+    assert count == 0
+    assert not gradient.any()
+
+
+def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
-        weighted(torch.zeros(2, 2), torch.zeros(2, 1))
+        weighted(torch.ones(2, 3), torch.ones(2, 1))
 
 
-def test_gate_regularisers_have_their_known_limits():
-    assert gate_balance(torch.zeros(3, 8)).flatten().tolist() == pytest.approx([0.0] * 3, abs=1e-6)
-    one_hot = torch.full((1, 8), -100.0)
-    one_hot[0, 2] = 100
-    assert gate_balance(one_hot).item() == pytest.approx(7.0)
-    assert router_z(torch.zeros(1, 8)).item() == pytest.approx(torch.log(torch.tensor(8.0)).item() ** 2)
+@pytest.mark.parametrize("delta", [0.1, 0.25, 5.0])
+def test_huber_is_the_one_of_torch(delta):
+    x, t, w = case()
+    expected = (F.huber_loss(x, t, reduction="none", delta=delta) * w).sum()
+    torch.testing.assert_close(huber(x, t, w, delta)[0], expected)
 
 
-@pytest.mark.parametrize("cuts", [[8], [3, 5], [1] * 8])
-def test_the_combined_loss_does_not_depend_on_how_the_batch_is_cut(cuts: list[int]):
-    p, t, w = drawn(8, 7), drawn(8, 7, seed=1), (drawn(8, 7, seed=2) > 0.4).double()
-    counts, scale = {"a": float(w.sum())}, factors({"a": 2.0}, {"a": 0.5}, 0.01)
-    whole = 2.0 / 0.5 * ((p - t).square() * w).sum() / w.sum()
-    parts = [squared(a, b, c)[0] for a, b, c in zip(p.split(cuts), t.split(cuts), w.split(cuts))]
-    total = sum(combine({"a": s}, counts, scale, len(cuts)) for s in parts) / len(
-        cuts
-    )  # engines average over micro-batches
-    assert total.item() == pytest.approx(whole.item(), rel=1e-12)
+def test_huber_is_quadratic_inside_and_linear_outside():
+    t, w = torch.zeros(1, 1), torch.ones(1, 1)
+    assert huber(torch.full((1, 1), 0.2), t, w, 0.25)[0].item() == pytest.approx(0.5 * 0.2**2)
+    assert huber(torch.full((1, 1), 0.9), t, w, 0.25)[0].item() == pytest.approx(0.25 * (0.9 - 0.125))
 
 
-def test_a_task_without_labels_adds_zero_and_still_touches_its_parameters():
-    x = torch.tensor(3.0, requires_grad=True)
-    total = combine({"a": x * 2}, {"a": 0.0}, {"a": 1.0}, 1)
-    (gradient,) = torch.autograd.grad(total, x)
-    assert total.item() == 0
-    assert gradient.item() == 0
+def logit(p: float) -> torch.Tensor:
+    return torch.logit(torch.tensor([[p]], dtype=torch.float64))
 
 
-def test_a_tiny_constant_loss_is_floored():
-    assert factors({"a": 1.0}, {"a": 1e-9}, 0.01) == {"a": 100.0}
+@pytest.mark.parametrize("p", [EDGE, 0.3, 1 - EDGE])
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_inside_the_edges_the_hedonic_loss_is_the_squared_error(p, t):
+    t = torch.tensor([[t]], dtype=torch.float64)
+    total, _ = hedonic(logit(p), t, torch.ones_like(t), 1000.0)
+    assert total.item() == pytest.approx((p - t.item()) ** 2, abs=1e-12)
+
+
+@pytest.mark.parametrize(("p", "t", "beyond"), [(0.999, 0.5, 0.019), (0.004, 0.5, 0.016), (0.999, 0.99, 0.009)])
+def test_beyond_an_edge_the_penalty_is_the_squared_distance_in_edges(p, t, beyond):
+    t = torch.tensor([[t]], dtype=torch.float64)
+    total, _ = hedonic(logit(p), t, torch.ones_like(t), 0.1)
+    assert total.item() == pytest.approx((p - t.item()) ** 2 + 0.1 * (beyond / EDGE) ** 2)
+
+
+@pytest.mark.parametrize(("p", "t"), [(0.999, 1.0), (0.999, 0.999), (0.001, 0.0)])
+def test_an_extreme_value_that_the_target_asks_for_is_not_penalised(p, t):
+    t = torch.tensor([[t]], dtype=torch.float64)
+    assert hedonic(logit(p), t, torch.ones_like(t), 1000.0)[0].item() == pytest.approx((p - t.item()) ** 2, abs=1e-12)
+
+
+def test_swapping_the_texts_of_a_pair_changes_nothing():
+    x, t, w = case(size=1)
+    t = t.round()
+    total, _, gradient = value_and_gradient(pair_logistic, x, t, w)
+    swapped, _, swapped_gradient = value_and_gradient(pair_logistic, -x, 1 - t, w)
+    torch.testing.assert_close(swapped, total)
+    torch.testing.assert_close(swapped_gradient, -gradient)
+
+
+def test_a_pair_costs_the_log_odds_of_bradley_and_terry():
+    gap, one = torch.tensor([[1.7]]), torch.ones(1, 1)
+    assert pair_logistic(gap, one, one)[0].item() == pytest.approx(math.log1p(math.exp(-1.7)))
+    assert pair_logistic(gap, 0 * one, one)[0].item() == pytest.approx(math.log1p(math.exp(1.7)))
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_balance_is_zero_for_a_uniform_gate_and_n_minus_one_for_one_expert(n):
+    assert gate_balance(torch.full((3, n), 1.5)) == pytest.approx(torch.zeros(3, 1), abs=1e-6)
+    assert gate_balance(1000.0 * torch.eye(n)) == pytest.approx(torch.full((n, 1), n - 1.0), abs=1e-5)
+
+
+def test_balance_does_not_see_a_shift_and_router_z_does():
+    x = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(gate_balance(x + 3), gate_balance(x))
+    torch.testing.assert_close(router_z(x + 3), (torch.logsumexp(x, -1, keepdim=True) + 3).square())
+    assert (gate_balance(x) > 0).all()
+
+
+def parts_of(sizes):
+    """A made-up step of 24 samples and two outputs: gradients of its mean loss when cut into parts of these sizes."""
+    torch.manual_seed(1)
+    w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    x, target = torch.randn(24, 5, dtype=torch.float64), torch.rand(24, 3, dtype=torch.float64)
+    weights = {"a": torch.rand(24, 3, dtype=torch.float64).round(), "b": torch.rand(24, 3, dtype=torch.float64)}
+    counts = {name: float(v.sum()) for name, v in weights.items()}
+    total = 0.0
+    for rows in torch.arange(24).split(sizes):
+        y = x[rows] @ w
+        sums = {
+            "a": squared(y, target[rows], weights["a"][rows])[0],
+            "b": cross_entropy(y, target[rows], weights["b"][rows])[0],
+        }
+        total = total + combine(sums, counts, {"a": 0.7, "b": 0.3}, len(sizes)) / len(sizes)  # the engine averages
+    return total.detach(), torch.autograd.grad(total, w)[0]
+
+
+@pytest.mark.parametrize("sizes", [[1] * 24, [3] * 8, [12, 12], [1, 2, 3, 18], [20, 4]])
+def test_the_combined_loss_does_not_depend_on_how_the_batch_is_cut(sizes):
+    whole, whole_gradient = parts_of([24])
+    value, gradient = parts_of(sizes)
+    torch.testing.assert_close(value, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-11, atol=1e-14)
+
+
+def test_an_output_without_a_label_anywhere_adds_zero_but_stays_in_the_graph():
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    total = combine({"a": a.sum(), "b": b.sum()}, {"a": 2.0, "b": 0.0}, {"a": 1.0, "b": 1.0}, 1)
+    total.backward()
+    assert total.item() == pytest.approx(1.0)
+    assert torch.equal(b.grad, torch.zeros(2))
+    assert torch.equal(a.grad, torch.full((2,), 0.5))
+
+
+def test_a_scale_is_floored():
+    assert factors({"a": 1.0, "b": 2.0, "c": 0.5}, {"a": 0.25, "b": 1e-9, "c": 0.0}, 0.01) == pytest.approx(
+        {"a": 4.0, "b": 200.0, "c": 50.0}
+    )
