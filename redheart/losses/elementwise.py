@@ -19,9 +19,7 @@ def weighted(loss: torch.Tensor, weight: torch.Tensor) -> SumCount:
     return torch.where(weight > 0, loss * weight, 0.0).sum(), weight.sum()
 
 
-def labelled(
-    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def labelled(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """prediction and target [B, n] with 0 where the weight is 0: before the loss, so that a NaN there has no gradient either."""
     if not prediction.shape == target.shape == weight.shape:
         shapes = [tuple(x.shape) for x in (prediction, target, weight)]

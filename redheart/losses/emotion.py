@@ -15,7 +15,9 @@ def soft_focal(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
     """
     logits, target = labelled(logits, target, weight)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    gap = (target - torch.sigmoid(logits)).abs().clamp(min=torch.finfo(logits.dtype).tiny)  # gap^γ has no slope at 0 for γ < 1
+    gap = (
+        (target - torch.sigmoid(logits)).abs().clamp(min=torch.finfo(logits.dtype).tiny)
+    )  # gap^γ has no slope at 0 for γ < 1
     return weighted(bce * gap.pow(gamma), weight)
 
 
