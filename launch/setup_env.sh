@@ -1,34 +1,91 @@
 #!/usr/bin/env bash
 # Makes the environment red_heart_env beside this checkout: Python packages at the pinned versions, the embedded models,
 # DeepSpeed's compiled kernels. Safe to call again: it returns at once when nothing has changed.
-#   bash launch/setup_env.sh [--force]
-# PYTHON names another interpreter; REDHEART_TORCH_INDEX names a package index of CPU builds of torch.
+#   bash launch/setup_env.sh [--force] [--retrieval]
+# --retrieval makes red_heart_retrieval_env instead, where FAISS searches near-duplicates: with conda where there is one
+# (REDHEART_NO_CONDA=1: as a venv all the same). --force makes the environment anew.
+# PYTHON names another interpreter; REDHEART_TORCH_INDEX names a package index of CPU builds of torch;
+# REDHEART_RETRIEVAL_PYTHON names an interpreter that has FAISS already, which --retrieval then only checks.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 env_dir="$root/red_heart_env"
 constraints="$root/launch/constraints.txt"
-stamp="$env_dir/.complete"
 
 fail() { echo "setup_env: $*" >&2; exit 1; }
 say() { echo "setup_env: $*" >&2; }
 
-case "${1:-}" in
-  "") ;;
-  --force) rm -rf "$env_dir" ;;
-  -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-  *) echo "usage: setup_env.sh [--force]" >&2; exit 2 ;;
-esac
+force=no retrieval=no
+for word in "$@"; do
+  case "$word" in
+    --force) force=yes ;;
+    --retrieval) retrieval=yes ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "usage: setup_env.sh [--force] [--retrieval]" >&2; exit 2 ;;
+  esac
+done
+if [ "$retrieval" = yes ]; then
+  env_dir="$root/red_heart_retrieval_env"
+  constraints="$root/launch/retrieval_constraints.txt"
+fi
+stamp="$env_dir/.complete"
+
+check_python() {
+  python=${PYTHON:-python3}
+  command -v "$python" >/dev/null || fail "$python is not installed: install Python 3.11 or newer, or set PYTHON"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$python" --version) is too old: Python 3.11 or newer is needed (set PYTHON)"
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module: install it (Debian: apt-get install python3-venv)"
+}
+check_disk() { # GIB
+  local free_gib
+  free_gib=$(($(df -Pk "$root" | awk 'NR == 2 {print $4}') / 1048576))
+  [ "$free_gib" -ge "$1" ] || fail "only ${free_gib} GiB of disk are free at $root: $1 GiB are needed"
+}
+
+make_retrieval() {
+  local state want="import faiss, numpy, pyarrow.ipc"
+  if [ -n "${REDHEART_RETRIEVAL_PYTHON:-}" ]; then
+    "$REDHEART_RETRIEVAL_PYTHON" -I -c "$want" || fail "REDHEART_RETRIEVAL_PYTHON=$REDHEART_RETRIEVAL_PYTHON cannot import faiss, numpy and pyarrow: install them there, or unset it"
+    say "REDHEART_RETRIEVAL_PYTHON is set and has FAISS: nothing to make"
+    return
+  fi
+  state=$(cat "$constraints" <(echo "$root") | sha256sum | cut -d' ' -f1)
+  if [ "$force" = no ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ -x "$env_dir/bin/python" ]; then
+    return
+  fi
+  local conda=""
+  if [ -z "${REDHEART_NO_CONDA:-}" ]; then conda=$(type -P conda || echo "${CONDA_EXE:-}"); fi
+  if [ -z "$conda" ]; then check_python; fi
+  check_disk 2
+  rm -rf "$env_dir"
+  say "making $env_dir (${conda:-$python -m venv}); this takes about a minute, once"
+  say "1/3 interpreter"
+  if [ -n "$conda" ]; then
+    "$conda" create -y -q -p "$env_dir" "python>=3.11,<3.14" pip >&2 || fail "conda could not make $env_dir (see above); REDHEART_NO_CONDA=1 makes it a venv"
+  else
+    "$python" -m venv "$env_dir" || fail "the virtual environment could not be made"
+  fi
+  echo '*' >"$env_dir/.gitignore"
+  say "2/3 packages at the versions of launch/retrieval_constraints.txt"
+  PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 "$env_dir/bin/python" -m pip install -q --only-binary :all: -r "$constraints" >&2 || fail "pip could not install FAISS (see above): is a package index reachable?"
+  say "3/3 trying it"
+  "$env_dir/bin/python" -I -c "$want" || fail "FAISS was installed but cannot be imported (see above)"
+  echo "$state" >"$stamp"
+  say "ready: $env_dir"
+}
+
+if [ "$retrieval" = yes ]; then
+  make_retrieval
+  exit 0
+fi
+if [ "$force" = yes ]; then rm -rf "$env_dir"; fi
 
 state=$(cat "$constraints" "$root/setup.cfg" "$root/setup.py" "${BASH_SOURCE[0]}" <(echo "$root") | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ -x "$env_dir/bin/redheart" ]; then
   exit 0
 fi
 
-python=${PYTHON:-python3}
-command -v "$python" >/dev/null || fail "$python is not installed: install Python 3.11 or newer, or set PYTHON"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$python" --version) is too old: Python 3.11 or newer is needed (set PYTHON)"
-"$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module: install it (Debian: apt-get install python3-venv)"
+check_python
 command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install g++ (Debian: apt-get install g++), or set CXX; DeepSpeed compiles its kernels with it"
 header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
 [ -f "$header" ] || fail "Python's headers are missing ($header): install them (Debian: apt-get install python3-dev)"
@@ -37,8 +94,7 @@ has_gpu=no
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then has_gpu=yes; fi
 needed_gib=4
 [ "$has_gpu" = yes ] && needed_gib=12
-free_gib=$(($(df -Pk "$root" | awk 'NR == 2 {print $4}') / 1048576))
-[ "$free_gib" -ge "$needed_gib" ] || fail "only ${free_gib} GiB of disk are free at $root: ${needed_gib} GiB are needed"
+check_disk "$needed_gib"
 
 say "making $env_dir (GPU: $has_gpu); this takes a few minutes, once"
 if [ ! -x "$env_dir/bin/python" ]; then

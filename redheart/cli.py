@@ -19,12 +19,19 @@ app = typer.Typer(
     help="Train a multi-task network for emotion, ethics, regret and causality inside 8 GB of GPU memory.",
 )  # fmt: skip
 
+bench = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure speed, side by side with what others offer."
+)
+app.add_typer(bench, name="bench")
+
 Preset = Annotated[str, typer.Option("--preset", help="local, base, 330m, or a .yaml file.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one config key; may be repeated.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Data = Annotated[Path, typer.Option("--data", help="A directory made by `redheart prepare`.")]
+Data = Annotated[
+    str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
+]
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
 ]
@@ -45,7 +52,12 @@ def _root(
 def prepare(
     source: Annotated[
         list[str],
-        typer.Option("--source", metavar="NAME=PATH", help="A .json or .jsonl file; `everyday` is the shipped corpus."),
+        typer.Option(
+            "--source",
+            metavar="NAME=PATH",
+            help="May be repeated. A known corpus and its directory (`redheart sources` lists them); any NAME and a .json, .jsonl, "
+            ".csv or .parquet file, or a hub id; `everyday` alone is the shipped corpus.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory of the shards.")],
     preset: Preset = "local",
@@ -59,19 +71,29 @@ def prepare(
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Write invalid records to rejected.jsonl and go on.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload to a data set of the hub.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Turn raw records into shards: the LLM scores what is missing, the frozen encoder makes token features. Resumable."""
     from redheart.config import load_config
     from redheart.console import console
+    from redheart.data.card import push as upload
     from redheart.data.prepare import prepare as run
+    from redheart.ranks import launched_rank
 
-    report = run(source, out, load_config(preset, set_ or ()).data, samples, force_preprocess, skip_invalid)
+    data = load_config(preset, set_ or ()).data
+    report = run(source, out, data, samples, force_preprocess, skip_invalid)
+    if launched_rank() > 0:
+        return
     rows = ", ".join(f"{n} {s}" for s, n in report.rows.items())
     console.print(
         f"{'found' if report.reused else 'wrote'} {out}: {rows}; the LLM gave {report.llm_answers} answers, "
         f"{report.llm_refused} were refused; {report.rejected} records rejected"
     )
+    if push:
+        console.print(f"pushed to {upload(out, push)}")
     _emit(asdict(report), json_)
 
 
@@ -140,7 +162,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[Path | None, typer.Option("--data", help="[default: the data it was trained on]")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="[default: the data it was trained on]")] = None,
     split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
     report: Annotated[
         Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")
@@ -214,6 +236,43 @@ def doctor(
         raise typer.Exit(1)
     if warm_up:
         run_warm_up()
+
+
+@bench.command("loader")
+def bench_loader(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="A prepared directory. [default: GoEmotions and ETHICS, prepared once]"),
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1024, help="Samples prepared without --data.")] = 8192,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    json_: Json = False,
+) -> None:
+    """Samples per second into padded batches, beside `datasets` streaming with a shuffle buffer."""
+    from redheart.bench.loader import bench_loader as run
+
+    _show_measured("loader", run(data, rows, batch_size), json_)
+
+
+@bench.command("encoder")
+def bench_encoder(
+    train_texts: Annotated[int, typer.Option("--train-texts", min=100, help="Most training texts of a task.")] = 4000,
+    dev_texts: Annotated[int, typer.Option("--dev-texts", min=100, help="Most dev texts of a task.")] = 1500,
+    json_: Json = False,
+) -> None:
+    """Both packaged encoders under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
+    from redheart.bench.encoder import bench_encoder as run
+
+    _show_measured("encoder", run(train_texts, dev_texts), json_)
+
+
+def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:
+    from redheart.console import console, table
+
+    if not json_:
+        rows = [(k, json.dumps(v) if isinstance(v, dict | list) else str(v)) for k, v in result.items()]
+        console.print(table(f"bench {what}", ("figure", "measured"), rows))
+    _emit(result, json_)
 
 
 def _emit(value: Any, wanted: bool) -> None:

@@ -56,13 +56,33 @@ class LabelerConfig(Section):
     name: str = Field("package:smollm2", description="`package:smollm2`, a directory, or a hub id of a causal LM")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit weights through bitsandbytes, or none")
     weight: float = Field(0.3, gt=0, le=1, description="weight of an LLM or derived label beside a human one")
+    max_texts: int | None = Field(None, ge=0, description="most texts the LLM reads, spread over the sources; 0: none")
     min_mass: float = Field(0.05, ge=0, lt=1, description="below this digit mass an answer is refused, not stored")
+
+
+class RemoteConfig(Section):
+    attempts: int = Field(5, gt=0, description="tries of a read from a remote store, with growing pauses between")
+    timeout_s: float = Field(30.0, gt=0, description="silence after which a transfer counts as stalled (http)")
+    cache_gib: float = Field(20.0, gt=0, description="shards of remote stores kept on this machine")
 
 
 class DataConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     labeler: LabelerConfig = LabelerConfig()
-    rows_per_shard: int = Field(4096, gt=0)
+    remote: RemoteConfig = RemoteConfig()
+    rows_per_shard: int = Field(2048, gt=0)
+    columns: dict[str, dict[str, str]] = Field({}, description="per source: {their column: our field}")
+    mixture: dict[str, float] = Field(
+        {},
+        description="per source: below 1 the share of its training rows that stays, else how often an epoch shows each",
+    )
+
+    @model_validator(mode="after")
+    def _weights(self) -> DataConfig:
+        for name, weight in self.mixture.items():
+            if not (0 < weight < 1 or (weight >= 1 and weight == int(weight))):
+                raise ValueError(f"mixture.{name} = {weight:g} must lie between 0 and 1, or be a whole number")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -98,6 +118,7 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(100, gt=0)
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept beside the best one")
     best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
+    log_samples: bool = Field(False, description="write every step's sample ids to samples-rankN.jsonl")
     max_bad_steps: int = Field(3, gt=0, description="non-finite steps in a row that end the run")
     collective_timeout_s: int = Field(600, gt=0)
 

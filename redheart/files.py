@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    """Indented, with lists of plain numbers on one line."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)
+    one_line = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text)
+    write_text(path, one_line + "\n")
 
 
 def read_json(path: Path, remedy: str) -> Any:

@@ -45,7 +45,7 @@ class RedHeartPipeline:
         if not texts or any(not t.strip() for t in texts):
             raise RedHeartError("give at least one text that is not empty")
         features, mask = pad(self.encoder.encode(texts)[0], self.encoder.width)
-        outputs = self.model(features, mask)
+        outputs = self.model(features.float(), mask)
         answers = [
             self._answer({n: t.predict(outputs)[i] for n, t in TASKS.items()}, outputs, i) for i in range(len(texts))
         ]

@@ -62,6 +62,13 @@ LABELS: dict[str, Label] = {
     "counterfactual": Label(("counterfactual",), 0.0, 1.0, scalar=True, binary=True),
     "surd": Label(SURD, 0.0, 1.0, simplex=3),
 }
+LABEL_COLUMNS: dict[str, slice] = {}  # where each label stands when all are written side by side
+_end = 0
+for _name, _label in LABELS.items():
+    LABEL_COLUMNS[_name] = slice(_end, _end + _label.size)
+    _end += _label.size
+NUM_LABEL_COLUMNS = _end
+
 ORIGINS = ("human", "author", "llm", "derived")
 JUDGED_ORIGINS = ("human", "author")  # labels that may judge the model; the others only help to train
 SPLITS = ("train", "dev", "test")
@@ -73,7 +80,8 @@ class Batch:
     """One micro-batch. `features` are token states of the frozen encoder, zero where `mask` is False.
 
     labels[name] and weights[name] are float32 [B, size]; a weight of 0 marks an entry without a label, whose value in
-    `labels` is 0 and never enters a loss. `keys` identify the samples' positions in the run, for dropout.
+    `labels` is 0 and never enters a loss. `keys` identify the samples' positions in the run, for dropout. Features stay
+    float16, as they are stored, until `to` makes them what the model computes in.
     """
 
     features: torch.Tensor  # [B, T, E]
@@ -84,6 +92,7 @@ class Batch:
     labels: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     keys: torch.Tensor  # [B] int64
+    origins: torch.Tensor  # [B, number of labels] int8: a place in ORIGINS, -1 where there is no label
     ids: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -96,8 +105,8 @@ class Batch:
             value = getattr(self, field.name)
             if isinstance(value, dict):
                 moved[field.name] = {k: v.to(device) for k, v in value.items()}
-            elif field.name in ("features", "contrast_features"):
-                moved[field.name] = value.to(device, dtype)
+            elif field.name in ("features", "contrast_features"):  # over the bus in 16 bits, then converted
+                moved[field.name] = value.to(device).to(dtype)
             elif field.name != "ids":
                 moved[field.name] = value.to(device)
         return replace(self, **moved)

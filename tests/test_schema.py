@@ -31,6 +31,7 @@ def a_batch() -> Batch:
         labels=labels,
         weights={name: torch.ones_like(value) for name, value in labels.items()},
         keys=torch.tensor([5, 6]),
+        origins=torch.zeros(2, len(labels), dtype=torch.int8),
         ids=("a", "b"),
     )
 

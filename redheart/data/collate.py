@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from redheart.schema import LABELS, Batch
+from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, Batch
+
+_OWNER = np.repeat(np.arange(len(LABELS)), [label.size for label in LABELS.values()])  # the label of each column
 
 
 def pad(states: Sequence[np.ndarray], encoder_width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T_i, E] arrays -> (features [B, T, E] float32, mask [B, T]); zero rows give [0, 1, E]."""
-    longest = max((len(s) for s in states), default=1)
-    features = torch.zeros(len(states), longest, encoder_width)
-    mask = torch.zeros(len(states), longest, dtype=torch.bool)
-    for i, state in enumerate(states):
-        features[i, : len(state)] = torch.from_numpy(state.astype(np.float32))
-        mask[i, : len(state)] = True
-    return features, mask
+    """float16 [T_i, E] arrays -> (features [B, T, E] float16, zero beyond each length; mask [B, T]). No state: [0, 1, E]."""
+    lengths = np.array([len(s) for s in states], dtype=np.int64)
+    longest = int(lengths.max()) if len(lengths) else 1
+    features = np.empty((len(states), longest, encoder_width), np.float16)
+    for row, state in zip(features, states, strict=True):
+        row[: len(state)] = state
+        row[len(state) :] = 0
+    return torch.from_numpy(features), torch.from_numpy(np.arange(longest) < lengths[:, None])
 
 
-def label_tensors(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """labels and weights, float32 [B, size] each; a null entry has value 0 and weight 0."""
-    labels, weights = {}, {}
-    for name, label in LABELS.items():
-        values = np.zeros((len(rows), label.size), np.float32)
-        weight = np.zeros_like(values)
-        for i, row in enumerate(rows):
-            value = row[name]
-            if value is None:
-                continue
-            entries = np.array([value] if label.scalar else value, dtype=np.float32)  # None becomes NaN
-            known = ~np.isnan(entries)
-            values[i, known] = entries[known]
-            weight[i, known] = row["label_weight"][name]
-        labels[name], weights[name] = torch.from_numpy(values), torch.from_numpy(weight)
-    return labels, weights
+def label_tensors(
+    values: np.ndarray, label_weights: np.ndarray
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """labels and weights, float32 [B, size] each; an entry without a label has value 0 and weight 0.
+
+    `values` is [B, NUM_LABEL_COLUMNS], NaN where there is no label; `label_weights` is [B, number of labels].
+    """
+    assert values.shape[1] == NUM_LABEL_COLUMNS
+    known = ~np.isnan(values)
+    filled = torch.from_numpy(np.where(known, values, np.float32(0)))
+    weights = torch.from_numpy(np.where(known, label_weights[:, _OWNER], np.float32(0)))
+    return (
+        {name: filled[:, columns] for name, columns in LABEL_COLUMNS.items()},
+        {name: weights[:, columns] for name, columns in LABEL_COLUMNS.items()},
+    )
 
 
-def collate(rows: Sequence[Mapping[str, Any]], keys: np.ndarray, encoder_width: int) -> Batch:
-    """Rows (with `features` as [T, E] arrays) and their positions in the run -> a Batch, float32 on the CPU."""
-    features, mask = pad([row["features"] for row in rows], encoder_width)
-    with_contrast = [i for i, row in enumerate(rows) if row["contrast_features"] is not None]
-    contrast, contrast_mask = pad([rows[i]["contrast_features"] for i in with_contrast], encoder_width)
-    labels, weights = label_tensors(rows)
+def collate(
+    features: Sequence[np.ndarray],
+    contrasts: Sequence[np.ndarray | None],
+    values: np.ndarray,
+    label_weights: np.ndarray,
+    origins: np.ndarray,
+    keys: np.ndarray,
+    ids: Sequence[str],
+    encoder_width: int,
+) -> Batch:
+    """Token features [T_i, E] with or without contrast, and labels as in `label_tensors` -> a Batch on the CPU."""
+    padded, mask = pad(features, encoder_width)
+    with_contrast = [i for i, c in enumerate(contrasts) if c is not None]
+    contrast, contrast_mask = pad([c for c in contrasts if c is not None], encoder_width)
+    labels, weights = label_tensors(values, label_weights)
     return Batch(
-        features=features,
+        features=padded,
         mask=mask,
         contrast_features=contrast,
         contrast_mask=contrast_mask,
@@ -55,5 +64,6 @@ def collate(rows: Sequence[Mapping[str, Any]], keys: np.ndarray, encoder_width: 
         labels=labels,
         weights=weights,
         keys=torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-        ids=tuple(row["id"] for row in rows),
+        origins=torch.from_numpy(origins),
+        ids=tuple(ids),
     )

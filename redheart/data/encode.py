@@ -1,20 +1,25 @@
 """The frozen text encoder: texts -> token features (chosen hidden layers, concatenated), without padding.
 
-Any encoder or causal LM that AutoModel loads. The fingerprint (name, revision, layers, width, cut) is stored in the
-index and checked wherever features meet a model.
+Any encoder or causal LM that AutoModel loads; `package:smollm2` is the labelling LLM read as an encoder. The fingerprint (name,
+revision, layers, width, cut) is stored in the index and checked wherever features meet a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 from redheart.config import EncoderConfig
-from redheart.console import quiet_libraries
+from redheart.console import console, progress, quiet_libraries
 from redheart.data.pretrained import encoder_path, no_such_model, revision_of
+from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 
 
@@ -52,10 +57,10 @@ class TextEncoder:
     @torch.inference_mode()
     def encode(
         self, texts: Sequence[str], tick: Callable[[int], None] = lambda n: None
-    ) -> tuple[list[np.ndarray], int]:
-        """(features in the order of the texts, number of texts that were cut at max_tokens). `tick(n)` reports n texts done."""
+    ) -> tuple[list[np.ndarray], list[bool]]:
+        """(features in the order of the texts, which texts were cut at max_tokens). `tick(n)` reports n texts done."""
         ids = self.tokenizer(list(texts), truncation=False, add_special_tokens=True)["input_ids"] if texts else []
-        cut = sum(len(i) > self.config.max_tokens for i in ids)
+        cut = [len(i) > self.config.max_tokens for i in ids]
         features: list[np.ndarray | None] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # batches of like length
         for start in range(0, len(order), self.config.batch_size):
@@ -87,3 +92,102 @@ def check_encoder(made_with: dict[str, Any], wanted: EncoderConfig, model_width:
                 f"the data was encoded with {key} = {made_with[key]!r} but data.encoder.{key} is {value!r}: "
                 "prepare the data again, or --set it to what the data has"
             )
+
+
+def encode_parts(
+    parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: Path, config: EncoderConfig
+) -> tuple[dict[str, Any], np.ndarray, dict[str, float]]:
+    """Encodes named parts of the records into `work`, each part a file; parts that are there already are kept.
+
+    Returns the encoder's fingerprint, the mean-pooled features of all texts in the order of the parts [N, E] and, by source,
+    the share of texts that were cut. Of several processes each encodes its share; only the first returns all of it.
+    """
+    console.print(f"loading the encoder {config.name} …")
+    encoder = TextEncoder(config)
+    mine = [p for i, p in enumerate(parts) if i % launched_world_size() == launched_rank()]
+    with progress("token features", sum(len(records) for _, records in mine)) as (bar, task):
+        for name, records in mine:
+            if not _part_file(work, name).is_file():
+                _encode_part(encoder, _part_file(work, name), records, lambda n: bar.advance(task, n))
+            else:
+                bar.advance(task, len(records))
+    if launched_rank() > 0:
+        return encoder.fingerprint, np.zeros((0, encoder.width), np.float32), {}
+    wait_for([_part_file(work, name) for name, _ in parts])
+    pooled, cut, total = [], Counter[str](), Counter[str]()
+    for name, records in parts:
+        saved = load_file(_part_file(work, name))
+        pooled.append(saved["pooled"])
+        for record, was_cut in zip(records, saved["cut"], strict=True):
+            cut[record["source"]] += bool(was_cut)
+            total[record["source"]] += 1
+    shares = {source: cut[source] / count for source, count in total.items()}
+    return encoder.fingerprint, np.concatenate(pooled), shares
+
+
+def load_part(
+    work: Path, name: str, records: Sequence[Mapping[str, Any]]
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """(features, contrast features or None) of the records of an encoded part, float16 [T, E] each."""
+    saved = load_file(_part_file(work, name))
+    features = np.split(saved["features"], np.cumsum(saved["lengths"])[:-1])
+    contrasts = iter(np.split(saved["contrast_features"], np.cumsum(saved["contrast_lengths"])[:-1]))
+    return [
+        (f, None if r["contrast_text"] is None else next(contrasts)) for f, r in zip(features, records, strict=True)
+    ]
+
+
+def _part_file(work: Path, name: str) -> Path:
+    return work / f"encoded-{name}.safetensors"
+
+
+def _encode_part(
+    encoder: TextEncoder, path: Path, records: Sequence[Mapping[str, Any]], tick: Callable[[int], None]
+) -> None:
+    features, cut = encoder.encode([r["text"] for r in records], tick)
+    contrasts, _ = encoder.encode([r["contrast_text"] for r in records if r["contrast_text"] is not None])
+    empty = np.zeros((0, encoder.width), np.float16)
+    content = {
+        "features": np.concatenate(features),
+        "lengths": np.array([len(f) for f in features]),
+        "contrast_features": np.concatenate([*contrasts, empty]),
+        "contrast_lengths": np.array([len(f) for f in contrasts], dtype=np.int64),
+        "pooled": np.stack([f.astype(np.float32).mean(0) for f in features]),
+        "cut": np.array(cut, dtype=np.uint8),
+    }
+    temporary = path.with_suffix(".tmp")
+    save_file(content, temporary)
+    temporary.rename(path)
+
+
+def wait_for(files: Sequence[Path], patience_s: float = 1800.0) -> None:
+    """Waits until other processes have written `files`; an error names the first that is missing after `patience_s` of no news."""
+    missing, since = [f for f in files if not f.is_file()], time.monotonic()
+    while missing:
+        time.sleep(0.2)
+        left = [f for f in missing if not f.is_file()]
+        if len(left) < len(missing):
+            since = time.monotonic()
+        elif time.monotonic() - since > patience_s:
+            raise RedHeartError(f"{left[0]} was not written by another process within {patience_s:g} s: run this again")
+        missing = left
+
+
+def check_languages(records: Sequence[Mapping[str, Any]], config: EncoderConfig, sample: int = 1000) -> None:
+    """Raises if records are in a language that the encoder was not made for; says how badly its tokenizer reads them."""
+    foreign = Counter(r["lang"] for r in records if r["lang"] not in config.languages)
+    if not foreign:
+        return
+    from transformers import AutoTokenizer
+
+    quiet_libraries()
+    lang, count = foreign.most_common(1)[0]
+    tokenizer = AutoTokenizer.from_pretrained(encoder_path(config.name))
+    texts = [r["text"] for r in records if r["lang"] == lang][:sample]
+    pieces = [i for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids]
+    unknown = sum(i == tokenizer.unk_token_id for i in pieces) / max(len(pieces), 1)
+    raise RedHeartError(
+        f"{count} records are in {lang!r}, which encoder {config.name} was not made for (data.encoder.languages = "
+        f"{list(config.languages)}): {unknown:.1%} of their pieces are unknown to it, {len(pieces) / len(texts):.0f} pieces a "
+        "text. Choose a multilingual encoder (--set data.encoder.name=…), or add the language there if it really reads it"
+    )

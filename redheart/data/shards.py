@@ -1,24 +1,28 @@
-"""Shards: Parquet files of preprocessed samples, and the index that names them (rows, tokens, sha256).
+"""Shards: Arrow files of preprocessed samples, and the index that names them (rows, lengths, sha256).
 
-A data directory holds `index.json` and SPLIT-00000.parquet …; it is committed by the index, written last.
-Columns as DESIGN §3; `features` is list<fixed_size_list<float16, E>>, without padding.
+A data directory holds `index.json` and SPLIT-00000.arrow …; it is committed by the index, written last. Columns as
+DESIGN §3; `features` is list<fixed_size_list<float16, E>>, without padding. Arrow, not Parquet: float16 features do not
+compress, and a row of a memory-mapped Arrow file is read without decoding its neighbours. The rows of a shard are sorted by
+their length bucket (data/order.py), the shards of a split are random parts of it. `datasets.load_dataset` reads the files too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from redheart.files import read_json, sha256_of
-from redheart.schema import LABELS, SPLITS, RedHeartError
+from redheart.data.order import bucket
+from redheart.files import sha256_of
+from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, ORIGINS, RedHeartError
 
 INDEX = "index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def arrow_schema(encoder_width: int) -> pa.Schema:
@@ -39,13 +43,21 @@ def features_array(states: Iterable[np.ndarray | None], encoder_width: int) -> p
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     full = [s for s in states if s is not None]
     values = np.concatenate(full) if full else np.zeros((0, encoder_width), np.float16)
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float16).ravel()), encoder_width)
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float16, copy=False).ravel()), encoder_width)
     missing = pa.array([s is None for s in states])
     return pa.ListArray.from_arrays(offsets, rows, mask=missing)
 
 
-def write_shard(path: Path, records: list[dict[str, Any]], encoder_width: int) -> dict[str, Any]:
-    """Writes one shard and returns its index entry. Each record carries `features` and `contrast_features` as arrays."""
+def write_shard(
+    path: Path, records: Sequence[dict[str, Any]], encoder_width: int, max_tokens: int, repeat: int = 1
+) -> dict[str, Any]:
+    """Writes one shard, rows sorted by length bucket, and returns its index entry.
+
+    Each record carries `features` and `contrast_features` as arrays (or None). `repeat`: how often an epoch shows its rows.
+    """
+    contrast_lengths = [0 if r["contrast_features"] is None else len(r["contrast_features"]) for r in records]
+    buckets = [bucket(len(r["features"]), c, max_tokens) for r, c in zip(records, contrast_lengths, strict=True)]
+    records = [records[i] for i in np.argsort(buckets, kind="stable")]
     schema = arrow_schema(encoder_width)
     columns = []
     for field in schema:
@@ -55,32 +67,119 @@ def write_shard(path: Path, records: list[dict[str, Any]], encoder_width: int) -
         else:
             columns.append(pa.array(values, field.type))
     temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary, compression="zstd", row_group_size=512)
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_table(pa.Table.from_arrays(columns, schema=schema))
     temporary.rename(path)
-    tokens = sum(len(r["features"]) for r in records)
-    return {"file": path.name, "rows": len(records), "tokens": tokens, "sha256": sha256_of(path)}
+    return {
+        "file": path.name,
+        "rows": len(records),
+        "repeat": repeat,
+        "tokens": sum(len(r["features"]) for r in records) + sum(contrast_lengths),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+        "buckets": sorted(Counter(buckets).items()),
+    }
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """The index of a data directory, checked for its version and for an encoder."""
-    index = read_json(directory / INDEX, f"run `redheart prepare --source NAME=PATH --out {directory}` first")
-    if index.get("version") != FORMAT_VERSION:
-        raise RedHeartError(
-            f"{directory / INDEX} has version {index.get('version')}, this program reads {FORMAT_VERSION}: prepare it again"
-        )
-    return index
+@dataclass(frozen=True)
+class Shard:
+    """An open shard: token features as views into the memory-mapped file, labels as dense arrays.
+
+    `values` [rows, NUM_LABEL_COLUMNS] is NaN where there is no label; `weights` and `origins` are [rows, number of labels].
+    """
+
+    table: pa.Table
+    ids: list[str]
+    features: _Ragged
+    contrasts: _Ragged
+    values: np.ndarray
+    weights: np.ndarray
+    origins: np.ndarray
 
 
-def shard_paths(directory: Path, index: Mapping[str, Any], split: str) -> list[Path]:
-    """The verified shards of a split. A missing or damaged one is an error that names it."""
-    if split not in SPLITS:
-        raise RedHeartError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    paths = []
-    for entry in index["splits"].get(split, {"shards": []})["shards"]:
-        path = directory / entry["file"]
-        if not path.is_file():
-            raise RedHeartError(f"shard {path} is missing although {INDEX} names it: prepare the data again")
-        if sha256_of(path) != entry["sha256"]:
-            raise RedHeartError(f"shard {path} is damaged (its sha256 differs from {INDEX}): prepare the data again")
-        paths.append(path)
-    return paths
+class _Ragged:
+    """A list<fixed_size_list<float16, E>> column; [i] is row i as a [T, E] view, or None where null."""
+
+    def __init__(self, column: pa.ListArray, width: int):
+        self._offsets = column.offsets.to_numpy().tolist()
+        self._valid = column.is_valid().to_numpy(zero_copy_only=False).tolist()
+        values = column.values
+        self._values = values.values[values.offset * width :].to_numpy().reshape(-1, width)
+
+    def __getitem__(self, row: int) -> np.ndarray | None:
+        return self._values[self._offsets[row] : self._offsets[row + 1]] if self._valid[row] else None
+
+
+def open_shard(path: Path, encoder_width: int) -> Shard:
+    """Memory-maps a shard through HF datasets. The file must be verified already; its columns are checked here."""
+    import datasets
+
+    table = datasets.Dataset.from_file(str(path)).data.table
+    if not table.schema.equals(arrow_schema(encoder_width), check_metadata=False):
+        raise RedHeartError(f"shard {path} has other columns than this program writes: prepare the data again")
+    column = {name: table[name].chunk(0) for name in table.column_names}  # one record batch, as written
+    values = np.full((len(table), NUM_LABEL_COLUMNS), np.nan, np.float32)
+    for name, label in LABELS.items():
+        entries = column[name]
+        if label.scalar:
+            values[:, LABEL_COLUMNS[name]] = entries.to_numpy(zero_copy_only=False)[:, None]
+        else:
+            known = entries.is_valid().to_numpy(zero_copy_only=False)
+            flat = entries.flatten().to_numpy(zero_copy_only=False)
+            values[known, LABEL_COLUMNS[name]] = flat.reshape(-1, label.size)
+    weights = [column["label_weight"].field(n).to_numpy(zero_copy_only=False) for n in LABELS]
+    origins = [_origin_codes(column["label_origin"].field(n)) for n in LABELS]
+    return Shard(
+        table=table,
+        ids=column["id"].to_pylist(),
+        features=_Ragged(column["features"], encoder_width),
+        contrasts=_Ragged(column["contrast_features"], encoder_width),
+        values=values,
+        weights=np.nan_to_num(np.stack(weights, 1).astype(np.float32)),
+        origins=np.stack(origins, 1),
+    )
+
+
+def _origin_codes(column: pa.Array) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    return pc.fill_null(pc.index_in(column, pa.array(ORIGINS)), -1).to_numpy().astype(np.int8)
+
+
+BINS = 101
+
+
+Histograms = dict[str, list[list[tuple[int, float]]]]  # by label and entry: (step, summed weight) where there is any
+
+
+def label_histograms(shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> Histograms:
+    """Per label and entry, the summed weight of labels in 101 equal steps of the label's range; from (values, weights) of rows.
+
+    Enough to set the scale of every loss at the start of a run without reading the data.
+    """
+    sums = {name: np.zeros((label.size, BINS)) for name, label in LABELS.items()}
+    for values, weights in shards:
+        for column, (name, label) in enumerate(LABELS.items()):
+            steps = (values[:, LABEL_COLUMNS[name]] - label.low) / (label.high - label.low) * (BINS - 1)
+            for entry in range(label.size):
+                known = ~np.isnan(steps[:, entry])
+                place = steps[known, entry].round().astype(int)
+                sums[name][entry] += np.bincount(place, weights[known, column], minlength=BINS)
+    return {
+        name: [[(int(step), round(float(row[step]), 4)) for step in np.flatnonzero(row)] for row in total]
+        for name, total in sums.items()
+        if total.any()
+    }
+
+
+def histogram_arrays(histograms: Histograms) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(values, weights) by label, float32 [101, size]: a weighted sample that stands for the whole split."""
+    values, weights = {}, {}
+    for name, label in LABELS.items():
+        steps = np.linspace(label.low, label.high, BINS, dtype=np.float32)
+        values[name] = np.repeat(steps[:, None], label.size, 1)
+        weights[name] = np.zeros((BINS, label.size), np.float32)
+        for entry, pairs in enumerate(histograms.get(name, [])):
+            for step, weight in pairs:
+                weights[name][step, entry] = weight
+    return values, weights

@@ -1,91 +1,143 @@
 """Reads prepared samples through HF `datasets`, in the order of data/order.py, and hands out micro-batches.
 
-The Parquet shards become memory-mapped Arrow once (cached beside the data), so any row is read in O(1) and a resume
-needs nothing but the step number.
+Shards are memory-mapped, a window of them at a time; the next window is verified and opened, or fetched, in the background
+while this one is read. So any row is read without its neighbours, memory does not grow, and a resume needs nothing but the
+step number.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import torch
 
+from redheart.config import RemoteConfig
 from redheart.data.collate import collate
-from redheart.data.order import positions, rank_slice, samples_at
-from redheart.data.shards import read_index, shard_paths
-from redheart.schema import LABELS, Batch
-
-META = ("id", "source", "split", "lang", "text", "contrast_text")
+from redheart.data.order import CHUNK, WINDOW_SHARDS, Order, order_of, positions, rank_slice
+from redheart.data.shards import Shard, histogram_arrays, open_shard
+from redheart.data.store import Store
+from redheart.schema import Batch
 
 
 class SampleStream:
-    """One split of a data directory. `encoder` is the fingerprint that its features were made with."""
+    """One split of a data directory or URL. `encoder` is the fingerprint that its features were made with."""
 
-    def __init__(self, directory: Path, split: str):
-        self.directory, self.split = directory, split
-        self.index = read_index(directory)
+    def __init__(self, location: str | Path, split: str, remote: RemoteConfig | None = None):
+        self.split = split
+        self.store = Store(location, remote)
+        self.index = self.store.index
         self.encoder: dict[str, Any] = self.index["encoder"]
-        paths = shard_paths(directory, self.index, split)
-        self.num_rows: int = sum(s["rows"] for s in self.index["splits"].get(split, {"shards": []})["shards"])
-        self._table = _open(paths, directory / ".cache") if self.num_rows else None
+        self._entries = self.store.shards(split)
+        self._starts = np.concatenate([[0], np.cumsum([e["rows"] for e in self._entries], dtype=np.int64)])
+        self.num_rows = int(self._starts[-1])
+        self.rows_per_epoch = sum(e["rows"] * e.get("repeat", 1) for e in self._entries)
+        self._orders: dict[int, Order] = {}
+        self._open: OrderedDict[int, Future[Shard]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="shards")
+        self._capacity = 2 * self.index.get("window_shards", WINDOW_SHARDS) + 2
+
+    def batch(self, numbers: np.ndarray, keys: np.ndarray) -> Batch:
+        """The rows with these numbers, as one Batch with these `keys`."""
+        where = np.searchsorted(self._starts, numbers, side="right") - 1
+        shards = {s: self._shard(s) for s in dict.fromkeys(where.tolist())}
+        rows = [(shards[s], n) for s, n in zip(where.tolist(), (numbers - self._starts[where]).tolist(), strict=True)]
+        features = [shard.features[n] for shard, n in rows]
+        return collate(
+            [f for f in features if f is not None],
+            [shard.contrasts[n] for shard, n in rows],
+            np.stack([shard.values[n] for shard, n in rows]),
+            np.stack([shard.weights[n] for shard, n in rows]),
+            np.stack([shard.origins[n] for shard, n in rows]),
+            keys,
+            [shard.ids[n] for shard, n in rows],
+            self.encoder["width"],
+        )
 
     def rows(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        """The rows with these numbers, `features` and `contrast_features` as float16 [T, E] arrays (or None)."""
-        if len(numbers) == 0 or self._table is None:
-            return []
-        table: pa.Table = self._table[[int(n) for n in numbers]]
-        plain = table.drop_columns(["features", "contrast_features"]).to_pylist()
-        for name in ("features", "contrast_features"):
-            for row, state in zip(plain, _arrays(table[name], self.encoder["width"])):
-                row[name] = state
-        return plain
+        """The rows with these numbers as they were written, features as float16 [T, E] arrays (or None)."""
+        result = []
+        for number in numbers.tolist():
+            place = int(np.searchsorted(self._starts, number, side="right")) - 1
+            shard, row = self._shard(place), number - int(self._starts[place])
+            table = shard.table.drop_columns(["features", "contrast_features"])
+            features = {"features": shard.features[row], "contrast_features": shard.contrasts[row]}
+            result.append({**table.slice(row, 1).to_pylist()[0], **features})
+        return result
 
-    def label_rows(self) -> list[dict[str, Any]]:
-        """All rows, labels and weights only (no text, no features)."""
-        if self._table is None:
-            return []
-        names = [*LABELS, "label_weight", "label_origin"]
-        return self._table.select_columns(names)[:].to_pylist()
+    def label_sample(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(values, weights) by label, float32 [101, size], distributed like the split's labels; from the index alone."""
+        values, weights = histogram_arrays(self.index["splits"][self.split]["histograms"])
+        return {n: torch.from_numpy(v) for n, v in values.items()}, {n: torch.from_numpy(w) for n, w in weights.items()}
+
+    def order(self, seed: int) -> Order:
+        if seed not in self._orders:
+            self._orders[seed] = order_of(self.index, self.split, seed)
+        return self._orders[seed]
 
     def micro_batches(
         self, step: int, seed: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
     ) -> Iterator[Batch]:
-        """The micro-batches of this rank at a step, in order; together the ranks see the global batch exactly once."""
+        """The micro-batches of this rank at a step; together the ranks see the global batch exactly once.
+
+        A micro-batch larger than the order's chunk takes chunks of neighbouring lengths. That changes which samples share a
+        micro-batch, never which samples a step sees.
+        """
+        order = self.order(seed)
         where = rank_slice(positions(step, global_batch_size), rank, world_size)
-        numbers = samples_at(where, self.num_rows, seed)
+        numbers = order.samples(where)
+        self._prefetch(order, int(where[-1]))
+        if micro_batch_size > self.index.get("chunk", CHUNK):
+            by_length = np.argsort(self._buckets_of(numbers), kind="stable")
+            where, numbers = where[by_length], numbers[by_length]
         for start in range(0, len(where), micro_batch_size):
             part = slice(start, start + micro_batch_size)
-            yield collate(self.rows(numbers[part]), where[part], self.encoder["width"])
+            yield self.batch(numbers[part], where[part])
 
     def in_order(
         self, batch_size: int, rank: int = 0, world_size: int = 1, max_rows: int | None = None
-    ) -> Iterator[tuple[list[dict[str, Any]], Batch]]:
-        """The first `max_rows` rows (all by default) once, in the order of the shards, batches dealt to the ranks in turn."""
-        end = self.num_rows if max_rows is None else min(max_rows, self.num_rows)
-        for number, start in enumerate(range(0, end, batch_size)):
-            if number % world_size == rank:
-                numbers = np.arange(start, min(start + batch_size, end))
-                rows = self.rows(numbers)
-                yield rows, collate(rows, numbers, self.encoder["width"])
+    ) -> Iterator[Batch]:
+        """Every row once, or `max_rows` of them evenly spread over the split, batches dealt to the ranks in turn."""
+        wanted = self.num_rows if max_rows is None else min(max_rows, self.num_rows)
+        numbers = np.arange(wanted) * self.num_rows // max(wanted, 1)
+        for turn, start in enumerate(range(0, wanted, batch_size)):
+            if turn % world_size == rank:
+                part = numbers[start : start + batch_size]
+                yield self.batch(part, part)
 
+    def _shard(self, number: int) -> Shard:
+        future = self._request(number)
+        self._open.move_to_end(number)
+        while len(self._open) > self._capacity:
+            self._open.popitem(last=False)
+        try:
+            return future.result()
+        except BaseException:
+            del self._open[number]
+            raise
 
-def _open(paths: list[Path], cache: Path) -> Any:
-    import datasets
+    def _request(self, number: int) -> Future[Shard]:
+        if number not in self._open:
+            self._open[number] = self._pool.submit(self._fetch_and_open, number)
+        return self._open[number]
 
-    datasets.disable_progress_bars()
-    files = [str(p) for p in paths]
-    return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache)).with_format("arrow")
+    def _fetch_and_open(self, number: int) -> Shard:
+        return open_shard(self.store.fetch(self._entries[number]), self.encoder["width"])
 
+    def _prefetch(self, order: Order, position: int) -> None:
+        epoch, window, _ = order.locate(position)
+        for number in order.shards_of_window(epoch, window + 1).tolist():
+            self._request(number)
 
-def _arrays(column: pa.ChunkedArray, encoder_width: int) -> list[np.ndarray | None]:
-    """list<fixed_size_list<float16>> -> one [T, E] array per row, None where null."""
-    states: list[np.ndarray | None] = []
-    for chunk in column.chunks:
-        offsets = chunk.offsets.to_numpy()
-        values = chunk.values.flatten().to_numpy(zero_copy_only=False).reshape(-1, encoder_width)
-        for i, valid in enumerate(chunk.is_valid().to_numpy(zero_copy_only=False)):
-            states.append(values[offsets[i] : offsets[i + 1]] if valid else None)
-    return states
+    def _buckets_of(self, numbers: np.ndarray) -> np.ndarray:
+        """The length bucket of each row: shards are sorted by it, so it follows from the row's place."""
+        where = np.searchsorted(self._starts, numbers, side="right") - 1
+        return np.array([self._bucket(s, n) for s, n in zip(where.tolist(), (numbers - self._starts[where]).tolist())])
+
+    def _bucket(self, shard: int, row: int) -> int:
+        buckets = np.array(self._entries[shard]["buckets"])
+        return int(buckets[np.searchsorted(np.cumsum(buckets[:, 1]), row, side="right"), 0])

@@ -6,7 +6,7 @@ far it agrees with labels of that kind, and are marked so wherever they are prin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,23 +45,23 @@ def evaluate(
     world_size: int = 1,
     max_rows: int | None = None,
 ) -> Evaluation:
-    """Evaluates on the first `max_rows` rows of the stream's split (all by default). Collective; the model's mode is restored."""
+    """Evaluates on the whole split, or on `max_rows` rows evenly spread over it. Collective; the model's mode is restored."""
     sums = dict.fromkeys(TASKS, 0.0)
     counts = dict.fromkeys(TASKS, 0.0)
     tallies = {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in _rows()}
     seen = 0
     was_training = model.training
     model.eval()
-    for rows, batch in stream.in_order(batch_size, rank, world_size, max_rows):
-        seen += len(rows)
-        outputs = forward(model, batch.to(device, dtype))
+    for batch in stream.in_order(batch_size, rank, world_size, max_rows):
+        seen += len(batch)
         on_device = batch.to(device, dtype)
+        outputs = forward(model, on_device)
         for name, (value, count) in task_losses(outputs, on_device.labels, on_device.weights, config).items():
             if name in TASKS:
                 sums[name] += float(value)
                 counts[name] += float(count)
         predictions = {name: task.predict(outputs).cpu() for name, task in TASKS.items()}
-        add_tallies(tallies, predictions, batch, rows)
+        add_tallies(tallies, predictions, batch)
     model.train(was_training)
     return _merge(seen, sums, counts, tallies, factors)
 
@@ -72,16 +72,15 @@ def forward(model: RedHeartModel, batch: Batch) -> Any:
     return model(batch.features, batch.mask, batch.contrast_features, batch.contrast_mask, batch.contrast_rows)
 
 
-def add_tallies(
-    tallies: dict[Row, Tally], predictions: Mapping[str, torch.Tensor], batch: Batch, rows: Iterable[Mapping[str, Any]]
-) -> None:
+def add_tallies(tallies: dict[Row, Tally], predictions: Mapping[str, torch.Tensor], batch: Batch) -> None:
     """Adds predictions [B, size] by task to the tallies of the origin of each row's label."""
-    origins = [row["label_origin"] for row in rows]
+    columns = {label: batch.origins[:, i] for i, label in enumerate(LABELS)}
     for name, task in TASKS.items():
-        for origin in ORIGINS:
-            mine = torch.tensor([[float(o[task.label] == origin)] for o in origins])
-            labelled = batch.weights[task.label] * mine
-            tallies[name, origin] += tally(predictions[name], batch.labels[task.label], labelled)
+        for code, origin in enumerate(ORIGINS):
+            mine = columns[task.label] == code
+            if mine.any():
+                labelled = batch.weights[task.label] * mine[:, None]
+                tallies[name, origin] += tally(predictions[name], batch.labels[task.label], labelled)
 
 
 def _rows() -> list[Row]:

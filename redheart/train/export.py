@@ -53,7 +53,7 @@ def load_model(path: Path) -> Trained:
     return Trained(model.eval(), config, progress)
 
 
-def export(checkpoint: Path, out: Path, licences: dict[str, str] | None = None) -> dict[str, Any]:
+def export(checkpoint: Path, out: Path) -> dict[str, Any]:
     """Writes the export in one step; returns its parameter counts."""
     if out.exists():
         raise RedHeartError(f"{out} exists already: name another --out")
@@ -62,14 +62,17 @@ def export(checkpoint: Path, out: Path, licences: dict[str, str] | None = None) 
         model.save_pretrained(temporary)
         kept = {"config": config.model_dump(mode="json"), "progress": asdict(progress)}
         write_text(temporary / SETTINGS, json.dumps(kept, indent=2) + "\n")
-        write_text(temporary / "README.md", _card(model, config, licences or {}))
+        write_text(temporary / "README.md", _card(model, config, progress.sources))
     return parameter_counts(model)
 
 
-def _card(model: RedHeartModel, config: RunConfig, licences: dict[str, str]) -> str:
+def _card(model: RedHeartModel, config: RunConfig, sources: dict[str, Any]) -> str:
     counts = parameter_counts(model)
     rows = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
-    sources = "\n".join(f"- {name}: {licence}" for name, licence in licences.items()) or "- not recorded"
+    lines = [
+        f"- {name}: {facts['licence']}" + (" (not for commercial use)" if facts["non_commercial"] else "")
+        for name, facts in sources.items()
+    ]
     encoder = model.config.encoder or {}
     return f"""---
 library_name: redheart
@@ -87,7 +90,7 @@ Korean cultural affect (jeong 정, han 한, chemyeon 체면), Bentham's hedonic 
 
 Training data and licences:
 
-{sources}
+{chr(10).join(lines)}
 
 ```python
 from redheart import RedHeartPipeline

@@ -14,7 +14,6 @@ import torch
 
 from redheart.config import RunConfig, dump_config
 from redheart.console import console
-from redheart.data.collate import label_tensors
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
 from redheart.files import write_json, write_text
@@ -51,7 +50,7 @@ class TrainResult:
 
 def train(
     config: RunConfig,
-    data: Path,
+    data: str | Path,
     run: Path,
     resume: str | None = None,
     overwrite: bool = False,
@@ -73,8 +72,9 @@ def train(
         )
     if source and state.encoder != streams[0].encoder:
         raise RedHeartError(f"{source} was trained on features of another encoder ({state.encoder}) than {data} holds")
-    state.encoder, state.data = streams[0].encoder, str(data.resolve())
-    total_steps = steps_of(config, streams[0].num_rows)
+    state.encoder, state.sources = streams[0].encoder, streams[0].index["sources"]
+    state.data = str(data) if "://" in str(data) else str(Path(data).resolve())
+    total_steps = steps_of(config, streams[0].rows_per_epoch)
     _claim(run, config, bool(source), overwrite)
 
     torch.manual_seed(config.training.seed)
@@ -87,7 +87,7 @@ def train(
     if source:
         engine.load(source)
     else:
-        state.scales = constant_losses(*label_tensors(streams[0].label_rows()), config.loss)
+        state.scales = constant_losses(*streams[0].label_sample(), config.loss)
     _announce(config, engine.world_size, micro, accumulation, total_steps, state)
     trainer = Trainer(config, run, engine, streams, state, total_steps, micro, update_parameters)
     started = time.perf_counter()
@@ -111,8 +111,8 @@ def build_model(config: RunConfig, encoder: dict[str, Any] | None) -> RedHeartMo
     return model.train()
 
 
-def _open_streams(data: Path, config: RunConfig) -> tuple[SampleStream, SampleStream]:
-    streams = SampleStream(data, "train"), SampleStream(data, "dev")
+def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, SampleStream]:
+    streams = SampleStream(data, "train", config.data.remote), SampleStream(data, "dev", config.data.remote)
     if not streams[0].num_rows:
         raise RedHeartError(f"{data} has no training rows: prepare more samples, or give some of them split 'train'")
     check_encoder(streams[0].encoder, config.data.encoder, config.model.encoder_width)

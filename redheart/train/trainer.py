@@ -21,6 +21,7 @@ from redheart.train.board import Board
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
 from redheart.train.guard import NonFiniteGuard, StopRequest
+from redheart.train.sample_log import SampleLog
 
 
 def every(step: int, n: int) -> bool:
@@ -49,6 +50,7 @@ class Trainer:
         self.guard = NonFiniteGuard(run, config.training.max_bad_steps)
         self.guard.skipped = state.skipped_steps
         self.board = Board(run, state.step)
+        self.log = SampleLog(run, engine.rank, engine.world_size, state.step) if config.training.log_samples else None
 
     def run(self) -> StopRequest:
         """Runs to the end, or to a signal; the last thing it does is a checkpoint."""
@@ -88,6 +90,8 @@ class Trainer:
             self.engine.backward(loss, is_last=i == window.num_micro_batches - 1)
             sums = {name: sums[name] + value for name, value in parts.items()}
         step = self.state.step
+        if self.log:
+            self.log.write(step, window.batches)
         learning_rate = stages.learning_rate_at(step, self.total_steps, self.config.optimizer)
         update = stages.update(self.engine, learning_rate * self.update_parameters, want_log)
         self.guard.check(step, update, sums, [i for b in window.batches for i in b.ids])

@@ -14,12 +14,12 @@ from redheart.tasks import task_weights
 from redheart.train.export import load_model, resolve
 
 
-def validate(checkpoint: Path, data: Path | None, split: str, out: Path | None) -> tuple[Report, Path | None]:
+def validate(checkpoint: Path, data: str | Path | None, split: str, out: Path | None) -> tuple[Report, Path | None]:
     """(the report, where it was written). `data` defaults to what the checkpoint was trained on, `out` to its run directory."""
     directory = resolve(checkpoint)
     model, config, progress = load_model(directory)
-    data = data or Path(progress.data)
-    train, held_out = SampleStream(data, "train"), SampleStream(data, split)
+    data = data or progress.data
+    train, held_out = SampleStream(data, "train", config.data.remote), SampleStream(data, split, config.data.remote)
     if not held_out.num_rows:
         raise RedHeartError(f"{data} has no rows in split {split!r}: prepare more samples, or choose another --split")
     if held_out.encoder != progress.encoder:

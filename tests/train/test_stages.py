@@ -72,8 +72,8 @@ def poisoned(data: Path, tmp_path: Path) -> Path:
             for row in rows:
                 row["features"] = row["features"].copy()
                 row["features"][0, 0] = np.inf
-        entry = write_shard(out / f"{split}-00000.parquet", rows, 768)
-        index["splits"][split] = {"rows": entry["rows"], "tokens": entry["tokens"], "shards": [entry]}
+        entry = write_shard(out / f"{split}-00000.arrow", rows, 768, 64)
+        index["splits"][split] |= {"shards": [entry]}
     (out / INDEX).write_text(json.dumps(index))
     return out
 

@@ -1,0 +1,153 @@
+"""`redheart bench encoder`: which frozen encoder to build on, by linear probes on the dev splits of real corpora.
+
+Each text is one vector, the mean of its token features. Emotions: logistic regression per emotion, macro-F1 with thresholds
+chosen on the training texts, and macro ROC-AUC. Valence, arousal, dominance: ridge regression, Pearson's r. Pairs: logistic regression on
+standardised differences without intercept, accuracy. Theories: logistic regression, ROC-AUC. Test splits are not touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redheart.config import DataConfig, EncoderConfig
+from redheart.console import console, progress
+from redheart.data.encode import TextEncoder
+from redheart.data.gather import gather
+from redheart.schema import ETHICS, RedHeartError
+
+CANDIDATES = {
+    "minilm-4+6": EncoderConfig(name="package:minilm", layers=(4, 6)),
+    "smollm2-20": EncoderConfig(name="package:smollm2", layers=(20,)),
+}
+SOURCES = ("goemotions", "emobank", "ethics")
+Records = Sequence[dict[str, Any]]
+
+
+def bench_encoder(max_train: int = 4000, max_dev: int = 1500) -> dict[str, Any]:
+    """Dev metrics of every probe for each packaged encoder, at most so many texts a task, the same for both; texts per second."""
+    root = Path(os.environ.get("REDHEART_DATA", "../shared/data"))
+    missing = [name for name in SOURCES if not (root / name).is_dir()]
+    if missing:
+        raise RedHeartError(f"{root / missing[0]} is missing: set REDHEART_DATA to the corpora")
+    specs = [f"{name}={root / name}" for name in SOURCES]
+    records = gather(specs, DataConfig(), False, Path(os.devnull)).records
+    tasks = {name: _split(records, wanted, max_train, max_dev) for name, wanted in TASKS.items()}
+    result: dict[str, Any] = {
+        "dev": {},
+        "texts_per_s": {},
+        "texts": {n: [len(a), len(b)] for n, (a, b) in tasks.items()},
+    }
+    for name, config in CANDIDATES.items():
+        encoder, started = TextEncoder(config), time.perf_counter()
+        texts = list(dict.fromkeys(t for pair in tasks.values() for part in pair for r in part for t in _texts(r)))
+        console.print(f"{name}: {len(texts)} texts")
+        vectors = dict(zip(texts, _pooled(encoder, texts), strict=True))
+        result["texts_per_s"][name] = len(texts) / (time.perf_counter() - started)
+        result["dev"][name] = {
+            metric: value
+            for task, (train, dev) in tasks.items()
+            for metric, value in PROBES[task](train, dev, vectors).items()
+        }
+    return result
+
+
+def _texts(record: dict[str, Any]) -> list[str]:
+    return [record["text"]] if record["contrast_text"] is None else [record["text"], record["contrast_text"]]
+
+
+def _split(
+    records: Records, wanted: Callable[[dict[str, Any]], bool], max_train: int, max_dev: int
+) -> tuple[Records, Records]:
+    """The task's training and dev records, a random part by the hash of their ids."""
+    mine = sorted((r for r in records if wanted(r)), key=lambda r: hashlib.sha256(r["id"].encode()).digest())
+    return [r for r in mine if r["split"] == "train"][:max_train], [r for r in mine if r["split"] == "dev"][:max_dev]
+
+
+def _pooled(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
+    vectors = []
+    with progress("encoding", len(texts)) as (bar, task):
+        for start in range(0, len(texts), 1024):
+            features, _ = encoder.encode(texts[start : start + 1024], lambda n: bar.advance(task, n))
+            vectors += [f.astype(np.float32).mean(0) for f in features]
+    return np.stack(vectors)
+
+
+def _matrix(records: Records, vectors: dict[str, np.ndarray], field: str = "text") -> np.ndarray:
+    return np.stack([vectors[r[field]] for r in records])
+
+
+def _logistic(x: np.ndarray, y: np.ndarray, intercept: bool = True) -> Any:
+    """Standardised logistic regression; C by 4-fold cross-validation on the training texts."""
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = LogisticRegressionCV(
+        Cs=[0.0003, 0.003, 0.03], cv=4, scoring="neg_log_loss", max_iter=500, fit_intercept=intercept,
+        l1_ratios=(0.0,), use_legacy_attributes=False,
+    )  # fmt: skip
+    return make_pipeline(StandardScaler(with_mean=intercept), model).fit(x, y)
+
+
+def _emotion(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    x, z = _matrix(train, vectors), _matrix(dev, vectors)
+    scores, areas = [], []
+    for entry in range(7):
+        y, t = (np.array([r["emotion"][entry] for r in part]) > 0.5 for part in (train, dev))
+        model = _logistic(x, y)
+        p, q = model.predict_proba(x)[:, 1], model.predict_proba(z)[:, 1]
+        thresholds = np.linspace(0.05, 0.9, 35)
+        best = thresholds[np.argmax([f1_score(y, p > h) for h in thresholds])]
+        scores.append(f1_score(t, q > best))
+        areas.append(roc_auc_score(t, q))
+    return {"emotion_macro_f1": float(np.mean(scores)), "emotion_macro_auc": float(np.mean(areas))}
+
+
+def _vad(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, z = _matrix(train, vectors), _matrix(dev, vectors)
+    y, t = (np.array([r["vad"] for r in part]) for part in (train, dev))
+    said = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 9))).fit(x, y).predict(z)
+    return {"vad_pearson": float(np.mean([np.corrcoef(said[:, i], t[:, i])[0, 1] for i in range(3)]))}
+
+
+def _pairs(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+    x, z = (_matrix(p, vectors) - _matrix(p, vectors, "contrast_text") for p in (train, dev))
+    y, t = (np.array([r["preference"] for r in part]) > 0.5 for part in (train, dev))
+    return {"preference_accuracy": float((_logistic(x, y, intercept=False).predict(z) == t).mean())}
+
+
+def _theory(entry: int) -> Callable[[Records, Records, dict[str, np.ndarray]], dict[str, float]]:
+    def probe(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+        from sklearn.metrics import roc_auc_score
+
+        y, t = (np.array([r["ethics"][entry] for r in part]) > 0.5 for part in (train, dev))
+        model = _logistic(_matrix(train, vectors), y)
+        return {f"{ETHICS[entry]}_auc": float(roc_auc_score(t, model.predict_proba(_matrix(dev, vectors))[:, 1]))}
+
+    return probe
+
+
+def _labelled(entry: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda r: r["ethics"] is not None and r["ethics"][entry] is not None
+
+
+TASKS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "emotion": lambda r: r["emotion"] is not None,
+    "vad": lambda r: r["vad"] is not None,
+    "preference": lambda r: r["preference"] is not None,
+    **{ETHICS[e]: _labelled(e) for e in (1, 2, 3)},
+}
+PROBES = {"emotion": _emotion, "vad": _vad, "preference": _pairs, **{ETHICS[e]: _theory(e) for e in (1, 2, 3)}}

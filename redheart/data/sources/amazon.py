@@ -1,0 +1,26 @@
+"""Amazon Multilingual Counterfactual Dataset (O'Neill et al. 2021), its English parts. CC BY-NC 4.0: read only when it is named.
+
+Reads PATH/data/{EN,EN-ext}_{train,valid,test}.tsv. Feeds `counterfactual`. The sentences are quoted as in a CSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from redheart.data.sources.records import InvalidRecord
+from redheart.data.sources.rows import Row, choice, need, table
+
+
+def read(path: Path) -> Iterator[Row]:
+    root = path / "data" if (path / "data").is_dir() else path
+    for part in ("EN", "EN-ext"):
+        for split, name in (("train", "train"), ("dev", "valid"), ("test", "test")):
+            file = need(root / f"{part}_{name}.tsv", f"amazon_counterfactual={path}")
+            for place, row in table(file, ("sentence", "is_counterfactual"), delimiter="\t"):
+                if isinstance(row, InvalidRecord):
+                    yield place, row
+                    continue
+                label = choice(row["is_counterfactual"], ("0", "1"), place, "is_counterfactual")
+                record = {"text": row["sentence"], "counterfactual": float(label == "1"), "split": split}
+                yield place, label if isinstance(label, InvalidRecord) else record

@@ -1,0 +1,107 @@
+"""ETHICS (Hendrycks et al. 2021): utilitarianism, deontology, virtue, justice and commonsense morality. MIT.
+
+PATH holds the five folders; those that are there are read. Only train and test are published: a tenth of the training groups
+(rows about one situation, see `_group`) becomes dev. Feeds
+    utilitarianism  text, contrast_text, preference; the file lists the more pleasant scenario first, a coin by hash swaps the sides
+    deontology      ethics.deontological: is the excuse or duty reasonable; text = scenario and excuse
+    justice         ethics.justice: is the reason fair
+    virtue          ethics.virtue: does the trait show; text = "scenario (trait: NAME)"
+    commonsense     acceptability (1 - label), test only; the ambiguous texts, on which people disagree, have no label and are left out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from redheart.data.sources.records import InvalidRecord
+from redheart.data.sources.rows import LeftOut, Row, choice, coin, dev_of_train, table
+from redheart.schema import ETHICS, RedHeartError
+
+AMBIGUOUS = "people disagree on it by design: no label"
+
+
+def read(path: Path) -> Iterator[Row]:
+    parts = [name for name in READERS if (path / name).is_dir()]
+    if not parts:
+        raise RedHeartError(f"ethics={path}: none of {', '.join(READERS)} is there")
+    for name in parts:
+        yield from READERS[name](path / name)
+
+
+def _utilitarianism(path: Path) -> Iterator[Row]:
+    for split in ("train", "test"):
+        for place, row in _rows(path / f"util_{split}.csv", None):
+            if isinstance(row, InvalidRecord):
+                yield place, row
+                continue
+            better, worse = row["0"], row["1"]
+            first = coin(better + worse)
+            text, contrast = (better, worse) if first else (worse, better)
+            group = " ".join(better.lower().split()[:5])
+            yield place, {
+                "text": text, "contrast_text": contrast, "preference": float(first), "split": _split(split, group),
+            }  # fmt: skip
+
+
+def _theory(
+    file: str, entry: str, columns: tuple[str, ...], text_of: Callable[[dict[str, str]], str], group_of: Callable[[dict[str, str]], str]
+) -> Callable[[Path], Iterator[Row]]:  # fmt: skip
+    def read_theory(path: Path) -> Iterator[Row]:
+        for split in ("train", "test"):
+            for place, row in _rows(path / f"{file}_{split}.csv", ("label", *columns)):
+                yield place, row if isinstance(row, InvalidRecord) else _labelled(place, row, entry, split)
+
+    def _labelled(place: str, row: dict[str, str], entry: str, split: str) -> dict[str, Any] | InvalidRecord:
+        label = choice(row["label"], ("0", "1"), place, "label")
+        if isinstance(label, InvalidRecord):
+            return label
+        ethics = [float(label) if name == entry else None for name in ETHICS]
+        return {"text": text_of(row), "ethics": ethics, "split": _split(split, group_of(row))}
+
+    return read_theory
+
+
+def _commonsense(path: Path) -> Iterator[Row]:
+    for place, row in _rows(path / "cm_test.csv", ("label", "input")):
+        if isinstance(row, InvalidRecord):
+            yield place, row
+            continue
+        label = choice(row["label"], ("0", "1"), place, "label")
+        record = {"text": row["input"], "acceptability": 1.0 - (label == "1"), "split": "test"}
+        yield place, label if isinstance(label, InvalidRecord) else record
+    for place, _ in _rows(path / "cm_ambig.csv", None, columns=1):
+        yield place, LeftOut(AMBIGUOUS)
+
+
+def _rows(
+    path: Path, header: tuple[str, ...] | None, columns: int = 2
+) -> Iterator[tuple[str, dict[str, str] | InvalidRecord]]:
+    if path.is_file():
+        yield from table(path, header, columns=columns)
+
+
+def _split(published: str, group: str) -> str:
+    return "test" if published == "test" else dev_of_train(group)
+
+
+def _trait(row: dict[str, str]) -> str:
+    scenario, _, trait = row["scenario"].partition(" [SEP] ")
+    return f"{scenario} (trait: {trait})"
+
+
+def _first_words(text: str) -> str:
+    return " ".join(text.lower().split()[:5])
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "utilitarianism": _utilitarianism,
+    "deontology": _theory(
+        "deontology", "deontological", ("scenario", "excuse"), lambda r: f"{r['scenario'].strip()} {r['excuse'].strip()}",
+        lambda r: r["scenario"],
+    ),
+    "virtue": _theory("virtue", "virtue", ("scenario",), _trait, lambda r: r["scenario"].partition(" [SEP] ")[0]),
+    "justice": _theory("justice", "justice", ("scenario",), lambda r: r["scenario"], lambda r: _first_words(r["scenario"])),
+    "commonsense": _commonsense,
+}  # fmt: skip

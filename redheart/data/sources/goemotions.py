@@ -1,0 +1,54 @@
+"""GoEmotions (Demszky et al. 2020): 54k Reddit comments with 27 emotions and neutral, several per text. Apache-2.0.
+
+Reads PATH/ekman/{train,dev,test}.tsv (7 classes) and PATH/original/… (28 classes), aligned by line and id; one of them is enough.
+Feeds `emotion` (ours orders the seven otherwise), `emotion_fine`, and `regret`: 1 where an annotator chose remorse, else 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from redheart.data.sources.records import InvalidRecord
+from redheart.data.sources.rows import Row, tsv
+from redheart.schema import EMOTIONS, EMOTIONS_FINE, SPLITS, RedHeartError
+
+EKMAN = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")  # the order of ekman/labels.txt
+
+
+def read(path: Path) -> Iterator[Row]:
+    kinds = [k for k in ("ekman", "original") if (path / k / "train.tsv").is_file()]
+    if not kinds:
+        raise RedHeartError(f"goemotions={path}: neither ekman/train.tsv nor original/train.tsv is there")
+    for split in SPLITS:
+        files = [tsv(path / k / f"{split}.tsv", 3) for k in kinds if (path / k / f"{split}.tsv").is_file()]
+        for both in zip_longest(*files):
+            yield _record(both, kinds, split)
+
+
+def _record(both: tuple[tuple[str, list[str] | InvalidRecord] | None, ...], kinds: list[str], split: str) -> Row:
+    place = next(row[0] for row in both if row is not None)
+    record: dict[str, object] = {"split": split}
+    seen = set()
+    for kind, row in zip(kinds, both, strict=False):
+        if row is None:
+            return place, InvalidRecord(f"{place}: ekman and original have different numbers of rows")
+        cells = row[1]
+        if isinstance(cells, InvalidRecord):
+            return place, cells
+        text, ids, name = cells
+        seen.add((text, name))
+        names = EKMAN if kind == "ekman" else EMOTIONS_FINE
+        if not ids or not all(i.isdigit() and int(i) < len(names) for i in ids.split(",")):
+            return place, InvalidRecord(f"{place}: label ids {ids!r} are not of 0 to {len(names) - 1}")
+        chosen = {names[int(i)] for i in ids.split(",")}
+        record["text"] = text
+        if kind == "ekman":
+            record["emotion"] = [float(e in chosen) for e in EMOTIONS]
+        else:
+            record["emotion_fine"] = [float(e in chosen) for e in EMOTIONS_FINE]
+            record["regret"] = float("remorse" in chosen)
+    if len(seen) > 1:
+        return place, InvalidRecord(f"{place}: ekman and original are not aligned (texts or ids differ)")
+    return place, record

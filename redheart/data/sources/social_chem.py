@@ -1,0 +1,34 @@
+"""Social Chemistry 101 (Forbes et al. 2020), the rules of thumb derived by Kiehne et al. (2022). CC BY-SA 4.0.
+
+Reads PATH/obligatory_sc101.csv and PATH/optional_sc101.csv. Feeds `acceptability` of the action: the moral judgment from -2 (very bad)
+to 2 (very good), (x + 2) / 4. The derived files hold training rows only: by hash of the situation a tenth becomes dev and a tenth test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from redheart.data.sources.records import InvalidRecord
+from redheart.data.sources.rows import Row, choice, need, number, table, tenth
+
+COLUMNS = ("split", "action", "action-moral-judgment", "situation-short-id")
+SPLITS = {"train": "train", "dev": "dev", "dev-extra": "dev", "test": "test", "test-extra": "test"}
+
+
+def read(path: Path) -> Iterator[Row]:
+    for name in ("obligatory_sc101.csv", "optional_sc101.csv"):
+        for place, row in table(need(path / name, f"social_chem={path}"), COLUMNS):
+            if isinstance(row, InvalidRecord):
+                yield place, row
+                continue
+            split = choice(row["split"], tuple(SPLITS), place, "split")
+            judgment = number(row["action-moral-judgment"], -2, 2, place, "action-moral-judgment")
+            if isinstance(split, InvalidRecord):
+                yield place, split
+            elif isinstance(judgment, InvalidRecord):
+                yield place, judgment
+            else:
+                share = {0: "dev", 1: "test"}.get(tenth(row["situation-short-id"]), "train")
+                ours = share if split == "train" else SPLITS[split]
+                yield place, {"text": row["action"], "acceptability": (judgment + 2) / 4, "split": ours}

@@ -1,0 +1,146 @@
+"""The order of samples: every row once an epoch, the same on any number of ranks, after any kill, from any position."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from redheart.data.order import Order, bucket, global_batch, positions, rank_slice
+from redheart.data.stream import SampleStream
+from tests.data.shard_data import write_directory
+from tests.runs import ROOT, environment
+
+
+def split_of(sizes: list[int], repeats: list[int] | None = None, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    shards = []
+    for size, repeat in zip(sizes, repeats or [1] * len(sizes), strict=True):
+        lengths, counts = np.unique(rng.integers(1, 60, size), return_counts=True)
+        shards.append({"rows": size, "repeat": repeat, "buckets": np.stack([lengths, counts], 1).tolist()})
+    return {"rows": sum(sizes), "shards": shards}
+
+
+@pytest.mark.parametrize("sizes", [[1], [7], [64], [5, 1, 3], [700, 300, 41], [90] * 21])
+def test_each_epoch_is_every_row_once(sizes: list[int]):
+    split = split_of(sizes)
+    order, n = Order(split, seed=5), sum(sizes)
+    three = order.samples(np.arange(3 * n))
+    for epoch in range(3):
+        assert sorted(three[epoch * n : (epoch + 1) * n]) == list(range(n))
+    if n > 20:
+        assert not np.array_equal(three[:n], three[n : 2 * n])
+        assert not np.array_equal(three[:n], Order(split, seed=6).samples(np.arange(n)))
+
+
+def test_a_step_is_the_same_for_any_number_of_ranks_and_from_any_start():
+    index = {"splits": {"train": split_of([700, 300, 41])}}
+    flat = Order(index["splits"]["train"], seed=1).samples(np.arange(40 * 24))
+    for step in (39, 0, 17):
+        batch = global_batch(index, 1, step, 24)
+        assert np.array_equal(batch, flat[24 * step : 24 * (step + 1)])
+        for world in (1, 2, 3, 4):
+            assert np.array_equal(np.concatenate([rank_slice(batch, r, world) for r in range(world)]), batch)
+
+
+def test_a_repeated_shard_is_seen_as_often_as_its_weight_says():
+    order = Order(split_of([30, 200], [4, 1]), seed=0)
+    assert order.rows_per_epoch == 320
+    seen = np.bincount(order.samples(np.arange(320)))
+    assert seen[:30].tolist() == [4] * 30
+    assert seen[30:].tolist() == [1] * 200
+
+
+def test_chunks_hold_one_length_in_every_epoch():
+    rng = np.random.default_rng(0)
+    lengths, counts = np.unique(rng.integers(1, 60, 5000), return_counts=True)
+    order = Order({"shards": [{"rows": 5000, "buckets": np.stack([lengths, counts], 1).tolist()}]}, seed=0)
+    of_row = np.repeat(lengths, counts)
+    for first in (0, 5008, 10_000):  # chunk grids are positions: an epoch of 5000 rows starts at any offset in one
+        start = -(-first // 64) * 64
+        spread = [np.ptp(of_row[order.samples(np.arange(p, p + 64))]) for p in range(start, start + 64 * 60, 64)]
+        assert np.mean(spread) < 2
+
+
+def test_companions_change_from_epoch_to_epoch():
+    order = Order(split_of([4000]), seed=0)
+    first, second = (order.samples(np.arange(e * 4000, (e + 1) * 4000)) for e in (0, 1))
+    neighbours = [{frozenset(p) for p in itertools.pairwise(x.tolist())} for x in (first, second)]
+    assert len(neighbours[0] & neighbours[1]) < 0.05 * 4000
+
+
+def test_neighbouring_buckets_of_pairs_are_alike_in_both_lengths():
+    cells = sorted({bucket(t, c, 16): (t // 2, c // 2) for t in range(1, 17) for c in range(1, 17)}.items())
+    steps = [abs(a[0] - b[0]) + abs(a[1] - b[1]) for (_, a), (_, b) in itertools.pairwise(cells)]
+    assert max(steps) == 1
+    assert min(k for k, _ in cells) > 16 >= max(bucket(t, 0, 16) for t in range(1, 17))
+
+
+@pytest.mark.slow
+def test_a_start_costs_the_same_at_any_position():
+    shards = [{"rows": 2048, "buckets": [[n, 64] for n in range(3, 35)]}] * 4883  # ten million rows
+    took = {}
+    for step in (0, 300_000, 10**9):
+        started = time.perf_counter()
+        Order({"shards": shards}, seed=0).samples(positions(step, 32))
+        took[step] = time.perf_counter() - started
+    assert max(took.values()) < 0.5
+
+
+def test_kills_and_other_world_sizes_lose_and_repeat_nothing(tmp_path: Path):
+    data, batch, steps = tmp_path / "data", 12, 84  # two epochs of 500 rows
+    data.mkdir()
+    write_directory(data, [200, 180, 120])
+    chance = random.Random(0)
+    logged: dict[int, list[str]] = {}
+    start = 0
+    for phase, world in enumerate((1, 2, 4, 3)):
+        logs = [tmp_path / f"log-{phase}-{rank}" for rank in range(world)]
+        readers = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.data.shard_data",
+                    data,
+                    log,
+                    *map(str, (rank, world, start, steps, batch)),
+                ],
+                cwd=ROOT,
+                env=environment(),
+            )
+            for rank, log in enumerate(logs)
+        ]
+        if phase < 3:
+            wanted = start + chance.randrange(5, 20)
+            while min(len(_lines(log)) for log in logs) < wanted - start:
+                time.sleep(0.005)
+            for reader in chance.sample(readers, world):
+                time.sleep(chance.random() * 0.02)
+                reader.kill()
+        for reader in readers:
+            assert reader.wait(60) == (-9 if phase < 3 else 0)
+        parts = [{line["step"]: line["ids"] for line in _lines(log)} for log in logs]
+        common = min(max(p) for p in parts) + 1
+        end = steps if phase == 3 else common - chance.randrange(0, 3)  # the last checkpoint lies a little back
+        for step in range(start, end):
+            logged[step] = [i for p in parts for i in p[step]]
+        start = end
+    assert start == steps
+    flat = [i for step in range(steps) for i in logged[step]]
+    for epoch in (0, 1):
+        assert sorted(map(int, flat[epoch * 500 : (epoch + 1) * 500])) == list(range(500))
+    whole = SampleStream(data, "train")
+    for step in range(steps):
+        assert logged[step] == [i for b in whole.micro_batches(step, 7, batch, 4, 0, 1) for i in b.ids]
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
