@@ -1,4 +1,11 @@
-"""`--source NAME=PATH` -> validated records of the schema, with every source's licence and every unused row's reason."""
+"""`--source NAME=PATH` -> validated records of the schema, with every source's licence and every unused row's reason.
+
+NAME=PATH is one of
+    everyday                      the shipped corpus
+    goemotions=DIRECTORY          a corpus of data/sources/catalogue.py, through its converter
+    mine=FILE                     .json, .jsonl, .csv or .parquet (data/sources/tabular.py)
+    mine=hub:OWNER/NAME[:CONFIG]  a data set of the hub (data/sources/hub.py); `hub:` may be left out where no such path exists
+"""
 
 from __future__ import annotations
 
@@ -7,81 +14,116 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from redheart.config import DataConfig
 from redheart.console import console
-from redheart.data.sources import everyday
+from redheart.data.sources import everyday, hub, tabular
 from redheart.data.sources.catalogue import SOURCES
-from redheart.data.sources.records import InvalidRecord, parse_record, read_records
+from redheart.data.sources.records import InvalidRecord, parse_record
 from redheart.data.sources.rows import LeftOut
-from redheart.data.sources.tabular import csv_rows, hub_rows, map_columns, parquet_rows
 from redheart.files import write_text
 from redheart.schema import SPLITS, RedHeartError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gathered:
-    """All records, and per source its licence and counts: rows read, kept, rejected (broken) and left out, with reasons."""
+    """All records, and per source its licence, origin and counts: rows read, kept, rejected (broken) and left out, with reasons.
 
-    records: list[dict[str, Any]] = field(default_factory=list)
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rejected: int = 0
+    rows_read = rows_kept + rows_rejected + the sum of left_out.
+    """
+
+    records: list[dict[str, Any]]
+    sources: dict[str, dict[str, Any]]
+    rejected: int
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source about to be read. `rows` yields (place, raw record or why there is none)."""
+
+    name: str
+    origin: str  # the last part of the path, or the hub id
+    licence: str
+    rows: Iterator[tuple[str, Any]]
+    lang: str = "en"
+    non_commercial: bool = False
+    may_repeat: bool = False  # published data hold a few texts more than once, and all of them are theirs
 
 
 def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool, rejected_file: Path) -> Gathered:
-    """Reads `NAME=PATH` sources; `everyday` alone names the shipped corpus.
+    """Reads the sources in turn; ids are unique over all of them, and the same in every call.
 
     The first invalid record stops everything, or, with skip_invalid, is written to `rejected_file` with its reason.
     """
-    gathered, refused, ids = Gathered(), [], set[str]()
-    for spec in sources:
-        name, published, licence, rows = _open(spec)
-        if name in gathered.sources:
-            raise RedHeartError(f"--source {name} is given twice: give each source a name of its own")
-        left_out, reasons, split_rows, occurrences = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-        read = 0
-        for place, raw in rows:
-            read += 1
-            if isinstance(raw, LeftOut):
-                left_out[raw.reason] += 1
-                continue
-            try:
-                record = parse_record(map_columns(raw, config.columns.get(name, {}), place), place, name)
-                if published:  # published corpora hold a few texts more than once: all are theirs
-                    record["id"] = _distinct(record["id"], occurrences)
-                if record["id"] in ids:
-                    raise InvalidRecord(f"{place}: its id {record['id']} (or its text) is there already")
-                ids.add(record["id"])
-                gathered.records.append(record)
-                split_rows[record["split"]] += 1
-            except InvalidRecord as error:
-                if not skip_invalid:
-                    raise RedHeartError(f"{error} (--skip-invalid leaves such records out)") from None
-                reasons[_kind(str(error), place)] += 1
-                content = raw if isinstance(raw, dict) else str(raw)
-                refused.append({"source": name, "place": place, "reason": str(error), "content": content})
-        gathered.sources[name] = {
-            "licence": licence,
-            "non_commercial": name in SOURCES and published and SOURCES[name].non_commercial,
-            "rows_read": read,
-            "rows_kept": sum(split_rows.values()),
-            "splits": {s: split_rows[s] for s in SPLITS},
-            "rejected": dict(reasons),
-            "left_out": dict(left_out),
-        }
+    tabular.check_columns(config.columns)
+    opened = [_open(spec, config) for spec in sources]
+    names = [source.name for source in opened]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise RedHeartError(f"--source {twice[0]} is given twice: give each source a name of its own")
+    unknown = [name for name in config.columns if name not in names]
+    if unknown:
+        raise RedHeartError(f"data.columns names {unknown[0]!r}, and the sources are {', '.join(names)}")
+    records: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
+    ids: set[str] = set()
+    facts = {source.name: _read(source, skip_invalid, records, refused, ids) for source in opened}
     if refused:
         lines = (json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in refused)
-        write_text(rejected_file, "".join(lines))
+        # half a surrogate pair, which a refused record may hold, is written as the escape that JSON has for it
+        write_text(rejected_file, "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8"))
         console.print(f"{len(refused)} records rejected, with their reasons in {rejected_file}")
-    gathered.rejected = len(refused)
-    if not gathered.records:
-        raise RedHeartError(f"no record is left of {', '.join(sources)}: the data set is empty")
-    return gathered
+    elif rejected_file.is_file():
+        rejected_file.unlink(missing_ok=True)  # of an earlier call
+    empty = [name for name in names if not facts[name]["rows_kept"]]
+    if empty or not records:
+        raise RedHeartError(f"no record is left of {', '.join(empty or sources)}: the data set is empty")
+    return Gathered(records, facts, len(refused))
+
+
+def _read(
+    source: _Opened, skip_invalid: bool, records: list[dict[str, Any]], refused: list[dict[str, Any]], ids: set[str]
+) -> dict[str, Any]:
+    """Appends a source's rows to `records` or `refused`; returns the facts about it."""
+    left_out, reasons, splits, occurrences = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    read = 0
+    for place, raw in source.rows:
+        read += 1
+        if isinstance(raw, LeftOut):
+            left_out[raw.reason] += 1
+            continue
+        try:
+            record = parse_record({"lang": source.lang, **raw} if isinstance(raw, dict) else raw, place, source.name)
+            if source.may_repeat:
+                record["id"] = _distinct(record["id"], occurrences)
+            if record["id"] in ids:
+                raise InvalidRecord(f"{place}: its id {record['id']} (or its text) is there already")
+        except InvalidRecord as error:
+            if not skip_invalid:
+                raise RedHeartError(f"{error} (--skip-invalid leaves such records out)") from None
+            reasons[_kind(str(error), place)] += 1
+            content = str(raw) if isinstance(raw, InvalidRecord) else raw
+            refused.append({"source": source.name, "place": place, "reason": str(error), "content": content})
+            continue
+        ids.add(record["id"])
+        records.append(record)
+        splits[record["split"]] += 1
+    return {
+        "origin": source.origin,
+        "licence": source.licence,
+        "non_commercial": source.non_commercial,
+        "rows_read": read,
+        "rows_kept": sum(splits.values()),
+        "rows_rejected": sum(reasons.values()),
+        "splits": {s: splits[s] for s in SPLITS},
+        "rejected": dict(reasons),
+        "left_out": dict(left_out),
+    }
 
 
 def mix(records: list[dict[str, Any]], mixture: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -105,36 +147,45 @@ def take(records: list[dict[str, Any]], num_samples: int | None) -> list[dict[st
     return [r for s in SPLITS for r in by_split[s][: quota[s]]]
 
 
-def _open(spec: str) -> tuple[str, bool, str, Iterator[tuple[str, Any]]]:
-    """(name, is it a published corpus, licence, rows) of a `--source`."""
+def _open(spec: str, config: DataConfig) -> _Opened:
+    """Decides what a `--source` is; nothing of it is read yet."""
     name, _, given = spec.partition("=")
-    if not given and name != everyday.NAME:
-        known = ", ".join([everyday.NAME, *SOURCES])
+    known = SOURCES.get(name)
+    if not name or (not given and name != everyday.NAME):
         raise RedHeartError(
-            f"--source {spec!r}: write it as NAME=PATH (only {everyday.NAME!r} needs no path; known: {known})"
+            f"--source {spec!r}: write it as NAME=PATH (only {everyday.NAME!r} needs no path; known: {', '.join(SOURCES)})"
         )
-    if not given:
-        return name, False, everyday.LICENCE, _records(everyday.path(), name)
-    path, licence = Path(given), "the user's own"
-    if name in SOURCES and path.is_dir():
-        return name, True, SOURCES[name].licence, SOURCES[name].read(path)
-    if given.startswith("hub:") or (not path.exists() and HUB_ID.match(given)):
+    path, columns = Path(given), config.columns.get(name, {})
+    if known is not None and (not given or path.is_dir()):
+        if columns:
+            raise RedHeartError(f"data.columns.{name}: {name} has a converter: name the source otherwise to map it")
+        rows = known.read(path if given else everyday.path())
+        return _Opened(
+            name,
+            path.name if given else "shipped with redheart",
+            known.licence,
+            rows,
+            known.lang,
+            known.non_commercial,
+            known.published,
+        )
+    looks_like_hub = known is None and HUB_ID.fullmatch(given) is not None and path.suffix not in tabular.SUFFIXES
+    if given.startswith("hub:") or (looks_like_hub and not path.exists()):
         identity = given.removeprefix("hub:")
-        return name, False, f"see the card of {identity}", hub_rows(identity)
-    if not path.is_file():
-        what = (
-            "the directory of the corpus" if name in SOURCES else "a .json, .jsonl, .csv or .parquet file, or a hub id"
+        if not identity:
+            raise RedHeartError(f"--source {spec!r}: write it as NAME=hub:OWNER/NAME")
+        rows = hub.read(identity, columns)
+        barred = known is not None and known.non_commercial
+        return _Opened(name, given, f"see the card of {identity}", rows, non_commercial=barred, may_repeat=True)
+    files = f"a {', '.join(tabular.SUFFIXES[:-1])} or {tabular.SUFFIXES[-1]} file, or hub:OWNER/NAME"
+    if path.is_dir():
+        raise RedHeartError(
+            f"source {name}: {given} is a directory, and only {', '.join(SOURCES)} are read from one: give {files}"
         )
+    if not path.is_file():
+        what = "the directory of the corpus" if known is not None else files
         raise RedHeartError(f"source {name}: {given} does not exist: give {what}")
-    if path.suffix == ".csv":
-        return name, False, licence, csv_rows(path)
-    if path.suffix == ".parquet":
-        return name, False, licence, parquet_rows(path)
-    return name, False, licence, _records(path, name)
-
-
-def _records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}: record {number}", raw) for number, raw in read_records(path, name))
+    return _Opened(name, path.name, "the user's own", tabular.read(path, name, columns))
 
 
 def _distinct(identity: str, occurrences: Counter[str]) -> str:

@@ -1,9 +1,10 @@
 """Converters: what a corpus says is what the records say; what is broken is named; counts equal the published ones."""
 
-import csv
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +16,9 @@ from redheart.schema import EMOTIONS_FINE, RedHeartError
 from tests.corpora import corpus
 
 
-def collect(*specs: str, skip: bool = False, **config: dict) -> Gathered:
-    return gather(specs, DataConfig(**config), skip, Path("/dev/null"))
+def collect(*specs: str, rejected: Path | None = None, **config: dict) -> Gathered:
+    """Stops at an invalid row, or, where `rejected` is given, writes it there."""
+    return gather(specs, DataConfig(**config), rejected is not None, rejected or Path("/nowhere/rejected.jsonl"))
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -27,11 +29,8 @@ def put(path: Path, content: str | bytes) -> Path:
 
 @pytest.fixture
 def goemotions(tmp_path: Path) -> Path:
-    texts = {
-        "train": ["I should never have said it.", "Great news!", "Great news!"],
-        "dev": ["Fine."],
-        "test": ["Ok, then."],
-    }
+    train = ["I should never have said it.", "Great news!", "Great news!"]
+    texts = {"train": train, "dev": ["Fine."], "test": ["Ok, then."]}
     ekman = {"train": ["5,0", "3", "3"], "dev": ["4"], "test": ["4"]}
     original = {"train": ["24,2", "17", "13"], "dev": ["27"], "test": ["27"]}
     for kind, ids in (("ekman", ekman), ("original", original)):
@@ -53,6 +52,16 @@ def test_goemotions_joins_its_two_label_sets(goemotions: Path):
     facts = gathered.sources["goemotions"]
     assert facts["splits"] == {"train": 3, "dev": 1, "test": 1}
     assert facts["licence"] == "Apache-2.0"
+    assert facts["origin"] == goemotions.name
+
+
+def test_goemotions_wants_all_files_of_a_label_set(goemotions: Path):
+    """With one file gone, the other set's ids must not be read as this one's."""
+    (goemotions / "ekman" / "dev.tsv").unlink()
+    with pytest.raises(RedHeartError, match=r"ekman/dev\.tsv does not exist"):
+        collect(f"goemotions={goemotions}")
+    shutil.rmtree(goemotions / "ekman")
+    assert all(r["emotion"] is None and r["emotion_fine"] for r in collect(f"goemotions={goemotions}").records)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +73,8 @@ def test_goemotions_joins_its_two_label_sets(goemotions: Path):
         ("Other news.\t17\tid1\n", "not aligned"),
         (b"Gr\xff\t17\tid1\n", "row 2: not UTF-8"),
         ("\t17\tid1\n", "not aligned"),
+        ("Great news!\t²\tid1\n", "label ids '²'"),
+        ("x" * 100_000 + "\t17\tid1\n", "not aligned"),
     ],
 )
 def test_a_broken_row_is_named_and_skipped_only_when_asked(
@@ -98,28 +109,30 @@ def test_emobank_is_centred(tmp_path: Path):
 
 
 def test_kote_maps_its_labels_and_says_that_culture_is_derived(tmp_path: Path):
-    put(tmp_path / "val.tsv", "1\t참 서럽고 슬프다.\t5,36\n")
+    put(tmp_path / "val.tsv", "1\t참 서럽고 슬프다.\t5,36\n3\t재미없네.\t37\n")
     put(tmp_path / "test.tsv", "2\t그냥 그렇다.\t24\n")
-    dev, test = collect(f"kote={tmp_path}").records
+    dev, bored, test = collect(f"kote={tmp_path}").records
+    assert bored["emotion"] is None  # boredom is none of the seven, and seven zeros would be a label
+    assert bored["culture"] == [0, 0, 0]
     assert dev["emotion"] == [0, 1, 0, 0, 0, 0, 0]
     assert dev["culture"] == [0, 1, 0]
-    assert dev["label_origin"]["culture"] == "derived"
-    assert dev["label_origin"]["emotion"] == "human"
+    assert (dev["label_origin"]["culture"], dev["label_origin"]["emotion"], dev["lang"]) == ("derived", "human", "ko")
     assert test["emotion"][-1] == 1
-    assert dev["lang"] == "ko"
 
 
 def test_ethics_keeps_siblings_in_one_split_and_swaps_pairs_by_a_coin(tmp_path: Path):
-    pairs = [(f"I baked bread number {n}.", f"I burnt bread number {n}.") for n in range(400)]
-    with (put(tmp_path / "utilitarianism" / "util_train.csv", "")).open("w", newline="") as file:
-        csv.writer(file).writerows(pairs)
+    pairs = "".join(f"I baked bread number {n}.,I burnt bread number {n}.\n" for n in range(400))
+    put(tmp_path / "utilitarianism" / "util_train.csv", pairs)
     excuses = "".join(f'0,Could you do chore {n // 4}?,"No, because {n}."\n' for n in range(400))
     put(tmp_path / "deontology" / "deontology_train.csv", "label,scenario,excuse\n" + excuses)
+    put(tmp_path / "utilitarianism" / "util_test.csv", "I sang.,I fell.\n")
+    put(tmp_path / "deontology" / "deontology_test.csv", "label,scenario,excuse\n")
+    put(tmp_path / "virtue" / "virtue_train.csv", "label,scenario\n")
     put(tmp_path / "virtue" / "virtue_test.csv", "label,scenario\n1,She waited for her turn. [SEP] patient\n")
     put(tmp_path / "commonsense" / "cm_test.csv", 'label,input,is_short,edited\n1,"I took\nit.",True,False\n')
     put(tmp_path / "commonsense" / "cm_ambig.csv", "Should I tell?\n")
     gathered = collect(f"ethics={tmp_path}")
-    util = [r for r in gathered.records if r["preference"] is not None]
+    util = [r for r in gathered.records if r["preference"] is not None and r["split"] != "test"]
     assert 0.4 < sum(r["preference"] for r in util) / 400 < 0.6
     for record in util:
         better = record["text"] if record["preference"] else record["contrast_text"]
@@ -137,6 +150,43 @@ def test_ethics_keeps_siblings_in_one_split_and_swaps_pairs_by_a_coin(tmp_path: 
     common = next(r for r in gathered.records if r["acceptability"] is not None)
     assert (common["text"], common["acceptability"], common["split"]) == ("I took\nit.", 0, "test")
     assert sum(gathered.sources["ethics"]["left_out"].values()) == 1
+    (tmp_path / "deontology" / "deontology_test.csv").unlink()
+    with pytest.raises(RedHeartError, match=r"deontology_test\.csv does not exist"):
+        collect(f"ethics={tmp_path}")
+
+
+BROKEN_ETHICS = [
+    ("virtue", "label,scenario\n1,She waited for her turn.\n", r"row 2: \[SEP\] and the trait are missing"),
+    ("virtue", "label,scenario\n2,She waited. [SEP] patient\n", "label '2' is none of 0, 1"),
+    ("justice", "label,scenario\n1,  \n", "row 2: scenario is empty"),
+    ("deontology", "label,scenario,excuse\n1,Could you help?\n", "row 2: 2 columns, not 3"),
+    ("deontology", "", "is empty: it needs a header"),
+    ("deontology", "label,scenario,scenario\n", "two columns have the same name"),
+]
+
+
+@pytest.mark.parametrize(("part", "rows", "words"), BROKEN_ETHICS)
+def test_a_broken_row_of_ethics_is_named(tmp_path: Path, part: str, rows: str, words: str):
+    put(tmp_path / part / f"{part}_train.csv", rows)
+    put(tmp_path / part / f"{part}_test.csv", rows)
+    with pytest.raises(RedHeartError, match=words):
+        collect(f"ethics={tmp_path}")
+
+
+def test_siblings_of_virtue_and_justice_stay_together(tmp_path: Path):
+    virtue = "".join(
+        f"{int(t == 'kind')},Person {n // 2} waved. [SEP] {t}\n" for n in range(200) for t in ("kind", "sly")
+    )
+    justice = "".join(f'{n % 2},"Boss {n // 2} gave me the afternoon off, because of {n}."\n' for n in range(200))
+    for part, rows in (("virtue", virtue), ("justice", justice)):
+        put(tmp_path / part / f"{part}_train.csv", "label,scenario\n" + rows)
+        put(tmp_path / part / f"{part}_test.csv", "label,scenario\n")
+    splits: dict[str, set[str]] = {}
+    for record in collect(f"ethics={tmp_path}").records:
+        splits.setdefault(" ".join(record["text"].split()[:2]), set()).add(record["split"])
+    assert len(splits) == 200
+    assert all(len(s) == 1 for s in splits.values())
+    assert {"train", "dev"} == set.union(*splits.values())
 
 
 def test_moral_stories_become_pairs(tmp_path: Path):
@@ -153,6 +203,14 @@ def test_moral_stories_become_pairs(tmp_path: Path):
     put(tmp_path / "original_ms" / "dev.jsonl", json.dumps(rows[0]) + "\n")
     with pytest.raises(RedHeartError, match="story s1 has one action"):
         collect(f"moral_stories={tmp_path}")
+    same = [{**rows[0], "ID": f"s1{n}"} for n in range(2)]
+    put(tmp_path / "original_ms" / "dev.jsonl", "".join(json.dumps(r) + "\n" for r in same))
+    facts = collect(f"moral_stories={tmp_path}", rejected=tmp_path / "rejected.jsonl").sources["moral_stories"]
+    assert (facts["rows_read"], facts["rows_kept"], facts["rows_rejected"]) == (4, 1, 2)
+    for line in ('{"ID": ["s"], "moral_action": "a", "label": 1}', '{"ID": "s", "label": 1}', "[1]", "{"):
+        put(tmp_path / "original_ms" / "dev.jsonl", line + "\n")
+        with pytest.raises(RedHeartError, match="row 1: "):
+            collect(f"moral_stories={tmp_path}")
 
 
 def test_social_chem_and_amazon(tmp_path: Path):
@@ -176,36 +234,129 @@ def test_a_table_of_others_is_mapped(tmp_path: Path):
     first, second = collect(f"mine={tmp_path / 'a.csv'}", columns=columns).records
     assert first["emotion"][0] == 1
     assert first["vad"] == [0.5, None, None]
-    assert second["vad"] == [None, None, None]
+    assert second["vad"] is None
     pq.write_table(pa.table({"text": ["One."], "emotion": [[0.1] * 7]}), tmp_path / "a.parquet")
     (record,) = collect(f"p={tmp_path / 'a.parquet'}").records
     assert record["emotion"] == [0.1] * 7
-    with pytest.raises(RedHeartError, match="unknown field 'sentence'"):
+    with pytest.raises(RedHeartError, match=r"unknown field 'sentence'.*data\.columns: \{mine: "):
         collect(f"mine={tmp_path / 'a.csv'}")
     with pytest.raises(RedHeartError, match="column 'tone' of"):
         collect(f"mine={tmp_path / 'a.csv'}", columns={"mine": {"tone": "text"}})
+    pq.write_table(pa.table({"said": ["One."], "score": [0.5], "rest": [1]}), tmp_path / "b.parquet")
+    (record,) = collect(f"q={tmp_path / 'b.parquet'}", columns={"q": {"said": "text", "score": "regret"}}).records
+    assert (record["text"], record["regret"], record["source"]) == ("One.", 0.5, "q")
+
+
+def test_what_a_csv_cell_means_depends_on_its_field(tmp_path: Path):
+    put(tmp_path / "a.csv", "id,text,regret,emotion,lang\n17,2020,.5,joy,\n\n18,[noise],1,,en\n19,null,,,en\n")
+    first, second, third = collect(f"mine={tmp_path / 'a.csv'}").records
+    assert (first["id"], first["text"], first["regret"], first["lang"]) == ("17", "2020", 0.5, "en")
+    assert first["emotion"][0] == 1
+    assert (second["text"], second["regret"], second["emotion"]) == ("[noise]", 1.0, None)
+    assert third["text"] == "null"
+    put(tmp_path / "b.csv", "text\nOne.\nOne.\n")
+    with pytest.raises(RedHeartError, match="is there already"):
+        collect(f"mine={tmp_path / 'b.csv'}")
+
+
+WRONG_COLUMNS = [
+    ({"a": "mood"}, "'mood' is no field"), ({"a": "vad.joy"}, "'vad.joy' is no field"), ({"a": "text.x"}, "'text.x' is no field"),
+    *((two, "'a' and 'b' both fill") for two in (
+        {"a": "text", "b": "content"}, {"a": "vad", "b": "vad.valence"}, {"a": "vad.valence", "b": "vad"})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "words"), WRONG_COLUMNS)
+def test_a_mapping_that_cannot_be_meant_is_refused(tmp_path: Path, columns: dict, words: str):
+    put(tmp_path / "a.csv", "a,b\nOne.,Two.\n")
+    with pytest.raises(RedHeartError, match=words):
+        collect(f"mine={tmp_path / 'a.csv'}", columns={"mine": columns})
+    with pytest.raises(RedHeartError, match="names 'mien'"):
+        collect(f"mine={tmp_path / 'a.csv'}", columns={"mien": {"a": "text"}})
+
+
+def test_bad_rows_of_the_users_files_are_named_one_by_one(tmp_path: Path):
+    lines = [
+        '{"text": "A\u2028B\x85C"}'.encode(), b'{"text": "\xff"}', b'{"text": "half \\ud800"}', b'{"text": ""}', b"{",
+        b'{"text": "Big.", "regret": 1' + b"0" * 400 + b"}", b'{"text": "Huge.", "regret": 1' + b"0" * 5000 + b"}",
+        b"[" * 100_000, b'{"text": "' + b"x" * 100_000 + b'"}', b'{"text": "Last."}',
+    ]  # fmt: skip
+    path = put(tmp_path / "a.jsonl", b"\n".join(lines))
+    rejected = tmp_path / "out" / "rejected.jsonl"
+    gathered = collect(f"mine={path}", rejected=rejected)
+    assert [r["text"] for r in gathered.records] == ["A\u2028B\x85C", "Last."]
+    facts = gathered.sources["mine"]
+    assert (facts["rows_read"], facts["rows_kept"], facts["rows_rejected"]) == (10, 2, 8)
+    reasons = [json.loads(line)["reason"] for line in rejected.read_text(encoding="utf-8").splitlines()]
+    json_error = "not valid JSON"
+    words = ["not UTF-8", "half a surrogate pair", "not empty", json_error, "between 0 and 1", json_error, json_error]
+    for number, (reason, word) in enumerate(zip(reasons, [*words, "100000 characters"], strict=True), start=1):
+        assert f"record {number}" in reason
+        assert word in reason
+    put(path, '{"text": "Whole."}\n')
+    collect(f"mine={path}", rejected=rejected)
+    assert not rejected.exists()  # what an earlier call refused is not this call's
+
+
+def test_bytes_that_are_no_text_spoil_their_row_alone(tmp_path: Path):
+    put(tmp_path / "a.csv", b'text\n"Two\nlines."\nb\xffd\n"' + b"y\n" * 100_000 + b'"\nLast.\n')
+    gathered = collect(f"mine={tmp_path / 'a.csv'}", rejected=tmp_path / "r.jsonl")
+    assert [r["text"] for r in gathered.records] == ["Two\nlines.", "Last."]
+    assert gathered.rejected == 2
+    offsets, data = pa.py_buffer(np.array([0, 2, 4], dtype=np.int32)), pa.py_buffer(b"ok\xff\xfe")
+    bad = pa.Array.from_buffers(pa.string(), 2, [None, offsets, data])
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    gathered = collect(f"mine={tmp_path / 'a.parquet'}", rejected=tmp_path / "r.jsonl")
+    assert [r["text"] for r in gathered.records] == ["ok"]
+    assert "row 2: not UTF-8" in (tmp_path / "r.jsonl").read_text()
 
 
 def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     put(tmp_path / "someone" / "set" / "train.jsonl", '{"text": "One.", "label": "joy"}\n')
     put(tmp_path / "someone" / "set" / "validation.jsonl", '{"text": "Two.", "label": "fear"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    gathered = collect("hub=hub:someone/set")
+    gathered = collect("hub=hub:someone/set")  # `datasets` reads a local directory of that name, without the network
     assert [(r["text"], r["split"]) for r in gathered.records] == [("One.", "train"), ("Two.", "dev")]
     assert gathered.sources["hub"]["licence"] == "see the card of someone/set"
+    assert gathered.sources["hub"]["origin"] == "hub:someone/set"
+    mapped = collect("hub=hub:someone/set", columns={"hub": {"text": "text"}}).records
+    assert [r["emotion"] for r in mapped] == [None, None]
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("goemotions", "write it as NAME=PATH"),
-        ("goemotions=/nowhere", "does not exist: give the directory of the corpus"),
-        ("mine=/nowhere.csv", "does not exist"),
-        ("goemotions=/tmp", "neither ekman/train.tsv nor"),
-        ("ethics=/dev", "none of utilitarianism"),
-    ],
-)
+def hub_set(path: Path, *splits: str) -> str:
+    """A data set whose card names these splits, each with the same row twice."""
+    files = "".join(f"  - split: {s}\n    path: {s}.jsonl\n" for s in splits)
+    put(path / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    for split in splits:
+        put(path / f"{split}.jsonl", f'{{"text": "Of {split}."}}\n' * 2)
+    return f"s=hub:{path}"
+
+
+def test_splits_of_the_hub_are_known_or_refused(tmp_path: Path):
+    records = collect(hub_set(tmp_path / "a", "train", "validation_hard", "test")).records
+    assert [r["split"] for r in records] == ["train", "train", "dev", "dev", "test", "test"]
+    assert len({r["id"] for r in records}) == 6  # published data repeat texts
+    assert len(collect(hub_set(tmp_path / "b", "full")).records) == 2
+    with pytest.raises(RedHeartError, match="'hard' is neither train, validation nor test"):
+        collect(hub_set(tmp_path / "c", "train", "hard"))
+    with pytest.raises(RedHeartError, match="cannot be read"):
+        collect(f"s=hub:{tmp_path / 'd'}")
+
+
+NOT_THERE = [
+    ("goemotions", "write it as NAME=PATH"),
+    ("mine=/nowhere.csv", "does not exist"),
+    ("=/nowhere", "write it as NAME=PATH"),
+    ("mine=data/nowhere.csv", "does not exist"),  # a path, not a hub id
+    ("goemotions=data/goemotions", "does not exist: give the directory of the corpus"),
+    ("mine=/dev", "is a directory"),
+    ("mine=hub:", "NAME=hub:OWNER/NAME"),
+    ("goemotions=/tmp", "neither ekman/train.tsv nor"),
+    ("ethics=/dev", "none of utilitarianism"),
+]
+
+
+@pytest.mark.parametrize(("spec", "words"), NOT_THERE)
 def test_a_source_that_is_not_there_is_named(spec: str, words: str):
     with pytest.raises(RedHeartError, match=words):
         collect(spec)

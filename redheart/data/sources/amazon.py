@@ -1,6 +1,8 @@
 """Amazon Multilingual Counterfactual Dataset (O'Neill et al. 2021), its English parts. CC BY-NC 4.0: read only when it is named.
 
 Reads PATH/data/{EN,EN-ext}_{train,valid,test}.tsv. Feeds `counterfactual`. The sentences are quoted as in a CSV.
+EN-ext holds nearly all of EN again under other splits, as published: more than half of the dev and test sentences are in training too, so
+that a score on them, with both parts in training, says little about new sentences.
 """
 
 from __future__ import annotations

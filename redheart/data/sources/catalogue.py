@@ -6,26 +6,38 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from redheart.data.sources import amazon, emobank, ethics, goemotions, kote, moral_stories, social_chem
+from redheart.data.sources import amazon, emobank, ethics, everyday, goemotions, kote, moral_stories, social_chem
 from redheart.data.sources.rows import Row
 
 
 @dataclass(frozen=True)
 class Source:
-    """A published corpus. `read` yields its rows from a directory; `non_commercial` ones never enter by themselves."""
+    """A corpus with a converter. `read` yields its rows from a directory (the shipped one: from its file).
 
+    Non-commercial ones enter only where they are named. A `published` corpus holds a few texts more than once, and all of them
+    are kept; anywhere else a text that is there twice is a mistake.
+    """
+
+    name: str
     read: Callable[[Path], Iterator[Row]]
     licence: str
     feeds: str
     non_commercial: bool = False
+    lang: str = "en"
+    published: bool = True
 
 
-SOURCES: dict[str, Source] = {
-    "goemotions": Source(goemotions.read, "Apache-2.0", "emotion, emotion_fine, regret"),
-    "emobank": Source(emobank.read, "CC BY-SA 4.0", "vad"),
-    "kote": Source(kote.read, "MIT", "emotion, culture (Korean)"),
-    "ethics": Source(ethics.read, "MIT", "preference, ethics, acceptability"),
-    "moral_stories": Source(moral_stories.read, "MIT", "preference, acceptability"),
-    "social_chem": Source(social_chem.read, "CC BY-SA 4.0", "acceptability"),
-    "amazon_counterfactual": Source(amazon.read, "CC BY-NC 4.0", "counterfactual", non_commercial=True),
-}
+_ALL = (
+    Source(
+        "everyday", everyday.read, "MIT (written for Red Heart)",
+        "emotion, culture, regret, acceptability, preference", published=False,
+    ),
+    Source("goemotions", goemotions.read, "Apache-2.0", "emotion, emotion_fine, regret"),
+    Source("emobank", emobank.read, "CC BY-SA 4.0", "vad"),
+    Source("kote", kote.read, "MIT", "emotion, culture", lang="ko"),
+    Source("ethics", ethics.read, "MIT", "preference, ethics, acceptability"),
+    Source("moral_stories", moral_stories.read, "MIT", "preference, acceptability"),
+    Source("social_chem", social_chem.read, "CC BY-SA 4.0", "acceptability"),
+    Source("amazon_counterfactual", amazon.read, "CC BY-NC 4.0", "counterfactual", non_commercial=True),
+)  # fmt: skip
+SOURCES: dict[str, Source] = {source.name: source for source in _ALL}

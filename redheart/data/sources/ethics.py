@@ -1,6 +1,6 @@
 """ETHICS (Hendrycks et al. 2021): utilitarianism, deontology, virtue, justice and commonsense morality. MIT.
 
-PATH holds the five folders; those that are there are read. Only train and test are published: a tenth of the training groups
+PATH holds the five folders; those that are there are read, each whole. Only train and test are published: a tenth of the training groups
 (rows about one situation, see `_group`) becomes dev. Feeds
     utilitarianism  text, contrast_text, preference; the file lists the more pleasant scenario first, a coin by hash swaps the sides
     deontology      ethics.deontological: is the excuse or duty reasonable; text = scenario and excuse
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import LeftOut, Row, choice, coin, dev_of_train, table
+from redheart.data.sources.rows import LeftOut, Row, choice, coin, dev_of_train, need, table
 from redheart.schema import ETHICS, RedHeartError
 
+SEPARATOR = " [SEP] "
 AMBIGUOUS = "people disagree on it by design: no label"
 
 
@@ -57,6 +58,11 @@ def _theory(
         label = choice(row["label"], ("0", "1"), place, "label")
         if isinstance(label, InvalidRecord):
             return label
+        empty = [c for c in columns if not row[c].strip()]
+        if empty:
+            return InvalidRecord(f"{place}: {empty[0]} is empty")
+        if file == "virtue" and SEPARATOR not in row["scenario"]:
+            return InvalidRecord(f"{place}: {SEPARATOR.strip()} and the trait are missing")
         ethics = [float(label) if name == entry else None for name in ETHICS]
         return {"text": text_of(row), "ethics": ethics, "split": _split(split, group_of(row))}
 
@@ -71,15 +77,14 @@ def _commonsense(path: Path) -> Iterator[Row]:
         label = choice(row["label"], ("0", "1"), place, "label")
         record = {"text": row["input"], "acceptability": 1.0 - (label == "1"), "split": "test"}
         yield place, label if isinstance(label, InvalidRecord) else record
-    for place, _ in _rows(path / "cm_ambig.csv", None, columns=1):
-        yield place, LeftOut(AMBIGUOUS)
+    for place, row in _rows(path / "cm_ambig.csv", None, columns=1):
+        yield place, row if isinstance(row, InvalidRecord) else LeftOut(AMBIGUOUS)
 
 
 def _rows(
     path: Path, header: tuple[str, ...] | None, columns: int = 2
 ) -> Iterator[tuple[str, dict[str, str] | InvalidRecord]]:
-    if path.is_file():
-        yield from table(path, header, columns=columns)
+    yield from table(need(path, f"ethics={path.parent.parent}"), header, columns=columns)
 
 
 def _split(published: str, group: str) -> str:
@@ -87,7 +92,7 @@ def _split(published: str, group: str) -> str:
 
 
 def _trait(row: dict[str, str]) -> str:
-    scenario, _, trait = row["scenario"].partition(" [SEP] ")
+    scenario, _, trait = row["scenario"].partition(SEPARATOR)
     return f"{scenario} (trait: {trait})"
 
 
@@ -101,7 +106,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
         "deontology", "deontological", ("scenario", "excuse"), lambda r: f"{r['scenario'].strip()} {r['excuse'].strip()}",
         lambda r: r["scenario"],
     ),
-    "virtue": _theory("virtue", "virtue", ("scenario",), _trait, lambda r: r["scenario"].partition(" [SEP] ")[0]),
+    "virtue": _theory("virtue", "virtue", ("scenario",), _trait, lambda r: r["scenario"].partition(SEPARATOR)[0]),
     "justice": _theory("justice", "justice", ("scenario",), lambda r: r["scenario"], lambda r: _first_words(r["scenario"])),
     "commonsense": _commonsense,
 }  # fmt: skip

@@ -6,12 +6,20 @@ regret, acceptability and preference are labelled by the author; the hedonic val
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from redheart.data.sources.records import read_records
+from redheart.data.sources.rows import Row
+
 NAME = "everyday"
-LICENCE = "MIT (written for Red Heart)"
 
 
 def path() -> Path:
     return Path(str(resources.files("redheart.data").joinpath("corpus", "everyday.json")))
+
+
+def read(file: Path) -> Iterator[Row]:
+    for number, raw in read_records(file, NAME):
+        yield f"{file.name}: record {number}", raw

@@ -11,18 +11,20 @@ from itertools import zip_longest
 from pathlib import Path
 
 from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import Row, tsv
+from redheart.data.sources.rows import Row, label_ids, need, tsv
 from redheart.schema import EMOTIONS, EMOTIONS_FINE, SPLITS, RedHeartError
 
 EKMAN = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")  # the order of ekman/labels.txt
 
 
 def read(path: Path) -> Iterator[Row]:
-    kinds = [k for k in ("ekman", "original") if (path / k / "train.tsv").is_file()]
+    kinds = [k for k in ("ekman", "original") if (path / k).is_dir()]
     if not kinds:
-        raise RedHeartError(f"goemotions={path}: neither ekman/train.tsv nor original/train.tsv is there")
+        raise RedHeartError(
+            f"goemotions={path}: neither ekman/train.tsv nor original/train.tsv is there; dev.tsv and test.tsv belong beside it"
+        )
     for split in SPLITS:
-        files = [tsv(path / k / f"{split}.tsv", 3) for k in kinds if (path / k / f"{split}.tsv").is_file()]
+        files = [tsv(need(path / k / f"{split}.tsv", f"goemotions={path}"), 3) for k in kinds]
         for both in zip_longest(*files):
             yield _record(both, kinds, split)
 
@@ -31,7 +33,7 @@ def _record(both: tuple[tuple[str, list[str] | InvalidRecord] | None, ...], kind
     place = next(row[0] for row in both if row is not None)
     record: dict[str, object] = {"split": split}
     seen = set()
-    for kind, row in zip(kinds, both, strict=False):
+    for kind, row in zip(kinds, both, strict=True):
         if row is None:
             return place, InvalidRecord(f"{place}: ekman and original have different numbers of rows")
         cells = row[1]
@@ -40,9 +42,10 @@ def _record(both: tuple[tuple[str, list[str] | InvalidRecord] | None, ...], kind
         text, ids, name = cells
         seen.add((text, name))
         names = EKMAN if kind == "ekman" else EMOTIONS_FINE
-        if not ids or not all(i.isdigit() and int(i) < len(names) for i in ids.split(",")):
-            return place, InvalidRecord(f"{place}: label ids {ids!r} are not of 0 to {len(names) - 1}")
-        chosen = {names[int(i)] for i in ids.split(",")}
+        numbers = label_ids(ids, len(names), place)
+        if isinstance(numbers, InvalidRecord):
+            return place, numbers
+        chosen = {names[i] for i in numbers}
         record["text"] = text
         if kind == "ekman":
             record["emotion"] = [float(e in chosen) for e in EMOTIONS]

@@ -1,7 +1,9 @@
-"""KOTE (Jeon et al. 2022): Korean online comments, 44 emotions, five annotators each, several per text. MIT.
+"""KOTE (Jeon et al. 2022, arXiv 2205.05300): Korean online comments, 44 emotions, five annotators each, several per text. MIT.
 
-Reads PATH/val.tsv (dev) and PATH/test.tsv. The 44 labels are mapped to the seven emotions by SEVEN below (human labels, mapped by
-meaning), and to jeong 정, han 한 and chemyeon 체면 by CULTURE, a weak mapping: those labels carry the origin `derived`.
+Reads PATH/val.tsv (dev) and PATH/test.tsv: id, text, label ids. The 44 labels are mapped to the seven emotions by SEVEN below (human
+labels, mapped by meaning; pride, shame and realisation go to joy, sadness and surprise, as in GoEmotions' own table), and to jeong 정,
+han 한 and chemyeon 체면 by CULTURE, a weak mapping: those labels carry the origin `derived`. A text whose labels are all UNMAPPED has
+no emotion label: seven zeros would say that nobody felt anything, not even nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import Row, need, tsv
+from redheart.data.sources.rows import Row, label_ids, need, tsv
 from redheart.schema import CULTURE as CULTURE_NAMES
 from redheart.schema import EMOTIONS
 
@@ -26,19 +28,26 @@ SEVEN = {
         "환영/호의", "감동/감탄", "고마움", "존경", "기대감", "뿌듯함", "편안/쾌적", "아껴주는", "즐거움/신남",
         "흐뭇함(귀여움/예쁨)", "행복", "기쁨", "안심/신뢰",
     ),
-    "sadness": ("슬픔", "안타까움/실망", "절망", "패배/자기혐오", "힘듦/지침", "죄책감", "서러움", "불쌍함/연민"),
+    "sadness": ("슬픔", "안타까움/실망", "절망", "패배/자기혐오", "힘듦/지침", "죄책감", "서러움", "불쌍함/연민", "부끄러움"),
     "anger": ("불평/불만", "지긋지긋", "화남/분노", "우쭐댐/무시함", "짜증", "어이없음", "증오/혐오"),
     "fear": ("공포/무서움", "불안/걱정", "부담/안_내킴"),
-    "surprise": ("신기함/관심", "당황/난처", "경악", "놀람"),
+    "surprise": ("신기함/관심", "당황/난처", "경악", "놀람", "깨달음"),
     "disgust": ("역겨움/징그러움", "한심함", "증오/혐오"),
     "neutral": ("없음",),
 }  # fmt: skip
+UNMAPPED = (
+    "비장함",
+    "의심/불신",
+    "귀찮음",
+    "재미없음",
+)  # resolve, distrust, being bothered, boredom: none of the seven
 CULTURE = {
     "jeong": ("아껴주는", "고마움", "불쌍함/연민"),
     "han": ("서러움", "절망", "힘듦/지침"),
     "chemyeon": ("부끄러움", "우쭐댐/무시함", "당황/난처"),
 }
-assert {n for names in (*SEVEN.values(), *CULTURE.values()) for n in names} <= set(LABELS)
+assert {n for names in (*SEVEN.values(), UNMAPPED) for n in names} == set(LABELS)
+assert {n for names in CULTURE.values() for n in names} <= set(LABELS)
 
 
 def read(path: Path) -> Iterator[Row]:
@@ -48,13 +57,15 @@ def read(path: Path) -> Iterator[Row]:
                 yield place, cells
                 continue
             _, text, ids = cells
-            if not ids or not all(i.isdigit() and int(i) < len(LABELS) for i in ids.split(",")):
-                yield place, InvalidRecord(f"{place}: label ids {ids!r} are not of 0 to {len(LABELS) - 1}")
+            numbers = label_ids(ids, len(LABELS), place)
+            if isinstance(numbers, InvalidRecord):
+                yield place, numbers
                 continue
-            chosen = {LABELS[int(i)] for i in ids.split(",")}
+            chosen = {LABELS[i] for i in numbers}
+            seven = [float(bool(chosen & set(SEVEN[e]))) for e in EMOTIONS]
             yield place, {
-                "text": text, "split": split, "lang": "ko",
-                "emotion": [float(bool(chosen & set(SEVEN[e]))) for e in EMOTIONS],
+                "text": text, "split": split,
+                "emotion": seven if any(seven) else None,
                 "culture": [float(bool(chosen & set(CULTURE[c]))) for c in CULTURE_NAMES],
                 "label_origin": {"emotion": "human", "culture": "derived"},
             }  # fmt: skip

@@ -31,6 +31,10 @@ def read(path: Path) -> Iterator[Row]:
                 continue
             first_place, other, other_moral = waiting.pop(story)
             if moral == other_moral:
+                yield (
+                    first_place,
+                    InvalidRecord(f"{first_place}: both actions of story {story} have label {int(moral)}"),
+                )
                 yield place, InvalidRecord(f"{place}: both actions of story {story} have label {int(moral)}")
                 continue
             yield first_place, LeftOut(SECOND)
@@ -51,6 +55,9 @@ def _action(place: str, line: str | InvalidRecord) -> tuple[str, str, bool] | In
     try:
         row = json.loads(line)
         moral = {"0": False, "1": True}[str(row["label"])]
-        return row["ID"][:-1], row["moral_action" if moral else "immoral_action"], moral
-    except (ValueError, KeyError, TypeError) as error:
+        story, text = row["ID"], row["moral_action" if moral else "immoral_action"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return InvalidRecord(f"{place}: not a Moral Stories row ({type(error).__name__}: {error})")
+    if not isinstance(story, str) or not isinstance(text, str):
+        return InvalidRecord(f"{place}: ID and action must be texts")
+    return story[:-1], text, moral

@@ -29,25 +29,30 @@ def read_records(path: Path, source: str) -> Iterator[tuple[int, Any]]:
     """(number, raw record) of a .json list or a .jsonl file; an unreadable file is an error that names it."""
     if not path.is_file():
         raise RedHeartError(f"source {source}: {path} does not exist: give a .json or .jsonl file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RedHeartError(f"source {source}: {path} is not UTF-8 ({error}): convert it first") from None
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines()):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield number, InvalidRecord(f"{path}: record {number}: not valid JSON ({error})")
+        with path.open("rb") as file:  # lines end at \n alone: a text may hold other separators, such as U+2028
+            for number, line in enumerate(file):
+                if line.strip():
+                    yield number, _json_line(line, f"{path}: record {number}")
         return
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RedHeartError(f"source {source}: {path} is not UTF-8 ({error}): convert it first") from None
+    except (ValueError, RecursionError) as error:
         raise RedHeartError(f"source {source}: {path} is not valid JSON ({error})") from None
     if not isinstance(records, list):
         raise RedHeartError(f"source {source}: {path} must hold a list of records, it holds a {type(records).__name__}")
     yield from enumerate(records)
+
+
+def _json_line(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return InvalidRecord(f"{where}: not UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of its own
+        return InvalidRecord(f"{where}: not valid JSON ({error})")
 
 
 def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
@@ -61,7 +66,8 @@ def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
         name = ALIASES.get(key, key)
         if name not in FIELDS:
             raise InvalidRecord(
-                f"{where}: unknown field {key!r}: the fields are text, contrast_text, {', '.join(LABELS)}"
+                f"{where}: unknown field {key!r}: the fields are text, contrast_text, {', '.join(LABELS)}; for other names "
+                f"give data.columns: {{{source}: {{their column: our field}}}}"
             )
         if name in given:
             raise InvalidRecord(f"{where}: {key!r} and its alias are both given: keep one")
@@ -92,12 +98,21 @@ def _text(value: Any, where: str) -> str:
         raise InvalidRecord(f"{where}: it must be a text that is not empty")
     if len(value) > MAX_CHARACTERS:
         raise InvalidRecord(f"{where}: {len(value)} characters, at most {MAX_CHARACTERS}: cut it into passages")
-    return value.strip()
+    return _encodable(value.strip(), where)
 
 
 def _word(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise InvalidRecord(f"{where}: {value!r} is not a word")
+    return _encodable(value, where)
+
+
+def _encodable(value: str, where: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and cannot be hashed or written."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRecord(f"{where}: half a surrogate pair at character {error.start}") from None
     return value
 
 
@@ -121,6 +136,8 @@ def _label(name: str, value: Any, where: str) -> Any:
     if not isinstance(value, list) or len(value) != label.size:
         raise InvalidRecord(f"{where}: it must be a list of {label.size} numbers ({', '.join(label.names)})")
     numbers = [None if v is None else _number(v, label, f"{where}[{i}]") for i, v in enumerate(value)]
+    if all(v is None for v in numbers):
+        return None  # as if it were not given, so that the LLM may be asked
     if label.simplex and None not in numbers[: label.simplex]:
         total = sum(v for v in numbers[: label.simplex] if v is not None)
         if abs(total - 1) > 1e-3:
@@ -129,7 +146,9 @@ def _label(name: str, value: Any, where: str) -> Any:
 
 
 def _number(value: Any, label: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRecord(f"{where}: {value!r} is not a number")
+    if isinstance(value, float) and not math.isfinite(value):
         raise InvalidRecord(f"{where}: {value!r} is not a number")
     if not label.low <= value <= label.high or (label.binary and value not in (label.low, label.high)):
         legal = f"{label.low:g} or {label.high:g}" if label.binary else f"between {label.low:g} and {label.high:g}"

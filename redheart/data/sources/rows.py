@@ -58,6 +58,9 @@ def table(
     """(place, cells by column) of a quoted CSV whose fields may hold line breaks. `header` lists the columns that must be there;
     None: the file has no header and `columns` numbered ones.
     """
+    csv.field_size_limit(
+        2**31 - 1
+    )  # beyond its default csv would stop inside a text; parse_record bounds it, with a reason
     content = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")  # bad bytes stay visible in their row
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     names: list[str] | None = None if header is not None else [str(i) for i in range(columns or 0)]
@@ -68,12 +71,18 @@ def table(
         try:
             cells = next(reader)
         except StopIteration:
+            if names is None:
+                raise RedHeartError(f"{path} is empty: it needs a header with the names of its columns") from None
             return
         except csv.Error as error:
             yield place, InvalidRecord(f"{place}: {error}")
             continue
+        if not cells:
+            continue  # an empty line is no row
         if names is None:
             names = cells
+            if len(set(names)) < len(names):
+                raise RedHeartError(f"{path}: two columns have the same name ({', '.join(names)}): rename one")
             missing = [c for c in header or () if c not in names]
             if missing:
                 raise RedHeartError(f"{path}: column {missing[0]!r} is missing; it has {', '.join(names)}")
@@ -88,6 +97,14 @@ def table(
 def choice(value: str, legal: Sequence[str], place: str, column: str) -> str | InvalidRecord:
     """`value` if it is one of `legal`."""
     return value if value in legal else InvalidRecord(f"{place}: {column} {value!r} is none of {', '.join(legal)}")
+
+
+def label_ids(cell: str, count: int, place: str) -> list[int] | InvalidRecord:
+    """The ids of a cell such as `3,17`, each in [0, count)."""
+    ids = cell.split(",")
+    if all(i.isascii() and i.isdigit() and len(i) < 4 and int(i) < count for i in ids):
+        return [int(i) for i in ids]
+    return InvalidRecord(f"{place}: label ids {cell[:80]!r} are not of 0 to {count - 1}")
 
 
 def number(value: str, low: float, high: float, place: str, column: str) -> float | InvalidRecord:

@@ -2,6 +2,7 @@
 
 Reads PATH/obligatory_sc101.csv and PATH/optional_sc101.csv. Feeds `acceptability` of the action: the moral judgment from -2 (very bad)
 to 2 (very good), (x + 2) / 4. The derived files hold training rows only: by hash of the situation a tenth becomes dev and a tenth test.
+They also hold only judgments of 0, 1 and 2, so that acceptability lies in [0.5, 1]: this corpus alone teaches nothing about what is bad.
 """
 
 from __future__ import annotations

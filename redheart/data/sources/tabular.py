@@ -1,7 +1,8 @@
-"""Other people's tables: .csv, .parquet, or any data set of the hub, with `data.columns` to say which column is which field.
+"""The user's files: .csv, .parquet, .json, .jsonl, with `data.columns` to say which of their columns is which of our fields.
 
-`data.columns: {NAME: {their_column: our_field}}`; a field may be one entry of a vector, such as `vad.valence`. Without a mapping the
-columns must have our names. Values of labels may be numbers, JSON in a CSV cell, or names of emotions.
+`data.columns: {NAME: {their_column: our_field}}`; a field may be one entry of a vector, such as `vad.valence`. With a mapping, columns
+that it does not name are dropped (`split` and `id` stay); without one, the columns must have our names. In a CSV an empty cell is null,
+and a label is a number, JSON, or the name of an emotion; texts and ids stay as they are written, "2020" too. Nothing is scaled.
 """
 
 from __future__ import annotations
@@ -11,78 +12,102 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import table
+from redheart.data.sources.records import ALIASES, FIELDS, InvalidRecord, read_records
+from redheart.data.sources.rows import Row, table
 from redheart.schema import LABELS, RedHeartError
 
-HUB_SPLITS = {"train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev", "test": "test"}
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRecord]]:
-    """Rows of a CSV with a header; empty cells are null, cells that are JSON numbers or lists are read as such."""
-    for place, row in table(path, ()):
-        yield place, row if isinstance(row, InvalidRecord) else {k: _cell(v) for k, v in row.items()}
+def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """Rows of a file of the kind that its suffix says; `columns` is the source's `data.columns`."""
+    if path.suffix == ".csv":
+        for place, cells in table(path, ()):
+            yield place, cells if isinstance(cells, InvalidRecord) else to_record(cells, columns, place, written=True)
+    elif path.suffix == ".parquet":
+        for place, row in _parquet(path):
+            yield place, row if isinstance(row, InvalidRecord) else to_record(row, columns, place)
+    elif path.suffix in SUFFIXES:
+        for number, raw in read_records(path, name):
+            place = f"{path}: record {number}"
+            yield place, to_record(raw, columns, place) if isinstance(raw, dict) else raw
+    else:
+        raise RedHeartError(f"source {name}: {path} is none of {', '.join(SUFFIXES)}: convert it to one of them")
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
+    """Every target of `data.columns` is a field or an entry of a label, and nothing is filled twice."""
+    for source, mapping in columns.items():
+        filled: dict[str, str] = {}
+        for theirs, target in mapping.items():
+            field, _, entry = target.partition(".")
+            field = ALIASES.get(field, field)
+            if field not in FIELDS or (entry and (field not in LABELS or entry not in LABELS[field].names)):
+                raise RedHeartError(f"data.columns.{source}: {target!r} is no field and no entry of a label")
+            for other, column in filled.items():
+                same_field = other.partition(".")[0] == field
+                if same_field and (not entry or "." not in other or other == f"{field}.{entry}"):
+                    raise RedHeartError(
+                        f"data.columns.{source}: {column!r} and {theirs!r} both fill {target!r}: keep one"
+                    )
+            filled[f"{field}.{entry}" if entry else field] = theirs
+
+
+def to_record(
+    raw: Mapping[str, Any], columns: Mapping[str, str], place: str, written: bool = False
+) -> dict[str, Any] | InvalidRecord:
+    """A raw record of the schema from one row. `written`: the values are text, as in a CSV, and labels are to be read from it."""
+    missing = [c for c in columns if c not in raw]
+    if missing:
+        there = ", ".join(map(str, raw))
+        return InvalidRecord(f"{place}: column {missing[0]!r} of data.columns is missing; there are {there}")
+    targets = dict(columns)
+    for key in raw if not columns else ("split", "id"):
+        if key in raw and key not in targets.values():
+            targets.setdefault(key, key)
+    record: dict[str, Any] = {}
+    for theirs, target in targets.items():
+        field, _, entry = target.partition(".") if theirs in columns else (theirs, "", "")
+        value = _cell(raw[theirs], ALIASES.get(field, field)) if written else raw[theirs]
+        if field == "id" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if value is None:
+            continue  # as if it were not given
+        if entry:
+            record.setdefault(field, {})[entry] = value
+        else:
+            record[field] = value
+    return record
+
+
+def _cell(text: str, field: str) -> Any:
+    """The value that a CSV's cell stands for in `field`."""
+    if not text.strip():
+        return None
+    if field not in LABELS and field != "label_origin":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return float(text)  # such as .5, which JSON does not know
+    except ValueError:
+        return text.strip()
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRecord]]:
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in range(batch.num_rows):
                 number += 1
-                yield f"{path.name}: row {number}", row
+                place = f"{path.name}: row {number}"
+                try:
+                    yield place, batch.slice(row, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield place, InvalidRecord(f"{place}: not UTF-8 ({error.reason} at byte {error.start})")
     except (OSError, ValueError) as error:
         raise RedHeartError(f"{path} is not a readable Parquet file ({error})") from error
-
-
-def hub_rows(identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Streams every split of `OWNER/NAME` or `OWNER/NAME:CONFIG` (or of a local directory that `datasets` reads)."""
-    import datasets
-
-    name, _, config = identity.partition(":")
-    try:
-        splits = datasets.load_dataset(name, config or None, streaming=True)
-        for split, rows in splits.items():
-            for number, row in enumerate(rows):
-                known = HUB_SPLITS.get(str(split))
-                yield f"{name} {split}: row {number + 1}", {**({"split": known} if known else {}), **row}
-    except (OSError, ValueError, ConnectionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RedHeartError(
-            f"data set {identity!r} cannot be read ({first}): check its name and the network"
-        ) from error
-
-
-def map_columns(raw: Any, mapping: Mapping[str, str], place: str) -> Any:
-    """`raw` with its columns renamed to our fields; columns that the mapping does not name are dropped (`split` and `id` stay)."""
-    if not mapping or not isinstance(raw, dict):
-        return raw
-    missing = [c for c in mapping if c not in raw]
-    if missing:
-        return InvalidRecord(
-            f"{place}: column {missing[0]!r} of data.columns is missing; there are {', '.join(map(str, raw))}"
-        )
-    mapped: dict[str, Any] = {k: raw[k] for k in ("split", "id") if k in raw and k not in mapping}
-    for theirs, ours in mapping.items():
-        field, _, entry = ours.partition(".")
-        if not entry:
-            mapped[ours] = raw[theirs]
-        elif field in LABELS and entry in LABELS[field].names:
-            mapped.setdefault(field, {})[entry] = raw[theirs]
-        else:
-            raise RedHeartError(f"data.columns: {ours!r} is no field and no entry of a label")
-    return mapped
-
-
-def _cell(text: str) -> Any:
-    if text == "":
-        return None
-    if text[0] in "-0123456789[{" or text == "null":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
-    return text

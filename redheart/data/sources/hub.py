@@ -1,0 +1,52 @@
+"""Any data set of the hub, or a local directory that `datasets` reads, streamed: `--source NAME=hub:OWNER/NAME[:CONFIG]`.
+
+Its splits become ours by the first word of their names (`validation_matched` is dev). A data set with one split of another name
+is dealt 80/10/10 by the ids; several splits, one of them of another name, are an error, so that no test row slips into training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from redheart.data.sources.rows import Row
+from redheart.data.sources.tabular import to_record
+from redheart.schema import RedHeartError
+
+SPLIT_NAMES = {"train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev", "test": "test"}
+
+
+def read(identity: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """Rows of every split of `OWNER/NAME` or `OWNER/NAME:CONFIG`; `columns` is the source's `data.columns`."""
+    import datasets
+
+    name, _, config = identity.partition(":")
+    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    try:
+        splits = datasets.load_dataset(name, config or None, streaming=True)
+        ours = _our_splits(identity, [str(s) for s in splits])
+        for split, rows in splits.items():
+            known = ours[str(split)]
+            for number, row in enumerate(rows):
+                place = f"{name} {split}: row {number + 1}"
+                record = to_record(row, columns, place)
+                if isinstance(record, dict) and known and "split" not in columns.values():
+                    record["split"] = known
+                yield place, record
+    except failures as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RedHeartError(
+            f"data set {identity!r} cannot be read ({reason}): check its name and the network"
+        ) from error
+
+
+def _our_splits(identity: str, names: list[str]) -> dict[str, str | None]:
+    """Our split for each of theirs; None where the ids decide."""
+    ours = {n: SPLIT_NAMES.get(re.split(r"[^a-z]", n.lower())[0]) for n in names}
+    unknown = [n for n, split in ours.items() if split is None]
+    if unknown and len(names) > 1:
+        raise RedHeartError(
+            f"data set {identity!r} has the splits {', '.join(names)}, and {unknown[0]!r} is neither train, validation nor test: "
+            "save the rows you want as a Parquet file with a column `split` (train, dev or test)"
+        )
+    return ours
