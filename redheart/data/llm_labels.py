@@ -1,38 +1,30 @@
-"""Scores what a record lacks with an LLM in 4 bits on the CPU. The only importer of bitsandbytes' 4-bit side.
+"""Scores a text with an LLM in 4 bits on the CPU. The only importer of bitsandbytes' 4-bit side.
 
-No text is generated. The prompt up to the text is run once and its keys and values are cached; each question is a short
-suffix, all suffixes run as one batch, and the answer is read from one vector of logits:
-    score = Σ_s s·p(s) / Σ_s p(s) / 9  over the digit tokens s = 0 … 9.
-The mass Σ p(s) says how far the model meant to answer at all; below `min_mass` the answer is refused, not stored.
+No text is generated. The instruction is run once per run and its keys and values are kept; a batch of texts then runs once, each
+with all the lines of both forms behind it, packed into one sequence: a tree mask lets every line see the instruction, its text and
+itself, and nothing of the other lines. The answer to a line is read from one vector of logits, at the words of its list.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from redheart.config import LabelerConfig
 from redheart.console import quiet_libraries
-from redheart.data.pretrained import cache_directory, gguf_file, no_such_model, revision_of
-from redheart.data.questions import INSTRUCTION
-from redheart.files import committed_directory, verify_manifest
+from redheart.data.pretrained import gguf_file, no_such_model, revision_of, unpacked
+from redheart.data.questions import EXAMPLES, FORM, HEADING, lists
 from redheart.schema import RedHeartError
 
-DIGITS = "0123456789"
-ENDINGS = ("Answer: ", "Answer:")  # the first one after which every digit is exactly one token
-
-
-@dataclass(frozen=True)
-class Answer:
-    score: float  # in [0, 1]
-    mass: float  # Σ p(digit) in [0, 1]
+MAX_TEXT_TOKENS = 512  # a longer text is read in part; the encoder reads even less of it
+NUM_WORDS = sum(len(q.words) for q in FORM)
 
 
 class LlmScorer:
-    """`score(text, questions)` -> one Answer per question. `fingerprint` names model, weights and quantization."""
+    """`score(texts)` -> log-probabilities of the words. `fingerprint` names model, weights and quantization."""
 
     def __init__(self, config: LabelerConfig):
         self.config = config
@@ -42,66 +34,115 @@ class LlmScorer:
             "name": config.name,
             "revision": revision,
             "quantization": config.quantization,
-            "min_mass": config.min_mass,
         }
-        self.ending, self.digits = _digit_tokens(self.tokenizer)
-        self._pad = (
-            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        )
+        self.tokens_read = 0
+        self.prefix = self._ids(instruction())
+        self.tail = self._ids("\n")
+        self.words = [[self._word(w) for w in q.words] for q in FORM]
+        self._grow_tree()
+        with torch.inference_mode():
+            output = self.model.base_model(input_ids=torch.tensor([self.prefix]), use_cache=True)
+        self.kept = output.past_key_values
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _word(self, word: str) -> int:
+        ids = self._ids(f" {word}")
+        if len(ids) != 1:
+            raise RedHeartError(
+                f"data.labeler.name: the tokenizer of {self.config.name} cuts the answer {word!r} into {len(ids)} tokens, and an "
+                "answer must be one: choose another model"
+            )
+        return ids[0]
+
+    def branches(self) -> list[tuple[list[int], list[list[int]]]]:
+        """For each of the two forms the tokens that open it, and those of each of its lines."""
+        return [(self._ids(opening), [self._ids(f"{q.key}:") for q in FORM]) for opening in ("Form A\n", "Form B\n")]
+
+    def _grow_tree(self) -> None:
+        tokens: list[int] = []
+        parents: list[int] = []
+        depths: list[int] = []
+        ends: list[int] = []
+
+        def add(ids: Sequence[int], node: int, depth: int) -> tuple[int, int]:
+            for token in ids:
+                tokens.append(token)
+                parents.append(node)
+                depths.append(depth)
+                node, depth = len(tokens) - 1, depth + 1
+            return node, depth
+
+        for opening, lines in self.branches():
+            node, depth = add(opening, -1, 0)
+            for line in lines:
+                ends.append(add(line, node, depth)[0])
+        sees = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        for i in range(len(tokens)):
+            node = i
+            while node >= 0:
+                sees[i, node] = True
+                node = parents[node]
+        self.tree = tokens
+        self.depths = torch.tensor(depths)
+        self.ends = torch.tensor(ends)
+        self.sees = sees
 
     @torch.inference_mode()
-    def logits(self, text: str, questions: list[str]) -> torch.Tensor:
-        """Next-token logits after each question's suffix, float32 [questions, vocabulary], the text run once."""
-        prefix, suffixes = self.prompt(text, questions)
-        cache = self.model(input_ids=torch.tensor([prefix]), use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(questions))
-        longest = max(len(s) for s in suffixes)
-        ids = torch.tensor([s + [self._pad] * (longest - len(s)) for s in suffixes])
-        suffix_mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in suffixes])
-        mask = torch.cat([torch.ones(len(questions), len(prefix), dtype=torch.long), suffix_mask], 1)
-        positions = torch.arange(len(prefix), len(prefix) + longest).expand(len(questions), -1)
+    def logits(self, texts: Sequence[str]) -> torch.Tensor:
+        """Next-token logits after each line of both forms, float32 [texts, 2, lines, vocabulary], all in one pass."""
+        from transformers import DynamicCache
+
+        ids = [self._ids(text)[:MAX_TEXT_TOKENS] + self.tail for text in texts]
+        start, longest, size, rows = len(self.prefix), max(len(i) for i in ids), len(self.tree), len(ids)
+        tokens = torch.zeros(rows, longest + size, dtype=torch.long)
+        positions = torch.zeros(rows, longest + size, dtype=torch.long)
+        sees = torch.zeros(rows, 1, longest + size, start + longest + size, dtype=torch.bool)
+        sees[..., :start] = True
+        tokens[:, longest:] = torch.tensor(self.tree)
+        positions[:, :longest] = start + torch.arange(longest)
+        sees[:, :, :longest, start : start + longest] = torch.ones(longest, longest, dtype=torch.bool).tril()
+        sees[:, :, longest:, start + longest :] = self.sees
+        for row, text in enumerate(ids):
+            tokens[row, : len(text)] = torch.tensor(text)
+            positions[row, longest:] = start + len(text) + self.depths
+            sees[row, :, longest:, start : start + len(text)] = True
+        dtype = self.model.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+        cache = DynamicCache()
+        for number, layer in enumerate(self.kept.layers):
+            cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
         hidden = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache
         ).last_hidden_state
-        last = hidden[torch.arange(len(questions)), suffix_mask.sum(1) - 1]
-        return self.model.get_output_embeddings()(last).float()
+        self.tokens_read += sum(len(i) for i in ids) + rows * size
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden[:, longest + self.ends]).float()
+        return logits.view(rows, 2, len(FORM), -1)
 
-    def score(self, text: str, questions: list[str]) -> list[Answer]:
-        """One answer per question about `text`, in their order."""
-        if not questions:
-            return []
-        p = torch.softmax(self.logits(text, questions), -1)[:, self.digits]
-        mass = p.sum(-1)
-        scale = torch.arange(10.0) / 9
-        scores = (p @ scale) / mass.clamp(min=1e-30)
-        return [Answer(float(s), float(m)) for s, m in zip(scores, mass, strict=True)]
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """Log-probabilities of the words of every list after its line, float32 [texts, 2 forms, NUM_WORDS]."""
+        logits = self.logits(texts)
+        logp = logits - logits.logsumexp(-1, keepdim=True)
+        parts = [logp[:, :, line, words] for line, words in enumerate(self.words)]
+        return torch.cat(parts, -1).numpy()
 
-    def prompt(self, text: str, questions: list[str]) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the shared prefix (instruction and text) and of each question's suffix."""
-        marker = "\0"
-        if getattr(self.tokenizer, "chat_template", None):
-            whole = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{INSTRUCTION}{marker}"}], tokenize=False, add_generation_prompt=True
-            )
-        else:
-            whole = f"{INSTRUCTION}{marker}\n"
-        head, tail = whole.split(marker)
-        encode = lambda t: self.tokenizer(t, add_special_tokens=False)["input_ids"]  # noqa: E731
-        limit = encode(text)[:512]  # a longer text is read in part; the encoder reads even less of it
-        prefix = encode(head) + limit
-        return prefix, [encode(f"\n\nQuestion: {question}{tail}{self.ending}") for question in questions]
+    def prompts(self, text: str) -> list[list[int]]:
+        """Token ids of every line's prompt, written out: what `logits` computes at once. Forms, then lines."""
+        head = self.prefix + self._ids(text)[:MAX_TEXT_TOKENS] + self.tail
+        return [head + opening + line for opening, lines in self.branches() for line in lines]
 
 
-def _digit_tokens(tokenizer: Any) -> tuple[str, list[int]]:
-    """The ending after which each digit is one token, and those ten tokens."""
-    for ending in ENDINGS:
-        base = tokenizer(ending, add_special_tokens=False)["input_ids"]
-        with_digit = [tokenizer(ending + d, add_special_tokens=False)["input_ids"] for d in DIGITS]
-        if all(ids[:-1] == base for ids in with_digit) and len({ids[-1] for ids in with_digit}) == 10:
-            return ending, [ids[-1] for ids in with_digit]
-    raise RedHeartError(
-        "this LLM's tokenizer does not give each digit a token of its own: choose another data.labeler.name"
-    )
+def instruction() -> str:
+    """All that stands before a text."""
+    examples = "".join(
+        f"Text: {text}\n" + "".join(
+            f"Form {form}\n" + "".join(f"{q.key}: {a}\n" for q, a in zip(FORM, answers, strict=True)) for form in "AB"
+        ) + "\n"
+        for text, answers in EXAMPLES
+    )  # fmt: skip
+    return f"{HEADING}\nForm A\n{lists(False)}\nForm B\n{lists(True)}\n{examples}Text: "
 
 
 def _load(config: LabelerConfig) -> tuple[Any, Any, str]:
@@ -112,35 +153,38 @@ def _load(config: LabelerConfig) -> tuple[Any, Any, str]:
     if config.name.startswith("package:"):
         gguf = gguf_file(config.name)
         revision = revision_of(str(gguf.parent), None)
-        path = str(unpacked(gguf, revision))
+        path = str(unpacked(gguf))
     settings: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
     if config.quantization == "nf4":
+        settings["dtype"] = torch.bfloat16
         settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, **settings).eval()
     except (OSError, ValueError) as error:
         raise no_such_model(config.name, error) from error
+    if config.quantization == "nf4" and config.unpack:
+        unpack_once(model)
     if not config.name.startswith("package:"):
         revision = revision_of(path, getattr(model.config, "_commit_hash", None))
     return model, tokenizer, revision
 
 
-def unpacked(gguf: Path, revision: str) -> Path:
-    """The directory in the cache that holds a GGUF file's weights in bf16; made on first use."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def unpack_once(model: torch.nn.Module) -> None:
+    """Replaces every 4-bit layer by one that holds the values of its 4-bit weights in bf16: the same numbers, not unpacked again
+    at every call.
+    """
+    import bitsandbytes as bnb
 
-    target = cache_directory() / f"{gguf.stem}-{revision.split(':')[1]}"
-    if target.is_dir():
-        verify_manifest(target)
-        return target
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    with committed_directory(target) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return target
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, bnb.nn.Linear4bit):
+                packed: Any = child.weight
+                weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(torch.bfloat16)
+                plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=child.bias is not None, device="meta")
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+                if child.bias is not None:
+                    plain.bias = torch.nn.Parameter(child.bias.data.to(torch.bfloat16), requires_grad=False)
+                setattr(module, name, plain)

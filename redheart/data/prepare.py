@@ -21,9 +21,8 @@ from redheart.data.card import dataset_card
 from redheart.data.derive import surd_labels
 from redheart.data.encode import check_languages, encode_parts, load_part
 from redheart.data.gather import gather, mix, take
-from redheart.data.labelling import fill_labels
+from redheart.data.labelling import fill_labels, form_digest
 from redheart.data.order import CHUNK, WINDOW_SHARDS
-from redheart.data.questions import QUESTIONS
 from redheart.data.shards import FORMAT_VERSION, INDEX, label_histograms, open_shard, write_shard
 from redheart.data.store import Store
 from redheart.files import read_json, write_json, write_text
@@ -78,6 +77,7 @@ def prepare(
     _claim(work, plan)
     labelled = fill_labels(records, work, config)
     report.llm_answers, report.llm_refused = labelled.answers, labelled.refused
+    report.llm = labelled.report
     parts = deal(records, config)
     encoder, pooled, report.cut_texts = encode_parts([(p.name, p.records) for p in parts], work, config.encoder)
     if launched_rank() > 0:
@@ -120,7 +120,7 @@ def deal(records: Sequence[dict[str, Any]], config: DataConfig) -> list[Part]:
 def _plan_of(records: list[dict[str, Any]], config: DataConfig) -> str:
     """A digest of everything that the result depends on."""
     settings = config.model_dump(mode="json", exclude={"remote"})
-    content = json.dumps([records, settings, QUESTIONS], sort_keys=True, ensure_ascii=False)
+    content = json.dumps([records, settings, form_digest()], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -1,59 +1,85 @@
-"""What the LLM is asked about a text: one question per label entry, answered on a scale of one digit, 0 to 9."""
+"""What the LLM is asked about a text: a form with one line per question, each answered by one word of a short list.
+
+The words of a scale run from low to high. A question with several entries names a category each (the seven emotions). The form is
+filled in twice, once with every list of words in its order and once reversed, so that a liking for the first word cancels.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from redheart.schema import LABELS
 
-INSTRUCTION = (
-    "Read the text and rate it on a scale from 0 (not at all) to 9 (extremely). Answer with one digit.\n\nText: "
-)
 
-QUESTIONS: dict[str, dict[str, str]] = {
-    "emotion": {
-        **{e: f"How much {e} does the person in the text feel?" for e in LABELS["emotion"].names if e != "neutral"},
-        "neutral": "How calm and unemotional is the text?",
-    },
-    "culture": {
-        "jeong": "How much warm attachment, grown through shared time and small acts of care, is in the text?",
-        "han": "How much long unresolved sorrow and grievance is in the text?",
-        "chemyeon": "How much does keeping face before other people matter in the text?",
-    },
-    "bentham": {
-        "intensity": "How strong is the pleasure or pain in the text?",
-        "duration": "How long will the pleasure or pain last?",
-        "certainty": "How certain is it that the pleasure or pain happens?",
-        "propinquity": "How soon does the pleasure or pain come?",
-        "fecundity": "How likely is it to lead to more feelings of the same kind?",
-        "purity": "How unmixed is it with the opposite feeling?",
-        "extent": "How many people are affected?",
-    },
-    "ethics": {
-        "utilitarian": "How acceptable is the act if only the happiness of everyone counts?",
-        "deontological": "How acceptable is the act if duties and promises count?",
-        "virtue": "How much does the act show a good character?",
-        "justice": "How fair is the act to everyone concerned?",
-    },
-    "acceptability": {"acceptability": "How morally acceptable is what the person does?"},
-    "regret": {"regret": "How much regret does the person feel, or will the person feel?"},
-    "regret_views": {
-        "optimistic": "How much regret would an optimist feel in this situation?",
-        "neutral": "How much regret would an ordinary person feel in this situation?",
-        "pessimistic": "How much regret would a pessimist feel in this situation?",
-    },
-}
-assert all(tuple(q) == LABELS[name].names for name, q in QUESTIONS.items())
+@dataclass(frozen=True)
+class Question:
+    """One line of the form: `key: word`."""
+
+    key: str
+    label: str  # of schema.LABELS
+    entries: tuple[str, ...]  # the label's entries that it answers: one for a scale, one per word for categories
+    words: tuple[str, ...]
+
+    @property
+    def is_scale(self) -> bool:
+        return len(self.entries) == 1
 
 
-def missing_questions(record: dict[str, Any]) -> list[tuple[str, int, str]]:
-    """(label, entry, question) for every label the record lacks altogether and the LLM can answer.
+def _scale(key: str, label: str, entry: str, low: str, high: str) -> Question:
+    return Question(key, label, (entry,), (low, high))
+
+
+FORM = (
+    Question("feeling", "emotion", LABELS["emotion"].names, ("joy", "sadness", "anger", "fear", "surprise", "disgust", "calm")),
+    _scale("tie", "culture", "jeong", "cold", "warm"),
+    _scale("grief", "culture", "han", "fresh", "old"),
+    _scale("honour", "culture", "chemyeon", "private", "public"),
+    _scale("strength", "bentham", "intensity", "weak", "strong"),
+    _scale("length", "bentham", "duration", "short", "long"),
+    _scale("outcome", "bentham", "certainty", "open", "certain"),
+    _scale("time", "bentham", "propinquity", "later", "now"),
+    _scale("repetition", "bentham", "fecundity", "once", "often"),
+    _scale("mixture", "bentham", "purity", "mixed", "pure"),
+    _scale("people", "bentham", "extent", "few", "many"),
+    _scale("effect", "ethics", "utilitarian", "harm", "help"),
+    _scale("duty", "ethics", "deontological", "broken", "kept"),
+    _scale("character", "ethics", "virtue", "bad", "good"),
+    _scale("treatment", "ethics", "justice", "unfair", "fair"),
+    _scale("act", "acceptability", "acceptability", "wrong", "right"),
+    _scale("regret", "regret", "regret", "none", "deep"),
+    _scale("hope", "regret_views", "optimistic", "none", "deep"),
+    _scale("doubt", "regret_views", "neutral", "none", "deep"),
+    _scale("despair", "regret_views", "pessimistic", "none", "deep"),
+)  # fmt: skip
+assert all(set(q.entries) <= set(LABELS[q.label].names) for q in FORM)
+assert all(len(q.words) == (2 if q.is_scale else len(q.entries)) for q in FORM)
+
+HEADING = "A form is filled in about each text. Every line has one word of its list.\n"
+# Two filled-in forms, so that a small model keeps to the lists; between them every scale's word is low once and high once.
+EXAMPLES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "I broke my promise to visit my grandmother again, and now she is gone. I will never forgive myself.",
+        ("sadness", "warm", "old", "private", "strong", "long", "certain", "later", "often", "pure", "few",
+         "harm", "broken", "bad", "unfair", "wrong", "deep", "deep", "deep", "deep"),
+    ),
+    (
+        "Our whole class won the quiz today, and everyone who helped got a share of the prize!",
+        ("joy", "cold", "fresh", "public", "weak", "short", "open", "now", "once", "mixed", "many",
+         "help", "kept", "good", "fair", "right", "none", "none", "none", "none"),
+    ),
+)  # fmt: skip
+assert all(w in q.words for _, answers in EXAMPLES for q, w in zip(FORM, answers, strict=True))
+
+
+def lists(reverse: bool) -> str:
+    """The lists of words, one line per question, as they stand above a form."""
+    return "".join(f"{q.key}: {', '.join(reversed(q.words) if reverse else q.words)}\n" for q in FORM)
+
+
+def lacks(record: dict[str, Any]) -> list[str]:
+    """The labels of the form that a record lacks altogether.
 
     A vector that people labelled in part keeps its gaps: a label has one origin, and a gap is never passed off as theirs.
     """
-    return [
-        (name, entry, question)
-        for name, questions in QUESTIONS.items()
-        if record[name] is None
-        for entry, question in enumerate(questions.values())
-    ]
+    return [name for name in dict.fromkeys(q.label for q in FORM) if record[name] is None]

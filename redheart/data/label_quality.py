@@ -1,0 +1,109 @@
+"""Words' log-probabilities -> scores in [0, 1], and a report that says which questions' answers may become labels.
+
+Batch calibration (Zhou et al. 2023, arXiv 2309.17249): a word's share of its list is divided by the mean share over all texts, so that what
+the model says of any text whatever does not count. The two forms' scores are averaged. Where people labelled training texts too,
+an isotonic regression on those maps the score to their scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from redheart.config import LabelerConfig
+from redheart.data.questions import FORM
+from redheart.schema import LABELS
+
+MIN_COMPARED = 30  # texts with a human label below which agreement is not judged
+MIN_FITTED = 200  # human-labelled training texts below which no map is fitted
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One entry of one label. agreement: chance that of two texts people rate differently the LLM puts the right one higher."""
+
+    label: str
+    entry: str
+    mass: float  # mean probability of the list's words, in [0, 1]
+    spread: float  # standard deviation of the scores
+    agreement: float | None  # in [0, 1]; 0.5 is chance; None where fewer than MIN_COMPARED texts have a human label
+    compared: int
+    accepted: bool
+    reason: str
+
+
+def calibrated(logp: np.ndarray) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], np.ndarray]]:
+    """float32 [N, 2, words] -> scores [N] and masses [N] of each (label, entry)."""
+    scores, masses = {}, {}
+    start = 0
+    for question in FORM:
+        p = np.exp(logp[:, :, start : start + len(question.words)].astype(np.float64))
+        start += len(question.words)
+        mass = p.sum(-1)
+        share = p / np.maximum(mass[..., None], 1e-30)
+        share = share / np.maximum(share.mean(0, keepdims=True), 1e-12)
+        share = (share / share.sum(-1, keepdims=True)).mean(1)  # both forms
+        for number, entry in enumerate(question.entries):
+            scores[question.label, entry] = share[:, 1 if question.is_scale else number]
+            masses[question.label, entry] = mass.mean(1)
+    return scores, masses
+
+
+def judge(
+    records: Sequence[Mapping[str, Any]], logp: np.ndarray, config: LabelerConfig
+) -> tuple[dict[tuple[str, str], np.ndarray], list[dict[str, Any]]]:
+    """(scores [N] of every accepted entry, the report of all entries)."""
+    scores, masses = calibrated(logp)
+    accepted, report = {}, []
+    for (label, entry), score in scores.items():
+        human = np.array([_human(r, label, entry) for r in records])
+        known = ~np.isnan(human)
+        varied = known.sum() >= MIN_COMPARED and len(np.unique(human[known])) > 1
+        agreement = concordance(human[known], score[known]) if varied else None
+        mass, spread = float(masses[label, entry].mean()), float(score.std())
+        reason = ""
+        if mass < config.min_mass:
+            reason = f"mass below {config.min_mass:g}"
+        elif spread < config.min_spread:
+            reason = f"spread below {config.min_spread:g}"
+        elif agreement is not None and agreement < config.min_agreement:
+            reason = f"agreement below {config.min_agreement:g}"
+        report.append(asdict(Quality(label, entry, mass, spread, agreement, int(known.sum()), not reason, reason)))
+        if not reason:
+            train = known & np.array([r["split"] == "train" for r in records])
+            accepted[label, entry] = to_human_scale(score, human, train)
+    return accepted, report
+
+
+def to_human_scale(score: np.ndarray, human: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Isotonic regression of `human` on `score` where `train`; the score itself where those are few or all alike."""
+    if train.sum() < MIN_FITTED or len(np.unique(human[train])) < 2:
+        return score
+    from sklearn.isotonic import IsotonicRegression
+
+    fitted = IsotonicRegression(out_of_bounds="clip").fit(score[train], human[train])
+    return np.asarray(fitted.predict(score))
+
+
+def concordance(human: np.ndarray, score: np.ndarray) -> float:
+    """P(score orders two texts as people do | people rate them differently), ties half: (1 + Somers' D) / 2, the AUC if binary."""
+    ranks = np.unique(score, return_inverse=True)[1]
+    below = np.zeros(len(np.unique(ranks)), dtype=np.int64)  # scores seen so far, of texts that people rate lower
+    right = total = 0.0
+    for value in np.unique(human):
+        rows = ranks[human == value]
+        cumulated = np.concatenate([[0], np.cumsum(below)])
+        right += float((cumulated[rows] + below[rows] / 2).sum())
+        total += len(rows) * int(below.sum())
+        np.add.at(below, rows, 1)
+    return right / total
+
+
+def _human(record: Mapping[str, Any], label: str, entry: str) -> float:
+    if record["label_origin"][label] != "human" or record[label] is None:
+        return np.nan
+    value = record[label] if LABELS[label].scalar else record[label][LABELS[label].names.index(entry)]
+    return np.nan if value is None else float(value)

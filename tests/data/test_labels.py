@@ -1,0 +1,167 @@
+"""The LLM's answers: the packed pass equals prompts written out; what becomes a label; a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import somersd
+from sklearn.metrics import roc_auc_score
+
+from redheart.config import DataConfig, LabelerConfig
+from redheart.data import labelling
+from redheart.data.label_quality import calibrated, concordance, judge, to_human_scale
+from redheart.data.labelling import ANSWER, NUM_WORDS, fill_labels
+from redheart.data.llm_labels import LlmScorer
+from redheart.data.questions import FORM
+from redheart.data.sources.records import parse_record
+
+TEXTS = [
+    "I miss her so much.",
+    "The shop opens at nine on weekdays, and closes at five except on Sundays.",
+    "He hit me!",
+]
+
+
+@pytest.fixture(scope="module")
+def scorer() -> LlmScorer:
+    return LlmScorer(LabelerConfig())
+
+
+def written_out(scorer: LlmScorer, text: str) -> torch.Tensor:
+    with torch.inference_mode():
+        rows = [scorer.model(input_ids=torch.tensor([p])).logits[0, -1].float() for p in scorer.prompts(text)[::7]]
+    return torch.stack(rows)
+
+
+def test_packed_logits_equal_those_of_prompts_written_out():
+    exact = LlmScorer(LabelerConfig(quantization="none"))
+    packed = exact.logits(TEXTS).flatten(1, 2)[:, ::7]
+    for row, text in enumerate(TEXTS):
+        assert torch.allclose(packed[row], written_out(exact, text), atol=1e-3)
+
+
+def test_packed_probabilities_in_4_bits_stay_within_two_hundredths(scorer: LlmScorer):
+    packed = scorer.logits(TEXTS[:2]).flatten(1, 2)[:, ::7].softmax(-1)
+    for row, text in enumerate(TEXTS[:2]):
+        assert (packed[row] - written_out(scorer, text).softmax(-1)).abs().max() < 0.02
+
+
+def test_a_text_s_answers_do_not_depend_on_its_neighbours():
+    exact = LlmScorer(LabelerConfig(quantization="none"))
+    alone = np.concatenate([exact.score([t]) for t in TEXTS])
+    assert np.abs(exact.score(TEXTS) - alone).max() < 1e-3
+
+
+def test_concordance_is_the_auc_and_somers_d():
+    rng = np.random.default_rng(0)
+    binary, graded, score = rng.integers(0, 2, 200), rng.integers(0, 5, 200), rng.integers(0, 30, 200) / 30
+    assert concordance(binary, score) == pytest.approx(roc_auc_score(binary, score))
+    assert concordance(graded, score) == pytest.approx((1 + somersd(graded, score).statistic) / 2)
+
+
+def answers_that_follow(values: np.ndarray, liking: float = 1.0) -> np.ndarray:
+    """Log-probabilities whose every scale says `values`; the second word is liked `liking` times more, whatever the text."""
+    logp = np.full((len(values), 2, NUM_WORDS), np.log(0.02))
+    start = 0
+    for question in FORM:
+        if question.is_scale:
+            high = liking * values
+            logp[:, :, start] = np.log(0.5 * (1 - values) / (1 - values + high))[:, None]
+            logp[:, :, start + 1] = np.log(0.5 * high / (1 - values + high))[:, None]
+        start += len(question.words)
+    return logp
+
+
+def test_calibration_takes_out_what_is_said_of_every_text():
+    values = np.linspace(0.1, 0.9, 50)
+    plain, masses = calibrated(answers_that_follow(values))
+    assert np.allclose(plain["regret", "regret"], values)  # as many say low as high: nothing to take out
+    assert np.allclose(masses["regret", "regret"], 0.5)
+    liked, _ = calibrated(answers_that_follow(values, liking=8.0))
+    raw = 8 * values / (1 - values + 8 * values)
+    assert np.all(np.diff(liked["regret", "regret"]) > 0)
+    assert abs(raw.mean() - 0.5) > 0.25
+    assert abs(liked["regret", "regret"].mean() - 0.5) < 0.1
+
+
+def records(n: int, regret: np.ndarray | None = None) -> list[dict[str, Any]]:
+    made = []
+    for i in range(n):
+        raw: dict[str, Any] = {"text": f"text number {i}", "split": "train"}
+        if regret is not None:
+            raw |= {"regret": float(regret[i]), "label_origin": {"regret": "human"}}
+        made.append(parse_record(raw, f"row {i}", "mine"))
+    return made
+
+
+def test_answers_that_people_contradict_are_refused():
+    values = np.linspace(0.1, 0.9, 60)
+    for human, accepted in ((values, True), (1 - values, False)):
+        kept, report = judge(records(60, human), answers_that_follow(values), LabelerConfig())
+        found = next(q for q in report if q["entry"] == "regret")
+        assert (("regret", "regret") in kept) == found["accepted"] == accepted
+        assert found["agreement"] == pytest.approx(float(accepted))
+        assert ("agreement" in found["reason"]) != accepted
+
+
+def test_answers_that_say_the_same_of_all_texts_are_refused():
+    kept, report = judge(records(40), answers_that_follow(np.full(40, 0.3)), LabelerConfig())
+    assert not kept
+    assert all("spread" in q["reason"] for q in report)
+
+
+def test_scores_are_mapped_to_what_people_say_of_training_texts():
+    score = np.linspace(0, 1, 400)
+    human = (np.random.default_rng(0).random(400) < score**2).astype(float)
+    mapped = to_human_scale(score, human, np.ones(400, bool))
+    assert np.all(np.diff(mapped) >= 0)
+    assert np.abs(mapped - score**2).mean() < 0.06
+
+
+def test_a_kill_costs_the_last_answer_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    corpus = records(20)
+    config = DataConfig(labeler=LabelerConfig(batch_size=4))
+    first = [json.loads(json.dumps(r)) for r in corpus]
+    fill_labels(first, tmp_path, config)
+    file = tmp_path / "labels-rank0.bin"
+    whole = file.read_bytes()
+    assert len(whole) == 20 * ANSWER.itemsize
+    file.write_bytes(whole[: 13 * ANSWER.itemsize + 100])  # the kill
+    asked: list[str] = []
+    score = LlmScorer.score
+    monkeypatch.setattr(LlmScorer, "score", lambda self, texts: asked.extend(texts) or score(self, texts))
+    second = [json.loads(json.dumps(r)) for r in corpus]
+    result = fill_labels(second, tmp_path, config)
+    assert len(asked) == 7
+    assert len(file.read_bytes()) == len(whole)
+    assert result.report["texts"] == 20
+    for a, b in zip(first, second, strict=True):
+        assert np.allclose(
+            [v for v in a["bentham"] if v is not None], [v for v in b["bentham"] if v is not None], atol=0.03
+        )
+    monkeypatch.setattr(LlmScorer, "__init__", lambda *a: pytest.fail("all answers are there"))
+    third = [json.loads(json.dumps(r)) for r in corpus]
+    fill_labels(third, tmp_path, config)
+    assert third == second
+
+
+def test_two_ranks_ask_about_each_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, corpus, fingerprints = DataConfig(), records(9), []
+    monkeypatch.setattr(labelling, "launched_world_size", lambda: 2)
+    monkeypatch.setattr(labelling, "_answers", lambda work, mend=None: {})  # both start at once
+    for rank in (0, 1):
+        monkeypatch.setattr(labelling, "launched_rank", lambda rank=rank: rank)
+        fingerprints.append(labelling._ask(corpus, tmp_path, config)["fingerprint"])
+    monkeypatch.undo()
+    keys = [
+        k
+        for r in (0, 1)
+        for k in np.frombuffer((tmp_path / f"labels-rank{r}.bin").read_bytes(), ANSWER)["key"].tolist()
+    ]
+    assert fingerprints[0] == fingerprints[1]
+    assert sorted(keys) == sorted(labelling._key(r) for r in corpus)
