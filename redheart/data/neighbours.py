@@ -170,7 +170,7 @@ def interpreter() -> str:
                 f"the near-duplicate search needs an environment with FAISS, and there is none: {REMEDY}"
             )
         console.print(
-            "the near-duplicate search needs FAISS: making its environment (launch/setup_env.sh --retrieval) …"
+            "the near-duplicate search needs FAISS: making its environment, once (launch/setup_env.sh --retrieval) …"
         )
         done = subprocess.run(["bash", str(script), "--retrieval"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
