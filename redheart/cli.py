@@ -71,6 +71,9 @@ def prepare(
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Write invalid records to rejected.jsonl and go on.")
     ] = False,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Drop rows that nearly repeat a dev or test row (data.dedup; uses FAISS).")
+    ] = False,
     push: Annotated[
         str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload to a data set of the hub.")
     ] = None,
@@ -83,7 +86,7 @@ def prepare(
     from redheart.data.prepare import prepare as run
     from redheart.ranks import launched_rank
 
-    data = load_config(preset, set_ or ()).data
+    data = load_config(preset, [*(set_ or ()), *(["data.dedup=true"] if dedup else [])]).data
     report = run(source, out, data, samples, force_preprocess, skip_invalid)
     if launched_rank() > 0:
         return
@@ -94,6 +97,28 @@ def prepare(
     )
     if push:
         console.print(f"pushed to {upload(out, push)}")
+    _emit(asdict(report), json_)
+
+
+@app.command()
+def dedup(
+    data: Data,
+    out: Annotated[Path | None, typer.Option("--out", help="New directory for the data without what leaks.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", help="Cosine of near-duplicates. [default: that of data.dedup_threshold]"),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Count train rows that nearly repeat a dev or test row, and dev rows that repeat a test row; with --out, drop them."""
+    from redheart.console import console
+    from redheart.data.dedup import dedup as run
+    from redheart.data.neighbours import describe
+
+    report = run(data, out, threshold)
+    console.print(describe(report.duplicates))
+    if out:
+        console.print(f"wrote {out}: " + ", ".join(f"{n} {s}" for s, n in report.rows.items()))
     _emit(asdict(report), json_)
 
 

@@ -81,6 +81,15 @@ class DataConfig(Section):
     labeler: LabelerConfig = LabelerConfig()
     remote: RemoteConfig = RemoteConfig()
     rows_per_shard: int = Field(2048, gt=0)
+    dedup: bool = Field(
+        False, description="drop train rows that nearly repeat a dev or test row, and dev rows a test row"
+    )
+    dedup_threshold: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="cosine of mean token states from which texts repeat each other; for the default encoder",
+    )
     columns: dict[str, dict[str, str]] = Field({}, description="per source: {their column: our field}")
     mixture: dict[str, float] = Field(
         {},

@@ -37,6 +37,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
         for name, counts in index["report"]["labels"].items()
     ]
     rows = ", ".join(f"{v['rows']} {s}" for s, v in splits.items())
+    leaks = index["report"].get("duplicates")
     return "\n".join(
         [
             "---",
@@ -47,6 +48,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             f"{rows}. Token features of `{encoder['name']}` (hidden layers {encoder['layers']}, {encoder['width']} wide, at most "
             f"{encoder['max_tokens']} tokens, {encoder['revision']}), float16, without padding.",
             f"Scores of origin `llm` come from `{labeler['name']}`." if labeler else "No label comes from an LLM.",
+            *([_without(leaks)] if leaks else []),
             "",
             "| source | rows | licence | commercial use |",
             "|---|---|---|---|",
@@ -62,6 +64,13 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             "```",
             "",
         ]
+    )
+
+
+def _without(leaks: Mapping[str, Any]) -> str:
+    return (
+        f"{leaks['identical'] + leaks['near']} train and dev rows that repeat a row of dev or test are left out "
+        f"({leaks['identical']} identical, {leaks['near']} at a cosine of {leaks['threshold']:g} or more)."
     )
 
 

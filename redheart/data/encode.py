@@ -137,6 +137,14 @@ def load_part(
     ]
 
 
+def contrast_means(parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: Path, width: int) -> np.ndarray:
+    """Mean-pooled features of the contrast texts that are there, in the order of the encoded parts: float32 [C, width]."""
+    means = [np.zeros((0, width), np.float32)]
+    for name, records in parts:
+        means += [c.astype(np.float32).mean(0)[None] for _, c in load_part(work, name, records) if c is not None]
+    return np.concatenate(means)
+
+
 def _part_file(work: Path, name: str) -> Path:
     return work / f"encoded-{name}.safetensors"
 

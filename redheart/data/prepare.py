@@ -1,4 +1,5 @@
-"""sources -> LLM scores for what is missing -> token features -> SURD label -> shards and index. Resumable.
+"""sources -> LLM scores for what is missing -> token features -> near-duplicates out (on demand) -> SURD label -> shards and
+index. Resumable.
 
 The rows of a split are dealt into shards by the hash of their id, so that every shard is a random part of it. Work in progress
 stands in OUT/work: the LLM's answers and one file of encoded features per shard. A second call goes on from there;
@@ -10,24 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from redheart.config import DataConfig
+from redheart.console import console
 from redheart.data.card import dataset_card
 from redheart.data.derive import surd_labels
-from redheart.data.encode import check_languages, encode_parts, load_part
+from redheart.data.encode import check_languages, contrast_means, encode_parts, load_part
 from redheart.data.gather import gather, mix, take
 from redheart.data.labelling import fill_labels, form_digest
+from redheart.data.neighbours import describe, near_leaks
 from redheart.data.order import CHUNK, WINDOW_SHARDS
-from redheart.data.shards import FORMAT_VERSION, INDEX, label_histograms, open_shard, write_shard
+from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
 from redheart.data.store import Store
 from redheart.files import read_json, write_json, write_text
 from redheart.ranks import launched_rank
-from redheart.schema import LABELS, SPLITS, RedHeartError
+from redheart.schema import SPLITS, RedHeartError
 
 
 @dataclass
@@ -43,6 +45,9 @@ class PrepareReport:
     llm: dict[str, Any] = field(default_factory=dict)
     cut_texts: dict[str, float] = field(default_factory=dict)  # share per source
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # per label: entries by origin
+    duplicates: dict[str, Any] = field(
+        default_factory=dict
+    )  # as data/neighbours.py reports them; empty without --dedup
     reused: bool = False
 
 
@@ -79,14 +84,23 @@ def prepare(
     report.llm_answers, report.llm_refused = labelled.answers, labelled.refused
     report.llm = labelled.report
     parts = deal(records, config)
-    encoder, pooled, report.cut_texts = encode_parts([(p.name, p.records) for p in parts], work, config.encoder)
+    named = [(p.name, p.records) for p in parts]
+    encoder, pooled, report.cut_texts = encode_parts(named, work, config.encoder)
     if launched_rank() > 0:
         return report
     records = [r for p in parts for r in p.records]  # the order of `pooled`
+    dropped: Set[str] = frozenset()
+    if config.dedup:
+        contrasts = contrast_means(named, work, encoder["width"])
+        leaks = near_leaks(records, pooled, contrasts, config.dedup_threshold, work)
+        dropped, report.duplicates = leaks.dropped, leaks.report
+        kept = [i for i, r in enumerate(records) if r["id"] not in dropped]
+        records, pooled = [records[i] for i in kept], pooled[kept]
+        console.print(describe(leaks.report))
     for record, derived in zip(records, surd_labels(records, pooled), strict=True):
         if record["surd"] is None and derived is not None:
             record["surd"], record["label_origin"]["surd"] = derived, "derived"
-    splits = _write(parts, out, work, config, encoder["width"], report)
+    splits = _write(parts, out, work, config, encoder["width"], dropped, report)
     index = {
         "version": FORMAT_VERSION, "plan": plan, "chunk": CHUNK, "window_shards": WINDOW_SHARDS, "encoder": encoder,
         "labeler": labelled.fingerprint, "sources": gathered.sources, "report": asdict(report), "splits": splits,
@@ -119,7 +133,8 @@ def deal(records: Sequence[dict[str, Any]], config: DataConfig) -> list[Part]:
 
 def _plan_of(records: list[dict[str, Any]], config: DataConfig) -> str:
     """A digest of everything that the result depends on."""
-    settings = config.model_dump(mode="json", exclude={"remote"})
+    without = {"remote"} if config.dedup else {"remote", "dedup", "dedup_threshold"}
+    settings = config.model_dump(mode="json", exclude=without)
     content = json.dumps([records, settings, form_digest()], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -152,32 +167,21 @@ def _write(
     work: Path,
     config: DataConfig,
     width: int,
+    dropped: Set[str],
     report: PrepareReport,
 ) -> dict[str, Any]:
-    """Writes the shards and returns the index entries of the splits."""
-    splits: dict[str, dict[str, Any]] = {s: {"rows": 0, "tokens": 0, "shards": []} for s in SPLITS}
-    origins: dict[str, Counter[str]] = {name: Counter() for name in LABELS}
+    """Writes the shards, without the rows whose ids are in `dropped`, and returns the index entries of the splits."""
+    writer = SplitsWriter(out, width, config.encoder.max_tokens)
     for part in parts:
-        states = load_part(work, part.name, part.records)
         rows = [
             {**record, "features": f, "contrast_features": c, "label_weight": _weights(record, config)}
-            for record, (f, c) in zip(part.records, states, strict=True)
+            for record, (f, c) in zip(part.records, load_part(work, part.name, part.records), strict=True)
+            if record["id"] not in dropped
         ]
-        for row in rows:
-            for name, label in LABELS.items():
-                if row[name] is not None:
-                    known = 1 if label.scalar else sum(v is not None for v in row[name])
-                    origins[name][row["label_origin"][name]] += known
-        split = splits[rows[0]["split"]]
-        entry = write_shard(out / f"{part.name}.arrow", rows, width, config.encoder.max_tokens, part.repeat)
-        split["shards"].append(entry)
-        split["rows"] += entry["rows"]
-        split["tokens"] += entry["tokens"]
-    for split in splits.values():
-        opened = ((open_shard(out / e["file"], width), e["repeat"]) for e in split["shards"])
-        split["histograms"] = label_histograms((s.values, s.weights * repeat) for s, repeat in opened)
+        writer.write(f"{part.name}.arrow", rows, part.repeat)
+    splits = writer.finish()
     report.rows = {s: splits[s]["rows"] for s in SPLITS}
-    report.labels = {name: dict(counts) for name, counts in origins.items() if counts}
+    report.labels = writer.labels
     return splits
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from redheart.data.order import bucket
 from redheart.files import sha256_of
-from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, ORIGINS, RedHeartError
+from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, ORIGINS, SPLITS, RedHeartError
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
@@ -79,6 +79,43 @@ def write_shard(
         "sha256": sha256_of(path),
         "buckets": sorted(Counter(buckets).items()),
     }
+
+
+class SplitsWriter:
+    """Writes the shards of a data directory one by one; `finish` gives the index entries of its splits.
+
+    `labels` counts by label and origin the entries written so far.
+    """
+
+    def __init__(self, out: Path, encoder_width: int, max_tokens: int):
+        self._out, self._width, self._max_tokens = out, encoder_width, max_tokens
+        self._splits: dict[str, dict[str, Any]] = {s: {"rows": 0, "tokens": 0, "shards": []} for s in SPLITS}
+        self._origins: dict[str, Counter[str]] = {name: Counter() for name in LABELS}
+
+    @property
+    def labels(self) -> dict[str, dict[str, int]]:
+        return {name: dict(counts) for name, counts in self._origins.items() if counts}
+
+    def write(self, file: str, rows: Sequence[dict[str, Any]], repeat: int) -> None:
+        """Writes `rows`, all of one split, as `write_shard` does; no rows, no shard."""
+        if not rows:
+            return
+        for row in rows:
+            for name, label in LABELS.items():
+                if row[name] is not None:
+                    known = 1 if label.scalar else sum(v is not None for v in row[name])
+                    self._origins[name][row["label_origin"][name]] += known
+        split = self._splits[rows[0]["split"]]
+        entry = write_shard(self._out / file, rows, self._width, self._max_tokens, repeat)
+        split["shards"].append(entry)
+        split["rows"] += entry["rows"]
+        split["tokens"] += entry["tokens"]
+
+    def finish(self) -> dict[str, Any]:
+        for split in self._splits.values():
+            opened = ((open_shard(self._out / e["file"], self._width), e["repeat"]) for e in split["shards"])
+            split["histograms"] = label_histograms((s.values, s.weights * repeat) for s, repeat in opened)
+        return self._splits
 
 
 @dataclass(frozen=True)

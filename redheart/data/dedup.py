@@ -1,0 +1,107 @@
+"""`redheart dedup`: what leaks between the splits of a prepared directory, and the same directory without it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redheart.config import DataConfig
+from redheart.data.card import dataset_card
+from redheart.data.neighbours import near_leaks
+from redheart.data.shards import INDEX, Shard, SplitsWriter, open_shard
+from redheart.data.store import Store
+from redheart.files import flush_to_disk, write_json, write_text
+from redheart.schema import SPLITS, RedHeartError
+
+FIELDS = ("id", "source", "split", "text", "contrast_text")
+
+
+@dataclass(frozen=True)
+class DedupReport:
+    """`duplicates` as data/neighbours.py reports them; `rows` by split of what was written, empty where nothing was."""
+
+    duplicates: dict[str, Any]
+    rows: dict[str, int]
+
+
+def dedup(data: str | Path, out: Path | None = None, threshold: float | None = None) -> DedupReport:
+    """Finds the leaking rows of a prepared directory (or URL) and, with `out`, writes a new directory without them, whole or not at all.
+
+    `threshold`: cosine; None is the default of data.dedup_threshold. Labels, derived ones too, stay as they are. Raises RedHeartError
+    where `out` is there already, and as `near_leaks` does.
+    """
+    if threshold is None:
+        threshold = DataConfig().dedup_threshold
+    if not 0 < threshold <= 1:
+        raise RedHeartError(f"--threshold {threshold:g} must lie above 0 and at most at 1")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RedHeartError(f"{out} is there already: choose another --out")
+    store = Store(data)
+    width = store.index["encoder"]["width"]
+    records: list[dict[str, Any]] = []
+    pooled = [np.zeros((0, width), np.float32)]
+    contrasts = [np.zeros((0, width), np.float32)]
+    for _, shard in _shards(store, width):
+        fresh = shard.table.select(FIELDS).to_pylist()
+        pooled += [_mean(shard.features[i]) for i in range(len(fresh))]
+        contrasts += [_mean(shard.contrasts[i]) for i, r in enumerate(fresh) if r["contrast_text"] is not None]
+        records += fresh
+    with tempfile.TemporaryDirectory(prefix="redheart-dedup-", dir=None if out is None else _parent(out)) as work:
+        leaks = near_leaks(records, np.concatenate(pooled), np.concatenate(contrasts), threshold, Path(work))
+    if out is None:
+        return DedupReport(leaks.report, {})
+    return DedupReport(leaks.report, _write(store, out, leaks.dropped, leaks.report))
+
+
+def _write(store: Store, out: Path, dropped: frozenset[str], report: dict[str, Any]) -> dict[str, int]:
+    """Writes the directory without the rows in `dropped`, whole or not at all; returns its rows by split."""
+    encoder = store.index["encoder"]
+    unfinished = out.with_name(out.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier call
+    unfinished.mkdir()
+    writer = SplitsWriter(unfinished, encoder["width"], encoder["max_tokens"])
+    for entry, shard in _shards(store, encoder["width"]):
+        rows = shard.table.drop_columns(["features", "contrast_features"]).to_pylist()
+        for i, row in enumerate(rows):
+            row |= {"features": shard.features[i], "contrast_features": shard.contrasts[i]}
+        writer.write(entry["file"], [r for r in rows if r["id"] not in dropped], entry["repeat"])
+    splits = writer.finish()
+    rows_of = {s: splits[s]["rows"] for s in SPLITS}
+    told = {**store.index["report"], "out": str(out), "rows": rows_of, "labels": writer.labels, "duplicates": report}
+    index = {**store.index, "plan": _plan(store, report["threshold"]), "report": told, "splits": splits}
+    write_text(unfinished / "README.md", dataset_card(index))
+    write_json(unfinished / INDEX, index)
+    unfinished.replace(out)
+    flush_to_disk(out.parent)
+    return rows_of
+
+
+def _plan(store: Store, threshold: float) -> str:
+    """A digest of what was prepared and of what was done to it since."""
+    content = json.dumps([store.index["plan"], "dedup", threshold])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _shards(store: Store, width: int) -> Iterator[tuple[dict[str, Any], Shard]]:
+    """(index entry, open shard) of all splits, in order."""
+    for split in SPLITS:
+        for entry in store.shards(split):
+            yield entry, open_shard(store.fetch(entry), width)
+
+
+def _mean(states: np.ndarray | None) -> np.ndarray:
+    assert states is not None
+    return states.astype(np.float32).mean(0)[None]
+
+
+def _parent(out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent
