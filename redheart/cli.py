@@ -55,8 +55,9 @@ def prepare(
         typer.Option(
             "--source",
             metavar="NAME=PATH",
-            help="May be repeated. A known corpus (goemotions, emobank, kote, ethics, moral_stories, social_chem, amazon) and its "
-            "directory; any NAME and a .json, .jsonl, .csv or .parquet file, or a hub id; `everyday` alone is the shipped corpus.",
+            help="May be repeated. A known corpus (goemotions, emobank, kote, ethics, moral_stories, social_chem, "
+            "amazon_counterfactual) and its directory; any NAME and a .json, .jsonl, .csv or .parquet file, or a hub id; "
+            "`everyday` alone is the shipped corpus.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory of the shards.")],
@@ -74,6 +75,14 @@ def prepare(
     dedup: Annotated[
         bool, typer.Option("--dedup", help="Drop rows that nearly repeat a dev or test row (data.dedup; uses FAISS).")
     ] = False,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            "--augment",
+            metavar="KIND",
+            help="`paraphrase` or `counterfactual`: the LLM writes about training texts; gated, marked, counted (data.augment).",
+        ),
+    ] = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload to a data set of the hub.")
     ] = None,
@@ -86,7 +95,8 @@ def prepare(
     from redheart.data.prepare import prepare as run
     from redheart.ranks import launched_rank
 
-    data = load_config(preset, [*(set_ or ()), *(["data.dedup=true"] if dedup else [])]).data
+    asked = [*(["data.dedup=true"] if dedup else []), *([f"data.augment.kind={augment}"] if augment else [])]
+    data = load_config(preset, [*(set_ or ()), *asked]).data
     report = run(source, out, data, samples, force_preprocess, skip_invalid)
     if launched_rank() > 0:
         return

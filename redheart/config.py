@@ -76,9 +76,24 @@ class RemoteConfig(Section):
     cache_gib: float = Field(20.0, gt=0, description="shards of remote stores kept on this machine")
 
 
+class AugmentConfig(Section):
+    kind: Literal["paraphrase", "counterfactual"] | None = Field(
+        None, description="what the labelling LLM writes about training texts; nothing where null"
+    )
+    max_texts: int | None = Field(None, gt=0, description="most texts it writes about, spread over the sources")
+    min_similarity: float = Field(0.8, ge=-1, le=1, description="least cosine of the mean token states")
+    max_shift: float = Field(
+        0.05, gt=0, le=1, description="paraphrase: mean movement of the LLM's own answers above which it is refused"
+    )
+    min_gain: float = Field(
+        0.05, ge=0, le=1, description="counterfactual: gain of act and effect, to the LLM, below which it is refused"
+    )
+
+
 class DataConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     labeler: LabelerConfig = LabelerConfig()
+    augment: AugmentConfig = AugmentConfig()
     remote: RemoteConfig = RemoteConfig()
     rows_per_shard: int = Field(2048, gt=0)
     dedup: bool = Field(

@@ -155,6 +155,8 @@ def _open(spec: str, config: DataConfig) -> _Opened:
         raise RedHeartError(
             f"--source {spec!r}: write it as NAME=PATH (only {everyday.NAME!r} needs no path; known: {', '.join(SOURCES)})"
         )
+    if "+" in name:
+        raise RedHeartError(f"--source {spec!r}: a name has no '+', which marks rows that the LLM wrote (--augment)")
     path, columns = Path(given), config.columns.get(name, {})
     if known is not None and (not given or path.is_dir()):
         if columns:

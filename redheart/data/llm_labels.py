@@ -37,7 +37,7 @@ class LlmScorer:
             "revision": revision,
             "quantization": config.quantization,
         }
-        self.tokens_read = 0
+        self.tokens_read = self.tokens_written = 0
         self.prefix = self._ids(instruction())
         self.tail = self._ids("\n")
         self.words = [[self._word(w) for w in q.words] for q in FORM]
@@ -57,9 +57,9 @@ class LlmScorer:
                 "or a recurrent layer): choose a model with full attention"
             )
         self.kept = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        name = f"shared_prefix_{id(self)}"
-        AttentionInterface.register(name, self._attend)
-        self.model.set_attn_implementation(name)
+        self.attention = f"shared_prefix_{id(self)}"
+        AttentionInterface.register(self.attention, self._attend)
+        self.model.set_attn_implementation(self.attention)
 
     def _attend(
         self,
@@ -172,6 +172,28 @@ class LlmScorer:
             for line, words in enumerate(self.words[first : first + LINES_AT_ONCE]):
                 scores.append(logits[:, :, line, words] - total[:, :, line, None])
         return torch.cat(scores, -1).numpy()
+
+    @torch.inference_mode()
+    def write(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """The line that follows each prompt, greedy; empty where it does not end within `max_new_tokens`."""
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        given = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
+        self.model.set_attn_implementation("sdpa")
+        try:
+            ids = self.model.generate(
+                **given, max_new_tokens=max_new_tokens, do_sample=False, stop_strings=["\n"], tokenizer=self.tokenizer,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+        finally:
+            self.model.set_attn_implementation(self.attention)
+        new = ids[:, given["input_ids"].shape[1] :]
+        self.tokens_written += int((new != self.tokenizer.pad_token_id).sum())
+        lines = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        ended = [
+            bool(row[-1] == self.tokenizer.pad_token_id) or "\n" in text for row, text in zip(new, lines, strict=True)
+        ]
+        return [text.split("\n")[0].strip() if end else "" for text, end in zip(lines, ended, strict=True)]
 
     def prompts(self, text: str) -> list[list[int]]:
         """Token ids of every line's prompt, written out: what `logits` computes at once. Forms, then lines."""

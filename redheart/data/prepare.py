@@ -18,6 +18,7 @@ from typing import Any
 
 from redheart.config import DataConfig
 from redheart.console import console
+from redheart.data.augment import PROMPTS, augment
 from redheart.data.card import dataset_card
 from redheart.data.derive import surd_labels
 from redheart.data.encode import check_languages, contrast_means, encode_parts, load_part
@@ -80,6 +81,8 @@ def prepare(
         return _reuse(out, plan, report)
     work = out / "work"
     _claim(work, plan)
+    records, written = augment(records, gathered.sources, work, config)
+    report.sources = gathered.sources | written
     labelled = fill_labels(records, work, config)
     report.llm_answers, report.llm_refused = labelled.answers, labelled.refused
     report.llm = labelled.report
@@ -103,7 +106,7 @@ def prepare(
     splits = _write(parts, out, work, config, encoder["width"], dropped, report)
     index = {
         "version": FORMAT_VERSION, "plan": plan, "chunk": CHUNK, "window_shards": WINDOW_SHARDS, "encoder": encoder,
-        "labeler": labelled.fingerprint, "sources": gathered.sources, "report": asdict(report), "splits": splits,
+        "labeler": labelled.fingerprint, "sources": report.sources, "report": asdict(report), "splits": splits,
     }  # fmt: skip
     write_text(out / "README.md", dataset_card(index))
     write_json(out / INDEX, index)
@@ -118,7 +121,7 @@ def deal(records: Sequence[dict[str, Any]], config: DataConfig) -> list[Part]:
     """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
-        weight = config.mixture.get(record["source"], 1.0) if record["split"] == "train" else 1.0
+        weight = config.mixture.get(record["source"].split("+")[0], 1.0) if record["split"] == "train" else 1.0
         groups.setdefault((record["split"], max(1, int(weight))), []).append(record)
     parts: list[Part] = []
     numbers = dict.fromkeys(SPLITS, 0)
@@ -135,7 +138,7 @@ def _plan_of(records: list[dict[str, Any]], config: DataConfig) -> str:
     """A digest of everything that the result depends on."""
     without = {"remote"} if config.dedup else {"remote", "dedup", "dedup_threshold"}
     settings = config.model_dump(mode="json", exclude=without)
-    content = json.dumps([records, settings, form_digest()], sort_keys=True, ensure_ascii=False)
+    content = json.dumps([records, settings, form_digest(), PROMPTS], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

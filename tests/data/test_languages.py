@@ -1,0 +1,84 @@
+"""Korean texts: refused by an encoder that cannot read them, prepared with a small multilingual one built here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from redheart.config import DataConfig, EncoderConfig, LabelerConfig
+from redheart.data.prepare import prepare
+from redheart.data.store import Store
+from redheart.schema import RedHeartError
+
+KOREAN = [
+    "오늘은 친구와 함께 저녁을 먹어서 정말 기뻤다.",
+    "할머니가 보고 싶어서 밤새 울었다.",
+    "약속을 지키지 못해 너무 미안하다.",
+    "사람들 앞에서 체면을 잃고 말았다.",
+    "옛 친구를 만나 정을 나누었다.",
+    "그때 그 말을 하지 말았어야 했다.",
+]
+ENGLISH = ["I had dinner with a friend today.", "I broke my promise, and I am sorry."]
+
+
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 2 layers with a WordPiece vocabulary of both languages, saved as Transformers saves any model."""
+    directory = tmp_path_factory.mktemp("encoder")
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.NFC()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    pieces.train_from_iterator(KOREAN + ENGLISH, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
+    pieces.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    rows = [{"text": t, "lang": "ko", "culture": {"jeong": 0.5}} for t in KOREAN] + [{"text": t} for t in ENGLISH]
+    (tmp_path / "both.json").write_text(json.dumps(rows), encoding="utf-8")
+    return f"both={tmp_path / 'both.json'}"
+
+
+def test_an_encoder_refuses_a_language_it_cannot_read_and_says_how_badly(source: str, tmp_path: Path):
+    with pytest.raises(RedHeartError, match=r"6 records are in 'ko'.* \d+\.\d% of their pieces are unknown to it"):
+        prepare([source], tmp_path / "out", DataConfig())
+    assert not (tmp_path / "out").exists()
+
+
+def test_korean_is_prepared_with_a_multilingual_encoder(source: str, multilingual: Path, tmp_path: Path):
+    encoder = EncoderConfig(name=str(multilingual), layers=(1, 2), languages=("en", "ko"))
+    report = prepare([source], tmp_path / "out", DataConfig(encoder=encoder, labeler=LabelerConfig(max_texts=0)))
+    assert sum(report.rows.values()) == 8
+    from datasets import load_dataset
+
+    rows = [r for split in load_dataset(str(tmp_path / "out")).values() for r in split]
+    korean = {r["text"]: r for r in rows if r["lang"] == "ko"}
+    assert set(korean) == set(KOREAN)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(multilingual)
+    model = BertModel.from_pretrained(multilingual).eval()
+    for text, row in korean.items():
+        given = tokenizer(text, return_tensors="pt")
+        assert tokenizer.unk_token_id not in given["input_ids"][0].tolist()
+        with torch.no_grad():
+            states = model(given["input_ids"], output_hidden_states=True).hidden_states
+        expected = torch.cat([states[1], states[2]], -1)[0].numpy()
+        found = np.asarray(row["features"], np.float32).reshape(-1, 64)
+        assert np.abs(found - expected).max() < 5e-3
+    assert Store(tmp_path / "out").index["encoder"]["width"] == 64
