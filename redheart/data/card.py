@@ -20,6 +20,9 @@ def dataset_card(index: Mapping[str, Any]) -> str:
         "configs": [
             {
                 "config_name": "default",
+                # `datasets` caches a directory under its name and this head alone: without a word of the content in it, data prepared
+                # anew, or another directory of the same name, would be read as the old rows
+                "description": f"plan {index['plan'][:16]}",
                 "data_files": [{"split": s, "path": f"{s}-*.arrow"} for s in SPLITS if s in splits],
             }
         ],

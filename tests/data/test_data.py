@@ -1,10 +1,15 @@
 """Records, order, shards and derived labels: what is written is what is read, each sample once, mistakes named."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from redheart.config import DataConfig, LabelerConfig
 from redheart.data.derive import surd_labels
 from redheart.data.gather import take
+from redheart.data.prepare import prepare
 from redheart.data.sources import everyday
 from redheart.data.sources.records import InvalidRecord, parse_record, read_records
 
@@ -101,3 +106,14 @@ def test_derived_labels_are_shares_from_the_training_split_alone():
         assert 0 <= leak < 1
     records[90]["regret"] = 0.123  # a dev row may change nothing but its own label
     assert surd_labels(records, pooled)[:90] == labels[:90]
+
+
+def test_datasets_does_not_take_one_directory_for_another_of_the_same_name(tmp_path: Path):
+    from datasets import load_dataset
+
+    for place, text in (("a", "It rained."), ("b", "It snowed.")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "x.json").write_text(json.dumps([{"text": text, "split": "train"}]))
+        out = tmp_path / place / "out"
+        prepare([f"x={tmp_path / place / 'x.json'}"], out, DataConfig(labeler=LabelerConfig(max_texts=0)))
+        assert load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))["text"][:] == [text]
