@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, Batch
+from redheart.schema import LABELS, NUM_LABEL_COLUMNS, Batch
 
-_OWNER = np.repeat(np.arange(len(LABELS)), [label.size for label in LABELS.values()])  # the label of each column
+_SIZES = [label.size for label in LABELS.values()]
+_OWNER = np.repeat(np.arange(len(LABELS)), _SIZES)  # the label of each column
 
 
 def pad(states: Sequence[np.ndarray], encoder_width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,8 +36,8 @@ def label_tensors(
     filled = torch.from_numpy(np.where(known, values, np.float32(0)))
     weights = torch.from_numpy(np.where(known, label_weights[:, _OWNER], np.float32(0)))
     return (
-        {name: filled[:, columns] for name, columns in LABEL_COLUMNS.items()},
-        {name: weights[:, columns] for name, columns in LABEL_COLUMNS.items()},
+        dict(zip(LABELS, filled.split(_SIZES, 1), strict=True)),
+        dict(zip(LABELS, weights.split(_SIZES, 1), strict=True)),
     )
 
 

@@ -55,10 +55,13 @@ class Order:
         if self.rows_per_epoch == 0:
             raise RedHeartError("the training split is empty: prepare more samples, or give some of them split 'train'")
         numbers = np.empty(len(positions), dtype=np.int64)
-        where = [self.locate(int(p)) for p in positions]
-        for epoch, number in dict.fromkeys(w[:2] for w in where):
-            mine = [i for i, w in enumerate(where) if w[:2] == (epoch, number)]
-            numbers[mine] = self.window(epoch, number)[[where[i][2] for i in mine]]
+        epochs, offsets = np.divmod(positions, self.rows_per_epoch)
+        for epoch in dict.fromkeys(epochs.tolist()):
+            starts = self.shards_of_epoch(epoch)[1]
+            windows = np.where(epochs == epoch, starts.searchsorted(offsets, side="right") - 1, -1)
+            for number in dict.fromkeys(windows[windows >= 0].tolist()):
+                mine = windows == number
+                numbers[mine] = self.window(epoch, number)[offsets[mine] - starts[number]]
         return numbers
 
     def locate(self, position: int) -> tuple[int, int, int]:

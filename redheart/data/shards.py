@@ -123,15 +123,23 @@ class Shard:
     """An open shard: token features as views into the memory-mapped file, labels as dense arrays.
 
     `values` [rows, NUM_LABEL_COLUMNS] is NaN where there is no label; `weights` and `origins` are [rows, number of labels].
+    `labels` holds values and weights side by side.
     """
 
     table: pa.Table
     ids: list[str]
     features: _Ragged
     contrasts: _Ragged
-    values: np.ndarray
-    weights: np.ndarray
+    labels: np.ndarray
     origins: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.labels[:, :NUM_LABEL_COLUMNS]
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.labels[:, NUM_LABEL_COLUMNS:]
 
 
 class _Ragged:
@@ -171,8 +179,7 @@ def open_shard(path: Path, encoder_width: int) -> Shard:
         ids=column["id"].to_pylist(),
         features=_Ragged(column["features"], encoder_width),
         contrasts=_Ragged(column["contrast_features"], encoder_width),
-        values=values,
-        weights=np.nan_to_num(np.stack(weights, 1).astype(np.float32)),
+        labels=np.concatenate([values, np.nan_to_num(np.stack(weights, 1).astype(np.float32))], 1),
         origins=np.stack(origins, 1),
     )
 

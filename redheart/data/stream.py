@@ -21,7 +21,7 @@ from redheart.data.collate import collate
 from redheart.data.order import CHUNK, WINDOW_SHARDS, Order, order_of, positions, rank_slice
 from redheart.data.shards import Shard, histogram_arrays, open_shard
 from redheart.data.store import Store
-from redheart.schema import Batch
+from redheart.schema import NUM_LABEL_COLUMNS, Batch
 
 
 class SampleStream:
@@ -43,16 +43,23 @@ class SampleStream:
 
     def batch(self, numbers: np.ndarray, keys: np.ndarray) -> Batch:
         """The rows with these numbers, as one Batch with these `keys`."""
-        where = np.searchsorted(self._starts, numbers, side="right") - 1
+        where = self._starts.searchsorted(numbers, side="right") - 1
+        local = numbers - self._starts[where]
         shards = {s: self._shard(s) for s in dict.fromkeys(where.tolist())}
-        rows = [(shards[s], n) for s, n in zip(where.tolist(), (numbers - self._starts[where]).tolist(), strict=True)]
+        rows = [(shards[s], n) for s, n in zip(where.tolist(), local.tolist(), strict=True)]
         features = [shard.features[n] for shard, n in rows]
+        first = rows[0][0]
+        labels = np.empty((len(rows), first.labels.shape[1]), first.labels.dtype)
+        origins = np.empty((len(rows), first.origins.shape[1]), first.origins.dtype)
+        for row, (shard, n) in enumerate(rows):
+            labels[row] = shard.labels[n]
+            origins[row] = shard.origins[n]
         return collate(
             [f for f in features if f is not None],
             [shard.contrasts[n] for shard, n in rows],
-            np.stack([shard.values[n] for shard, n in rows]),
-            np.stack([shard.weights[n] for shard, n in rows]),
-            np.stack([shard.origins[n] for shard, n in rows]),
+            labels[:, :NUM_LABEL_COLUMNS],
+            labels[:, NUM_LABEL_COLUMNS:],
+            origins,
             keys,
             [shard.ids[n] for shard, n in rows],
             self.encoder["width"],
