@@ -74,6 +74,14 @@ class Store:
             raise RedHeartError(
                 f"{where} has version {version}, this program reads {FORMAT_VERSION}: prepare the data again"
             )
+        for split, facts in index["splits"].items():
+            for entry in facts["shards"]:
+                if entry["rows"] != sum(count for _, count in entry["buckets"]):
+                    raise RedHeartError(
+                        f"{where} contradicts itself about shard {entry['file']}: prepare the data again"
+                    )
+            if facts["rows"] != sum(entry["rows"] for entry in facts["shards"]):
+                raise RedHeartError(f"{where} contradicts itself about the rows of {split}: prepare the data again")
         return index
 
     def _download(self, entry: Mapping[str, Any], path: Path) -> None:

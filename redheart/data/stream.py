@@ -21,7 +21,7 @@ from redheart.data.collate import collate
 from redheart.data.order import CHUNK, WINDOW_SHARDS, Order, order_of, positions, rank_slice
 from redheart.data.shards import Shard, histogram_arrays, open_shard
 from redheart.data.store import Store
-from redheart.schema import NUM_LABEL_COLUMNS, Batch
+from redheart.schema import NUM_LABEL_COLUMNS, Batch, RedHeartError
 
 
 class SampleStream:
@@ -133,7 +133,13 @@ class SampleStream:
         return self._open[number]
 
     def _fetch_and_open(self, number: int) -> Shard:
-        return open_shard(self.store.fetch(self._entries[number]), self.encoder["width"])
+        entry = self._entries[number]
+        shard = open_shard(self.store.fetch(entry), self.encoder["width"])
+        if len(shard.ids) != entry["rows"]:
+            raise RedHeartError(
+                f"shard {entry['file']} holds {len(shard.ids)} rows and the index says {entry['rows']}: prepare the data again"
+            )
+        return shard
 
     def _prefetch(self, order: Order, position: int) -> None:
         epoch, window, _ = order.locate(position)

@@ -111,6 +111,9 @@ HARM = {
     "remove": "train-00001.arrow is missing",
     "version": INDEX,
     "index": INDEX,
+    "rows": "contradicts itself about shard train-00001.arrow",
+    "total": "contradicts itself about the rows of train",
+    "rows and buckets": "train-00001.arrow holds 20 rows and the index says 21",
 }
 
 
@@ -126,6 +129,13 @@ def test_a_damaged_directory_is_named(tmp_path: Path, harm: str):
         shard.write_bytes(content[:-100])
     elif harm == "remove":
         shard.unlink()
+    elif harm in ("rows", "total", "rows and buckets"):
+        index = json.loads((tmp_path / INDEX).read_text())
+        train = index["splits"]["train"]
+        train["rows"] += harm != "rows"
+        train["shards"][1]["rows"] += harm != "total"
+        train["shards"][1]["buckets"][0][1] += harm == "rows and buckets"
+        (tmp_path / INDEX).write_text(json.dumps(index))
     else:
         (tmp_path / INDEX).write_text("{" if harm == "index" else '{"version": 99}')
     with pytest.raises(RedHeartError, match=HARM[harm]):
