@@ -111,6 +111,8 @@ def judge(records: Sequence[Mapping[str, Any]], rewrites: Sequence[Mapping[str, 
             reason = "not finished"
         elif _plain(rewrite["text"]) == _plain(record["text"]):
             reason = "the same text"
+        elif any(_plain(line) in _plain(rewrite["text"]) for line in _examples(str(limits.kind))):
+            reason = "repeats an example"
         elif rewrite["similarity"] < limits.min_similarity:
             reason = f"similarity below {limits.min_similarity:g}"
         elif limits.kind == "paraphrase" and shift[row] > limits.max_shift:
@@ -134,6 +136,11 @@ def _refuse_repeats(
         if not reasons[record["id"]] and plain in known:
             reasons[record["id"]] = "a text that is there already"
         known.add(plain)
+
+
+def _examples(kind: str) -> list[str]:
+    """The texts of a prompt's examples and what stands under them."""
+    return [line.partition(": ")[2] for line in PROMPTS[kind].splitlines() if ": " in line and "{text}" not in line]
 
 
 def _can_be_asked(record: Mapping[str, Any], kind: str) -> bool:

@@ -60,6 +60,8 @@ def test_every_gate_refuses_what_it_is_for():
     ]  # fmt: skip
     found = judge(rows, written, config("paraphrase"))
     assert found[0] == ""
+    copied = rewrite(text="I borrowed money from my brother, and he never got it back. It rained.")
+    assert judge(rows[:1], [copied], config("paraphrase")) == ["repeats an example"]
     for reason, word in zip(found[1:], ("not finished", "the same", "similarity", "move"), strict=True):
         assert word in reason
     better = [rewrite(before=0.3, after=0.7), rewrite(before=0.7, after=0.3), rewrite()]

@@ -1,5 +1,6 @@
 """Shards: what is written is what is read, from a directory or over HTTP; damage is named; a bad network is tried again."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
