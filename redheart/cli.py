@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -11,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from redheart.bench.commands import bench, emit
+from redheart.options import Checkpoint, Data, Json, Preset, Set
 from redheart.schema import RedHeartError
 from redheart.version import VERSION
 
@@ -19,22 +20,7 @@ app = typer.Typer(
     help="Train a multi-task network for emotion, ethics, regret and causality inside 8 GB of GPU memory.",
 )  # fmt: skip
 
-bench = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Measure speed, side by side with what others offer."
-)
 app.add_typer(bench, name="bench")
-
-Preset = Annotated[str, typer.Option("--preset", help="local, base, 330m, or a .yaml file.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one config key; may be repeated.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Data = Annotated[
-    str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
-]
-Checkpoint = Annotated[
-    Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
-]
 
 
 @app.callback()
@@ -107,7 +93,7 @@ def prepare(
     )
     if push:
         console.print(f"pushed to {upload(out, push)}")
-    _emit(asdict(report), json_)
+    emit(asdict(report), json_)
 
 
 @app.command()
@@ -129,7 +115,7 @@ def dedup(
     console.print(describe(report.duplicates))
     if out:
         console.print(f"wrote {out}: " + ", ".join(f"{n} {s}" for s, n in report.rows.items()))
-    _emit(asdict(report), json_)
+    emit(asdict(report), json_)
 
 
 @app.command()
@@ -139,14 +125,14 @@ def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> No
 
     from redheart.config import load_config
     from redheart.console import console, table
-    from redheart.model.redheart import NOT_BUILT, parameter_counts
-    from redheart.train.start import build_model
+    from redheart.model.build import build_model
+    from redheart.model.redheart import parameter_counts
 
     config = load_config(preset, set_ or ())
     with torch.device("meta"):
         counts = parameter_counts(build_model(config, None))
     if not json_:
-        rows = [(m, f"{n:,}") for m, n in counts.items()] + [(m, "not built yet") for m in NOT_BUILT]
+        rows = [(m, f"{n:,}") for m, n in counts.items()]
         console.print(
             table(
                 f"parameters of {config.preset}",
@@ -154,7 +140,7 @@ def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> No
                 [*rows, ("total", f"{sum(counts.values()):,}")],
             )
         )
-    _emit({"total": sum(counts.values()), "modules": counts, "not_built": list(NOT_BUILT)}, json_)
+    emit({"total": sum(counts.values()), "modules": counts}, json_)
 
 
 @app.command()
@@ -188,7 +174,7 @@ def train(
         f"at step {state.best_step}; everything is in {result.run}"
     )
     if is_main():
-        _emit(result.to_json(), json_)
+        emit(result.to_json(), json_)
     if result.signal:
         console.print(f"go on with: redheart train --preset {preset} --data {data} --out {result.run} --resume")
         raise typer.Exit(128 + result.signal)
@@ -213,7 +199,7 @@ def evaluate(
     for one in result.terminal_tables():
         console.print(one)
     console.print(FOOTNOTE + (f"\nreport: {path}" if path else ""))
-    _emit(result.to_json(), json_)
+    emit(result.to_json(), json_)
 
 
 @app.command()
@@ -227,7 +213,7 @@ def predict(
     if not json_:
         for one, answer in zip(text, answers, strict=True):
             _show(one, answer)
-    _emit([{"text": t, **a} for t, a in zip(text, answers, strict=True)], json_)
+    emit([{"text": t, **a} for t, a in zip(text, answers, strict=True)], json_)
 
 
 @app.command()
@@ -242,7 +228,7 @@ def export(
 
     counts = run(checkpoint, out)
     console.print(f"exported {sum(counts.values()):,} parameters to {out}")
-    _emit({"out": str(out), "modules": counts}, json_)
+    emit({"out": str(out), "modules": counts}, json_)
 
 
 @app.command()
@@ -266,64 +252,11 @@ def doctor(
                 [(f.name, "ok" if f.ok else "MISSING", f.detail) for f in findings],
             )
         )
-    _emit([asdict(f) for f in findings], json_)
+    emit([asdict(f) for f in findings], json_)
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
     if warm_up:
         run_warm_up()
-
-
-@bench.command("loader")
-def bench_loader(
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="A prepared directory. [default: GoEmotions and ETHICS, prepared once]"),
-    ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1024, help="Samples prepared without --data.")] = 8192,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
-    json_: Json = False,
-) -> None:
-    """Samples per second into padded batches, beside `datasets` streaming with a shuffle buffer."""
-    from redheart.bench.loader import bench_loader as run
-
-    _show_measured("loader", run(data, rows, batch_size), json_)
-
-
-@bench.command("encoder")
-def bench_encoder(
-    train_texts: Annotated[int, typer.Option("--train-texts", min=100, help="Most training texts of a task.")] = 4000,
-    dev_texts: Annotated[int, typer.Option("--dev-texts", min=100, help="Most dev texts of a task.")] = 1500,
-    json_: Json = False,
-) -> None:
-    """Both packaged encoders under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
-    from redheart.bench.encoder import bench_encoder as run
-
-    _show_measured("encoder", run(train_texts, dev_texts), json_)
-
-
-@bench.command("label")
-def bench_label(
-    texts: Annotated[int, typer.Option("--texts", min=8, help="Texts that both sides read.")] = 32,
-    json_: Json = False,
-) -> None:
-    """Texts per second that the LLM scores, beside generating JSON with the same model and parsing it."""
-    from redheart.bench.label import bench_label as run
-
-    _show_measured("label", run(num_texts=texts), json_)
-
-
-def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:
-    from redheart.console import console, table
-
-    if not json_:
-        rows = [(k, json.dumps(v) if isinstance(v, dict | list) else str(v)) for k, v in result.items()]
-        console.print(table(f"bench {what}", ("figure", "measured"), rows))
-    _emit(result, json_)
-
-
-def _emit(value: Any, wanted: bool) -> None:
-    if wanted:
-        print(json.dumps(value, ensure_ascii=False))
 
 
 def _number(value: float | None) -> str:

@@ -33,9 +33,12 @@ class ModelConfig(Section):
     layers: int = Field(6, gt=0, description="encoder layers")
     task_width: int = Field(gt=0, description="K: width of a task's feature")
     task_heads: int = Field(gt=0, description="attention heads over K")
-    num_experts: int = Field(8, gt=1, description="experts of the emotion head")
+    num_experts: int = Field(
+        8, gt=0, description="experts of the emotion head, of equal width in sum; 1: a single network"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="share of channels dropped, drawn per sample position")
     activation_checkpointing: bool = Field(False, description="recompute encoder layers in the backward pass")
+    ablate: tuple[str, ...] = Field((), description="modules left out, for instance analyzers.surd: an ablation run")
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
@@ -129,12 +132,21 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
 
 
+class LossShares(Section):
+    """How much the losses of each room weigh, after each is divided by its constant predictor's."""
+
+    heads: float = Field(0.7, ge=0, description="what the heads say by themselves")
+    analyzers: float = Field(0.3, ge=0, description="what the analyzers say by themselves")
+    aux: float = Field(1.0, ge=0, description="the final answers, and the Kalman filter's")
+
+
 class LossConfig(Section):
     weights: dict[str, float] = Field(default_factory=dict, description="factor per output, 1.0 where not named")
+    shares: LossShares = LossShares()
     focal_gamma: float = Field(2.0, ge=0)
     huber_delta: float = Field(0.25, gt=0)
     extreme_penalty: float = Field(0.1, ge=0, description="of Bentham values pushed beyond 0.02 or 0.98")
-    balance: float = Field(0.01, ge=0, description="load balance of a sample's gate")
+    balance: float = Field(0.001, ge=0, description="load balance of a sample's gate")
     router_z: float = Field(0.001, ge=0, description="squared log-partition of the gate's logits")
     constant_floor: float = Field(0.01, gt=0, description="least constant-predictor loss a loss is divided by")
 
@@ -149,6 +161,9 @@ class TrainingConfig(Section):
     log_every: int = Field(10, gt=0)
     evaluate_every: int = Field(100, gt=0)
     evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
+    synergy_every: int = Field(
+        100, gt=0, description="steps between two looks at gradients' angles and at what informs regret"
+    )
     checkpoint_every: int = Field(100, gt=0)
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept beside the best one")
     best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")

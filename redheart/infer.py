@@ -10,6 +10,7 @@ import torch
 from redheart.config import EncoderConfig
 from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
+from redheart.evaluation.evaluate import predict_all
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import CULTURE_HANGUL, LABELS, RedHeartError
 from redheart.tasks import TASKS
@@ -47,7 +48,8 @@ class RedHeartPipeline:
         features, mask = pad(self.encoder.encode(texts)[0], self.encoder.width)
         outputs = self.model(features.float(), mask)
         answers = [
-            self._answer({n: t.predict(outputs)[i] for n, t in TASKS.items()}, outputs, i) for i in range(len(texts))
+            self._answer({n: p[i] for n, p in predict_all(outputs).items() if TASKS[n].final}, outputs, i)
+            for i in range(len(texts))
         ]
         return answers[0] if isinstance(text, str) else answers
 

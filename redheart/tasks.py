@@ -1,7 +1,7 @@
 """TASKS: one record per answer of the network. To add a task, add a record here; trainer, evaluation and report follow.
 
 A record names the label that supervises the answer, the module that gives it, how a loss and a prediction are read from
-RedHeartOutput, and what a constant predictor would put in place of the raw prediction.
+RedHeartOutput. A label's own name is its final, fused answer; `MODULE/LABEL` is what one module alone says of it.
 """
 
 from __future__ import annotations
@@ -14,97 +14,109 @@ import torch
 
 from redheart.config import LossConfig
 from redheart.losses.bentham import hedonic, pair_logistic
-from redheart.losses.elementwise import SumCount, cross_entropy
+from redheart.losses.elementwise import SumCount, cross_entropy, squared
 from redheart.losses.emotion import gate_balance, router_z, soft_focal
 from redheart.losses.regret import huber
-from redheart.losses.surd import squared
+from redheart.losses.surd import density_cross_entropy, expected_level, levels, squared_shares, surd_probabilities
+from redheart.model.analyzers import NUM_LEVELS, SUBSETS
+from redheart.model.fusion import FINAL, UTILITY
 from redheart.model.layers import full_precision
-from redheart.model.redheart import RedHeartOutput
+from redheart.model.redheart import ANSWERS, RedHeartOutput
 from redheart.schema import LABELS
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LossConfig], SumCount]
+Link = Literal["sigmoid", "tanh", "none", "surd", "density"]
+INVERSE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # the raw answer of who always says `mean` [size]
+    "sigmoid": lambda mean: torch.logit(mean, eps=1e-4),
+    "tanh": lambda mean: torch.atanh(mean.clamp(-0.999, 0.999)),
+    "none": lambda mean: mean,
+    "surd": lambda mean: torch.cat([mean[:3].clamp(min=1e-4).log(), torch.logit(mean[3:], eps=1e-4)]),
+}
+LINKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "none": lambda raw: raw,
+    "surd": surd_probabilities,
+    "density": expected_level,
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    """`output` names the field of RedHeartOutput, [B, size]; `logits` says whether a sigmoid makes it a prediction."""
+    """`output`: the field of RedHeartOutput, or None where the answer is `module`'s reading; `link` makes it a prediction."""
 
     label: str
     module: str
-    output: str
+    output: str | None
     loss: Loss
-    logits: bool
+    link: Link
     kind: Literal["multilabel", "binary", "score"]  # which metrics and which baseline judge it
     weight: float = 1.0
 
-    def raw(self, outputs: RedHeartOutput) -> torch.Tensor:
-        """What the loss takes, float32 (or float64) [B, size]."""
-        return full_precision(outputs[self.output])
+    @property
+    def final(self) -> bool:
+        """Whether users see it; the others are what single modules say."""
+        return self.output is not None and self.link != "density"
 
-    def predict(self, outputs: RedHeartOutput) -> torch.Tensor:
+    def raw(self, outputs: RedHeartOutput) -> torch.Tensor | None:
+        """What the loss takes, float32 (or float64), [B, size] for most; None where the module is left out."""
+        own = (outputs.readings or {}).get(self.label, {})
+        found = own.get(self.module) if self.output is None else outputs.get(self.output)
+        return None if found is None else full_precision(found)
+
+    def predict(self, outputs: RedHeartOutput) -> torch.Tensor | None:
         """In the label's units, [B, size]."""
         raw = self.raw(outputs)
-        return torch.sigmoid(raw) if self.logits else raw
+        return None if raw is None else LINKS[self.link](raw)
 
-    def constant(self, mean: torch.Tensor) -> torch.Tensor:
-        """The raw value of a predictor that always says `mean` [size]."""
-        return torch.logit(mean, eps=1e-4) if self.logits else mean
+    def constant(self, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The raw answer of the best predictor that always says the same, for labels and weights [N, size]."""
+        if self.link == "density":
+            share = (levels(target, NUM_LEVELS) * weight).sum(0) / weight.sum().clamp(min=1e-12)
+            return share.clamp(min=1e-6).log().expand(len(target), len(SUBSETS), -1)
+        total = weight.sum(0)
+        mean = torch.where(total > 0, (target * weight).sum(0) / total.clamp(min=1e-12), 0.5)
+        return INVERSE[self.link](mean).expand_as(target)
 
 
-TASKS: dict[str, Task] = {
-    "emotion": Task(
-        "emotion",
-        "heads.emotion",
-        "emotion_logits",
-        lambda x, t, w, c: soft_focal(x, t, w, c.focal_gamma),
-        True,
-        "multilabel",
-    ),
-    "culture": Task(
-        "culture", "heads.emotion", "culture_logits", lambda x, t, w, c: cross_entropy(x, t, w), True, "score"
-    ),
-    "bentham": Task(
-        "bentham",
-        "heads.bentham",
-        "bentham_logits",
-        lambda x, t, w, c: hedonic(x, t, w, c.extreme_penalty),
-        True,
-        "score",
-    ),
-    "preference": Task(
-        "preference", "heads.bentham", "utility_difference", lambda x, t, w, c: pair_logistic(x, t, w), True, "binary"
-    ),
-    "acceptability": Task(
-        "acceptability",
-        "heads.bentham",
-        "acceptability_logits",
-        lambda x, t, w, c: cross_entropy(x, t, w),
-        True,
-        "score",
-    ),
-    "ethics": Task(
-        "ethics", "heads.bentham", "ethics_logits", lambda x, t, w, c: cross_entropy(x, t, w), True, "score"
-    ),
-    "regret": Task(
-        "regret",
-        "heads.regret",
-        "regret_logits",
-        lambda x, t, w, c: huber(torch.sigmoid(x), t, w, c.huber_delta),
-        True,
-        "score",
-    ),
-    "regret_views": Task(
-        "regret_views", "heads.regret", "regret_views", lambda x, t, w, c: huber(x, t, w, c.huber_delta), False, "score"
-    ),
-    "surd": Task("surd", "heads.surd", "surd", lambda x, t, w, c: squared(x, t, w), False, "score"),
+JUDGEMENTS: dict[str, tuple[Loss, Link, Literal["multilabel", "binary", "score"]]] = {  # by label
+    "emotion": (lambda x, t, w, c: soft_focal(x, t, w, c.focal_gamma), "sigmoid", "multilabel"),
+    "emotion_fine": (lambda x, t, w, c: soft_focal(x, t, w, c.focal_gamma), "sigmoid", "multilabel"),
+    "vad": (lambda x, t, w, c: squared(torch.tanh(x), t, w), "tanh", "score"),
+    "culture": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
+    "bentham": (lambda x, t, w, c: hedonic(x, t, w, c.extreme_penalty), "sigmoid", "score"),
+    "preference": (lambda x, t, w, c: pair_logistic(x, t, w), "sigmoid", "binary"),
+    "acceptability": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
+    "ethics": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
+    "regret": (lambda x, t, w, c: huber(torch.sigmoid(x), t, w, c.huber_delta), "sigmoid", "score"),
+    "regret_views": (lambda x, t, w, c: huber(x, t, w, c.huber_delta), "none", "score"),
+    "counterfactual": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
+    "surd": (lambda x, t, w, c: squared_shares(x, t, w), "surd", "score"),
 }
-assert all(task.label in LABELS for task in TASKS.values())
+OUTPUTS = {**ANSWERS, "preference": "utility_difference", "regret_views": "regret_views"}
+TASKS: dict[str, Task] = {
+    label: Task(label, "heads.regret" if label == "regret_views" else "aux.utility", OUTPUTS[label], *JUDGEMENTS[label])
+    for label in LABELS
+}
+TASKS |= {
+    f"{module}/{label}": Task(label, module, None, *JUDGEMENTS[label])
+    for label, modules in {**FINAL, "preference": UTILITY}.items()
+    for module in modules
+}
+TASKS["analyzers.surd/density"] = Task(
+    "regret", "analyzers.surd", "density_logits", lambda x, t, w, c: density_cross_entropy(x, t, w), "density", "score"
+)
 
-LATENTS = {  # what has no label of its own, and the loss that reaches it
+LATENTS = {  # what has no label of its own, and the losses that reach it
     "expert_gate_logits": "emotion",
     "theory_gate_logits": "bentham",
-    "outcome mean and spread of the three observers": "regret_views",
     "branches of the emotion head": "emotion",
+    "outcome mean and spread of the three observers": "regret_views",
+    "trajectory of the emotions": "emotion",
+    "presence of the stakeholders": "preference, bentham, acceptability",
+    "utilities had and foregone": "regret",
+    "DSP controls and signals": "emotion, through the Kalman filter and the fusion",
+    "rates, noises and covariance of the Kalman filter": "emotion, through the gains and the fusion",
 }
 GATES = ("expert_gate_logits", "theory_gate_logits")
 
@@ -112,42 +124,48 @@ GATES = ("expert_gate_logits", "theory_gate_logits")
 def task_losses(
     outputs: RedHeartOutput, labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig
 ) -> dict[str, SumCount]:
-    """(sum, count) of every task and of the gates' regularisers (count: samples), for one micro-batch."""
-    losses = {
-        name: task.loss(task.raw(outputs), labels[task.label], weights[task.label], config)
-        for name, task in TASKS.items()
-    }
+    """(sum, count) of every task and of the gates' regularisers (count: samples), for one micro-batch.
+
+    Tasks and gates of modules that are left out are left out too.
+    """
+    losses = {}
+    for name, task in TASKS.items():
+        raw = task.raw(outputs)
+        if raw is not None:
+            losses[name] = task.loss(raw, labels[task.label], weights[task.label], config)
     for gate in GATES:
-        logits = full_precision(outputs[gate])
-        regulariser = config.balance * gate_balance(logits) + config.router_z * router_z(logits)
-        losses[gate] = (regulariser.sum(), torch.tensor(float(len(logits))))
+        if gate in outputs:
+            logits = full_precision(outputs[gate])
+            regulariser = config.balance * gate_balance(logits) + config.router_z * router_z(logits)
+            losses[gate] = (regulariser.sum(), torch.tensor(float(len(logits))))
     return losses
 
 
 def loss_counts(weights: Mapping[str, torch.Tensor], num_samples: int) -> dict[str, float]:
     """The counts of `task_losses`, from the labels alone: known before the forward pass."""
-    counts = {name: float(weights[task.label].sum()) for name, task in TASKS.items()}
-    return counts | {gate: float(num_samples) for gate in GATES}
+    by_label = {label: float(weights[label].sum()) for label in LABELS}
+    return {name: by_label[task.label] for name, task in TASKS.items()} | {gate: float(num_samples) for gate in GATES}
 
 
 def task_weights(config: LossConfig) -> dict[str, float]:
-    """Weight of every task (config `loss.weights` over the record's own) and 1 for the regularisers."""
-    weights = {name: config.weights.get(name, task.weight) for name, task in TASKS.items()}
+    """Weight of every task (config `loss.weights` over the record's own, times its room's share) and 1 for the regularisers."""
+    shares = config.shares.model_dump()
+    weights = {
+        name: config.weights.get(name, task.weight) * shares[task.module.split(".")[0]] for name, task in TASKS.items()
+    }
     return weights | dict.fromkeys(GATES, 1.0)
 
 
 def constant_losses(
     labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig
 ) -> dict[str, float]:
-    """Loss of the weighted-mean predictor on labels[name] [N, size]: the scale each task is divided by.
+    """Loss of the best constant predictor on labels[name] [N, size]: the scale each task is divided by.
 
     A task without any label gets 1.0 (its loss is 0 throughout), and so do the regularisers, which have no constant predictor.
     """
     scales = dict.fromkeys(GATES, 1.0)
     for name, task in TASKS.items():
         target, weight = labels[task.label], weights[task.label]
-        total = weight.sum(0)
-        mean = torch.where(total > 0, (target * weight).sum(0) / total.clamp(min=1e-12), 0.5)
-        value, count = task.loss(task.constant(mean).expand_as(target), target, weight, config)
+        value, count = task.loss(task.constant(target, weight), target, weight, config)
         scales[name] = (value / count).item() if count > 0 else 1.0
     return scales

@@ -125,7 +125,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
     return consolidated_weights(checkpoint)
 
 
-def largest_relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Over all tensors: largest |a - b| relative to that tensor's largest |a|."""
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Norm of a - b over all tensors together."""
     assert a.keys() == b.keys()
-    return max(((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-12)).item() for k in a)
+    return torch.cat([(a[k].double() - b[k].double()).flatten() for k in a]).norm().item()

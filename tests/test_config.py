@@ -134,7 +134,7 @@ def test_a_set_that_cannot_be_applied_is_quoted(override):
         "optimizer.betas=0.9",
         "optimizer.warmup_fraction=1",
         "model.dropout=1",
-        "model.num_experts=1",
+        "model.num_experts=0",
         "data.encoder.layers=[]",
         "data.encoder.max_tokens=3",
         "data.labeler.quantization=int3",

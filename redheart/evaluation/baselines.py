@@ -63,16 +63,18 @@ def pool_split(stream: SampleStream) -> Pooled:
 def baselines(train: SampleStream, held_out: SampleStream) -> dict[str, dict[Row, dict[str, float]]]:
     """Metrics of `constant` and `linear` on the held-out split, by (task, origin) as in Evaluation.metrics."""
     data = pool_split(train)
+    answers = {name: task for name, task in TASKS.items() if task.final}
     fitted = {
         kind: {
-            name: [fit(task, data, column) for column in range(LABELS[task.label].size)] for name, task in TASKS.items()
+            name: [fit(task, data, column) for column in range(LABELS[task.label].size)]
+            for name, task in answers.items()
         }
         for kind, fit in (("constant", _constant), ("linear", _linear))
     }
     results = {}
     for kind, predictors in fitted.items():
         tallies: dict[Row, Tally] = {
-            (n, o): empty_tally(LABELS[t.label].size) for n, t in TASKS.items() for o in ORIGINS
+            (n, o): empty_tally(LABELS[t.label].size) for n, t in answers.items() for o in ORIGINS
         }
         for batch in held_out.in_order(256):
             features, differences = pool(batch)
@@ -80,7 +82,7 @@ def baselines(train: SampleStream, held_out: SampleStream) -> dict[str, dict[Row
                 name: torch.from_numpy(
                     np.stack([p(differences if task.kind == "binary" else features) for p in predictors[name]], 1)
                 )
-                for name, task in TASKS.items()
+                for name, task in answers.items()
             }
             add_tallies(tallies, said, batch)
         results[kind] = {row: summary for row, sums in tallies.items() if (summary := summarise(sums))}
@@ -109,7 +111,8 @@ def _linear(task: Task, data: Pooled, column: int) -> Predictor:
         return _constant(task, data, column)
     if not classes:
         ridge = make_pipeline(StandardScaler(), RidgeCV(ALPHAS)).fit(x, y, ridgecv__sample_weight=weight)
-        return lambda z: np.clip(ridge.predict(z), 0.0, 1.0)
+        low, high = LABELS[task.label].low, LABELS[task.label].high
+        return lambda z: np.clip(ridge.predict(z), low, high)
     pair = task.kind == "binary"
     model = make_pipeline(
         StandardScaler(with_mean=not pair), LogisticRegression(C=0.01, max_iter=2000, fit_intercept=not pair)

@@ -6,16 +6,15 @@ far it agrees with labels of that kind, and are marked so wherever they are prin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from redheart.config import LossConfig
 from redheart.data.stream import SampleStream
 from redheart.metrics import FIELDS, Tally, empty_tally, summarise, tally
-from redheart.model.redheart import RedHeartModel
+from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import sum_over_ranks
 from redheart.schema import LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS, task_losses
@@ -47,7 +46,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates on the whole split, or on `max_rows` rows evenly spread over it. Collective; the model's mode is restored."""
     sums = dict.fromkeys(TASKS, 0.0)
-    counts = dict.fromkeys(TASKS, 0.0)
+    counts = dict.fromkeys(TASKS, 0.0)  # stays 0 for tasks of modules that are left out
     tallies = {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in _rows()}
     seen = 0
     was_training = model.training
@@ -60,27 +59,34 @@ def evaluate(
             if name in TASKS:
                 sums[name] += float(value)
                 counts[name] += float(count)
-        predictions = {name: task.predict(outputs).cpu() for name, task in TASKS.items()}
-        add_tallies(tallies, predictions, batch)
+        add_tallies(tallies, predict_all(outputs), batch)
     model.train(was_training)
     return _merge(seen, sums, counts, tallies, factors)
 
 
 @torch.no_grad()
-def forward(model: RedHeartModel, batch: Batch) -> Any:
-    """The answers for a batch, without dropout and gradients."""
-    return model(batch.features, batch.mask, batch.contrast_features, batch.contrast_mask, batch.contrast_rows)
+def forward(model: RedHeartModel, batch: Batch, without: Collection[str] = ()) -> RedHeartOutput:
+    """The answers for a batch, without dropout and gradients; `without`: modules to do without."""
+    contrast = (batch.contrast_features, batch.contrast_mask, batch.contrast_rows)
+    return model(batch.features, batch.mask, *contrast, without=without)
+
+
+def predict_all(outputs: RedHeartOutput) -> dict[str, torch.Tensor]:
+    """Predictions [B, size] by task, on the CPU, of the tasks whose modules are there."""
+    found = {name: task.predict(outputs) for name, task in TASKS.items()}
+    return {name: p.cpu() for name, p in found.items() if p is not None}
 
 
 def add_tallies(tallies: dict[Row, Tally], predictions: Mapping[str, torch.Tensor], batch: Batch) -> None:
     """Adds predictions [B, size] by task to the tallies of the origin of each row's label."""
     columns = {label: batch.origins[:, i] for i, label in enumerate(LABELS)}
-    for name, task in TASKS.items():
+    for name, prediction in predictions.items():
+        task = TASKS[name]
         for code, origin in enumerate(ORIGINS):
             mine = columns[task.label] == code
             if mine.any():
                 labelled = batch.weights[task.label] * mine[:, None]
-                tallies[name, origin] += tally(predictions[name], batch.labels[task.label], labelled)
+                tallies[name, origin] += tally(prediction, batch.labels[task.label], labelled)
 
 
 def _rows() -> list[Row]:

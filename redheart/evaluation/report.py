@@ -38,7 +38,8 @@ def compare(result: Evaluation, train: SampleStream, held_out: SampleStream) -> 
     """The lines of the report: labels of people first."""
     others = baselines(train, held_out)
     lines = []
-    for row in sorted(result.metrics, key=lambda r: (r[1] not in JUDGED_ORIGINS, list(TASKS).index(r[0]))):
+    final = [row for row in result.metrics if TASKS[row[0]].final]
+    for row in sorted(final, key=lambda r: (r[1] not in JUDGED_ORIGINS, list(TASKS).index(r[0]))):
         for metric in _metrics_of(row, result):
             values = [others[kind].get(row, {}).get(metric) for kind in ("linear", "constant")]
             summary = result.metrics[row]

@@ -8,13 +8,13 @@ specialisation, and attention across the tasks.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from redheart.model.layers import MLP, Attention, Keys, Residual, SampleDropout
+from redheart.model.layers import MLP, Attention, Keys, Residual, SampleDropout, attend_tokens
 from redheart.schema import TASKS4
 
 MAX_POSITIONS = 512
@@ -44,19 +44,27 @@ class EncoderLayer(nn.Module):
 
 
 class TaskPooling(nn.Module):
-    """Attention pooling with a learned query, projected to the task's width: tokens [B, T, D] -> [B, K]."""
+    """Attention pooling with learned queries, one set of heads per task: tokens [B, T, D] -> [B, 4, K].
 
-    def __init__(self, width: int, task_width: int, heads: int):
+    As in layers.FoldedAttention, keys and values are not projected per token: the queries are, once.
+    """
+
+    def __init__(self, width: int, task_width: int, heads: int, tasks: int = len(TASKS4)):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(heads, 1, task_width // heads) * 0.02)
-        self.key = nn.Linear(width, task_width, bias=False)
-        self.value = nn.Linear(width, task_width)
+        head_width = task_width // heads
+        self.query = nn.Parameter(torch.randn(tasks, heads, head_width) * 0.02)
+        self.key_weight = nn.Parameter(torch.empty(tasks, heads, head_width, width))
+        self.value_weight = nn.Parameter(torch.empty(tasks, heads, head_width, width))
+        self.value_bias = nn.Parameter(torch.zeros(tasks, heads, head_width))
+        for weight in (self.key_weight, self.value_weight):
+            nn.init.uniform_(weight, -(width**-0.5), width**-0.5)  # as nn.Linear does
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        heads = self.query.shape[0]
-        k, v = (proj(x).unflatten(-1, (heads, -1)).transpose(1, 2) for proj in (self.key, self.value))
-        q = self.query.to(x.dtype).expand(x.shape[0], -1, -1, -1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).flatten(1)
+        tasks, heads, head_width = self.query.shape
+        folded = torch.einsum("thd,thdn->thn", self.query, self.key_weight).flatten(0, 1).to(x.dtype)
+        pooled = attend_tokens(folded.expand(x.shape[0], -1, -1), x, mask, head_width).unflatten(1, (tasks, heads))
+        values = torch.einsum("bthn,thdn->bthd", pooled, self.value_weight.to(x.dtype)) + self.value_bias.to(x.dtype)
+        return values.flatten(2)
 
 
 class Backbone(nn.Module):
@@ -73,12 +81,13 @@ class Backbone(nn.Module):
         self.register_buffer("positions", sinusoids(MAX_POSITIONS, width), persistent=True)
         self.layers = nn.ModuleList(EncoderLayer(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.pooling = nn.ModuleDict({task: TaskPooling(width, task_width, task_heads) for task in TASKS4})
+        self.pooling = TaskPooling(width, task_width, task_heads)
         self.specialise = nn.ModuleDict({task: Residual(task_width, task_width, dropout=dropout) for task in TASKS4})
         self.cross_norm = nn.LayerNorm(task_width)
         self.cross = Attention(task_width, task_heads)
         self.output_norm = nn.LayerNorm(task_width)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # Transformers' gradient_checkpointing_enable() sets this and the function
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
         if features.shape[1] > MAX_POSITIONS:
@@ -87,11 +96,11 @@ class Backbone(nn.Module):
         x = x + self.positions[: x.shape[1]].to(x.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, mask, keys, use_reentrant=False)
+                x = self._gradient_checkpointing_func(layer.__call__, x, mask, keys)
             else:
                 x = layer(x, mask, keys)
         tokens = self.norm(x)
-        pooled = [self.specialise[task](self.pooling[task](tokens, mask), keys) for task in TASKS4]
-        tasks = torch.stack(pooled, 1)
+        pooled = self.pooling(tokens, mask)
+        tasks = torch.stack([self.specialise[task](pooled[:, i], keys) for i, task in enumerate(TASKS4)], 1)
         normed = self.cross_norm(tasks)
         return tokens, self.output_norm(tasks + self.cross(normed, normed))

@@ -103,6 +103,56 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
+class FoldedAttention(nn.Module):
+    """`Attention` of few queries [B, Q, n] over many tokens [B, T, n]: the same function with the projections on the other side.
+
+    q·(W_k x) = (W_kᵀ q)·x and Σ_t a_t W_v x_t = W_v Σ_t a_t x_t, so keys and values are never projected per token: with Q
+    queries and h heads about 2·Q·h·T·n products replace 2·T·n², which is less for Q·h < n.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, Q, h, d]
+        key, value = (w.unflatten(0, (self.heads, -1)) for w in (self.key.weight, self.value.weight))  # [h, d, n]
+        folded = torch.einsum("bqhd,hdn->bhqn", q, key.to(q.dtype))
+        pooled = attend_tokens(folded.flatten(1, 2), memory, mask, q.shape[-1]).unflatten(1, (self.heads, -1))
+        attended = torch.einsum("bhqn,hdn->bqhd", pooled, value.to(pooled.dtype)).flatten(2)
+        return self.out(attended + self.value.bias.to(attended.dtype))
+
+
+def attend_tokens(queries: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, head_width: int) -> torch.Tensor:
+    """softmax(queries · tokens / √head_width) tokens: [B, N, n] and [B, T, n] -> [B, N, n]; the mask is True for real tokens."""
+    tokens = tokens.to(queries.dtype)[:, None]
+    return F.scaled_dot_product_attention(
+        queries[:, None], tokens, tokens, attn_mask=mask[:, None, None], scale=head_width**-0.5
+    )[:, 0]
+
+
+class QueryLayer(nn.Module):
+    """Queries [B, Q, n] read tokens [B, T, n], then each other, then think: three pre-LN residual blocks, 16·n² weights."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.read = FoldedAttention(width, heads)
+        self.exchange_norm = nn.LayerNorm(width)
+        self.exchange = Attention(width, heads)
+        self.dropout = SampleDropout(dropout)
+        self.mlp = Residual(width, 4 * width, dropout=dropout)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> torch.Tensor:
+        x = x + self.dropout(self.read(self.norm(x), tokens, mask), keys)
+        normed = self.exchange_norm(x)
+        return self.mlp(x + self.exchange(normed, normed), keys)
+
+
 class BranchAttention(nn.Module):
     """Reads several branches of one task: the feature [B, K] attends to the branches [B, N, K] -> [B, K]."""
 

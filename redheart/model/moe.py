@@ -1,5 +1,8 @@
 """A dense, softly gated mixture of experts: every expert sees every sample, so none can die unseen.
 
+`usage` says how evenly the gate uses them. With one expert there is nothing to gate: the single network of equal size that
+the mixture is compared with.
+
 Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". Experts are stacked into two tensors, one batched product each.
 """
 
@@ -19,7 +22,7 @@ class DenseMixture(nn.Module):
 
     def __init__(self, width: int, hidden: int, num_experts: int, dropout: float):
         super().__init__()
-        self.gate = nn.Linear(width, num_experts)
+        self.gate = nn.Linear(width, num_experts) if num_experts > 1 else None
         self.in_weight = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.in_bias = nn.Parameter(torch.zeros(num_experts, hidden))
         self.out_weight = nn.Parameter(torch.empty(num_experts, width, hidden))
@@ -29,8 +32,16 @@ class DenseMixture(nn.Module):
             for expert in weight:
                 nn.init.kaiming_uniform_(expert, a=math.sqrt(5))  # as nn.Linear does
 
-    def forward(self, x: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_logits = self.gate(x)
+    def forward(self, x: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = F.gelu(torch.einsum("bk,nhk->bnh", x, self.in_weight) + self.in_bias)
         expert = torch.einsum("bnh,nkh->bnk", self.dropout(hidden, keys), self.out_weight) + self.out_bias
+        if self.gate is None:
+            return expert[:, 0], None
+        gate_logits = self.gate(x)
         return (torch.softmax(gate_logits, -1)[..., None] * expert).sum(1), gate_logits
+
+
+def usage(gate_logits: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(mean share of each expert [n], entropy of those shares over log n in [0, 1]) of gates [N, n]; 1 is even use."""
+    share = torch.softmax(gate_logits.double(), -1).mean(0)
+    return share, float(torch.special.entr(share).sum() / math.log(len(share)))

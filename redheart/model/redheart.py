@@ -1,31 +1,33 @@
 """The assembled network: token features of a text (and of its contrast) -> the answers of every task.
 
-`RedHeartModel` is a Transformers `PreTrainedModel`: `save_pretrained` / `from_pretrained` work as usual.
-Built so far: backbone and the four heads. The analyzers and the auxiliary modules of the design are not built yet.
+`RedHeartModel` is a Transformers `PreTrainedModel`: `save_pretrained` / `from_pretrained`, `AutoModel` and
+`gradient_checkpointing_enable()` work as usual.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from redheart.model.analyzers import BenthamCalculator, EmotionAnalyzer, RegretAnalyzer, SurdAnalyzer, masked_mean
 from redheart.model.backbone import Backbone
+from redheart.model.dynamics import DspSimulator, KalmanFusion, posterior_sd
+from redheart.model.fusion import UTILITY, Readings, Utility, plain_mean
 from redheart.model.heads.bentham import BenthamHead
 from redheart.model.heads.emotion import EmotionHead
 from redheart.model.heads.regret import RegretHead
 from redheart.model.heads.surd import SurdHead
 from redheart.model.layers import full_precision, number_dropout_sites
+from redheart.model.select import MODULES, ExecutionMode, select
+from redheart.schema import EMOTIONS
 
-MODULES = ("backbone", "heads.emotion", "heads.bentham", "heads.regret", "heads.surd")
-NOT_BUILT = (
-    *("analyzers.emotion", "analyzers.bentham", "analyzers.regret", "analyzers.surd"),
-    *("aux.dsp", "aux.kalman", "aux.utility"),
-)
+LAYERS = {"analyzers.emotion": 5, "analyzers.bentham": 4, "analyzers.regret": 5, "aux.utility": 3}
 
 
 class RedHeartConfig(PretrainedConfig):
@@ -43,21 +45,26 @@ class RedHeartConfig(PretrainedConfig):
         task_heads: int = 2,
         num_experts: int = 8,
         dropout: float = 0.1,
+        ablate: Sequence[str] = (),
         encoder: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.encoder_width, self.width, self.heads, self.layers = encoder_width, width, heads, layers
         self.task_width, self.task_heads, self.num_experts = task_width, task_heads, num_experts
-        self.dropout = dropout
-        self.encoder = encoder
+        self.dropout, self.ablate, self.encoder = dropout, list(ablate), encoder
 
 
 @dataclass
 class RedHeartOutput(ModelOutput):
-    """Answers (logits where the name says so) and latents of one batch; shapes as in schema's legend."""
+    """Final answers (logits where the name says so), the readings they were fused from, and latents; schema's shapes.
+
+    A field is None where every module that could give it is left out. Answers are fp32 (fp64 in an fp64 network).
+    """
 
     emotion_logits: torch.Tensor | None = None  # [B, 7]
+    emotion_fine_logits: torch.Tensor | None = None  # [B, 28]
+    vad_raw: torch.Tensor | None = None  # [B, 3]; tanh gives valence, arousal, dominance
     culture_logits: torch.Tensor | None = None  # [B, 3]
     bentham_logits: torch.Tensor | None = None  # [B, 7]
     utility: torch.Tensor | None = None  # [B, 1], unbounded
@@ -66,35 +73,57 @@ class RedHeartOutput(ModelOutput):
     ethics_logits: torch.Tensor | None = None  # [B, 4]
     regret_logits: torch.Tensor | None = None  # [B, 1]
     regret_views: torch.Tensor | None = None  # [B, 3] in [0, 1), ascending
-    surd: torch.Tensor | None = None  # [B, 4]: three shares that sum to one, and the leak
+    counterfactual_logits: torch.Tensor | None = None  # [B, 1]
+    surd_logits: torch.Tensor | None = (
+        None  # [B, 4]: softmax of the first three gives the shares, sigmoid of the last the leak
+    )
+    emotion_covariance: torch.Tensor | None = None  # [B, 7, 7] of the Kalman filter's emotion logits, latent
+    trajectory: torch.Tensor | None = None  # [B, T, 7] logits of each emotion at each token, latent
+    signals: torch.Tensor | None = None  # [B, T, 7] of the DSP simulator, latent
+    density_logits: torch.Tensor | None = None  # [B, 8, 3] regret's level given each subset of sources
     expert_gate_logits: torch.Tensor | None = None  # [B, experts], latent
     theory_gate_logits: torch.Tensor | None = None  # [B, 4], latent
+    task_features: torch.Tensor | None = None  # [B, 4, K], the backbone's, latent
+    readings: Readings | None = None  # label -> module -> that module's own answer [B, size]
 
 
 class RedHeartModel(PreTrainedModel):
     """features [B, T, E], attention_mask [B, T] (bool) -> RedHeartOutput.
 
     contrast_features [C, T', E] with contrast_rows [C] give the alternatives of some rows; `sample_keys` [B] (int64
-    positions in the run) are needed in training mode with dropout.
+    positions in the run) are needed in training mode with dropout; `without` names modules to do without, for this call.
     """
 
     config_class = RedHeartConfig
     base_model_prefix = "redheart"
+    main_input_name = "features"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def __init__(self, config: RedHeartConfig):
         super().__init__(config)
         c = config
-        self.backbone = Backbone(c.encoder_width, c.width, c.heads, c.layers, c.task_width, c.task_heads, c.dropout)
-        self.heads = nn.ModuleDict(
-            {
-                "emotion": EmotionHead(c.task_width, c.task_heads, c.num_experts, c.dropout),
-                "bentham": BenthamHead(c.task_width, c.task_heads, c.dropout),
-                "regret": RegretHead(c.task_width, c.task_heads, c.dropout),
-                "surd": SurdHead(c.task_width, c.task_heads, c.dropout),
-            }
-        )
+        d, h, k, kh, p = c.width, c.heads, c.task_width, c.task_heads, c.dropout
+        self.built = select(ExecutionMode.EVALUATION, c.ablate).built
+        states = {"heads": k, "analyzers": d, "aux": 2 * len(EMOTIONS)}
+        widths = {m: states[m.split(".")[0]] for m in self.built if m not in ("backbone", "aux.utility")}
+        builders = {
+            "heads.emotion": lambda: EmotionHead(k, kh, c.num_experts, p),
+            "heads.bentham": lambda: BenthamHead(k, kh, p),
+            "heads.regret": lambda: RegretHead(k, kh, p),
+            "heads.surd": lambda: SurdHead(k, kh, p),
+            "analyzers.emotion": lambda: EmotionAnalyzer(d, h, LAYERS["analyzers.emotion"], p),
+            "analyzers.bentham": lambda: BenthamCalculator(d, h, LAYERS["analyzers.bentham"], p),
+            "analyzers.regret": lambda: RegretAnalyzer(d, h, LAYERS["analyzers.regret"], p),
+            "analyzers.surd": lambda: SurdAnalyzer(d, p),
+            "aux.dsp": lambda: DspSimulator(d, k, p),
+            "aux.kalman": lambda: KalmanFusion(d, k, p),
+            "aux.utility": lambda: Utility(k, kh, LAYERS["aux.utility"], widths, p),
+        }
+        self.backbone = Backbone(c.encoder_width, d, h, c.layers, k, kh, p)
+        for room in ("heads", "analyzers", "aux"):
+            names = [m for m in self.built if m.startswith(room + ".")]
+            setattr(self, room, nn.ModuleDict({m.split(".")[1]: builders[m]() for m in names}))
         number_dropout_sites(self)
         self.post_init()
 
@@ -109,40 +138,180 @@ class RedHeartModel(PreTrainedModel):
         contrast_mask: torch.Tensor | None = None,
         contrast_rows: torch.Tensor | None = None,
         sample_keys: torch.Tensor | None = None,
+        without: Collection[str] = (),
     ) -> RedHeartOutput:
-        _, tasks = self.backbone(features, attention_mask, sample_keys)
-        emotion = self.heads["emotion"](tasks[:, 0], sample_keys)
-        bentham = self.heads["bentham"](tasks[:, 1], sample_keys)
-        regret = self.heads["regret"](tasks[:, 2], sample_keys)
-        surd = self.heads["surd"](tasks[:, 3], (emotion.state, bentham.state, regret.state), sample_keys)
-        difference = torch.zeros_like(bentham.utility)
-        if contrast_features is not None and contrast_rows is not None and len(contrast_rows):
-            keys = None if sample_keys is None else sample_keys[contrast_rows] + (1 << 31)
-            _, contrast_tasks = self.backbone(contrast_features, contrast_mask, keys)
-            contrast = self.heads["bentham"](contrast_tasks[:, 1], keys)
-            gap = bentham.utility[contrast_rows] - contrast.utility
-            difference = difference.index_copy(0, contrast_rows, gap.to(difference.dtype))
-        return RedHeartOutput(
-            emotion_logits=emotion.emotion_logits,
-            culture_logits=emotion.culture_logits,
-            bentham_logits=bentham.bentham_logits,
-            utility=bentham.utility,
-            utility_difference=difference + 0.0 * bentham.utility,  # keeps the graph alike on ranks without a pair
-            acceptability_logits=bentham.acceptability_logits,
-            ethics_logits=bentham.ethics_logits,
-            regret_logits=regret.regret_logits,
-            regret_views=regret.regret_views,
-            surd=torch.cat(
-                [full_precision(surd.share_logits).softmax(-1), full_precision(surd.leak_logits).sigmoid()], -1
-            ),
-            expert_gate_logits=emotion.gate_logits,
-            theory_gate_logits=bentham.gate_logits,
+        tokens, tasks = self.backbone(features, attention_mask, sample_keys)
+        contrasts = (contrast_features, contrast_mask, contrast_rows)
+        return self.answer(tokens, tasks, attention_mask, contrasts, sample_keys, without)
+
+    def answer(
+        self,
+        tokens: torch.Tensor,
+        tasks: torch.Tensor,
+        mask: torch.Tensor,
+        contrasts: tuple[torch.Tensor | None, ...] = (None, None, None),
+        keys: torch.Tensor | None = None,
+        without: Collection[str] = (),
+    ) -> RedHeartOutput:
+        """All that follows the backbone: tokens [B, T, D], tasks [B, 4, K]; contrasts: features, mask, rows, as in forward."""
+        own = tasks.unbind(1)
+        ask = _Asker(self, without, keys)
+        emotion, bentham, regret = (
+            ask("heads.emotion", own[0]),
+            ask("heads.bentham", own[1]),
+            ask("heads.regret", own[2]),
         )
+        states = tuple(own[3] * 0 if r is None else r.state for r in (emotion, bentham, regret))
+        ask("heads.surd", own[3], states)
+        feelings, calculus = ask("analyzers.emotion", tokens, mask), ask("analyzers.bentham", tokens, mask)
+        ask("analyzers.regret", tokens, mask)
+        sources = (_of(feelings, "state"), _of(calculus, "state"), masked_mean(tokens, mask))
+        causes = ask("analyzers.surd", sources)
+        trajectory = _of(feelings, "trajectory")
+        signals = ask("aux.dsp", tokens, mask, own[0], trajectory)
+        fused = ask("aux.kalman", tokens, mask, own[0], (_of(emotion, "emotion_logits"), trajectory, signals))
+        ask.states |= (
+            {} if signals is None else {"aux.dsp": torch.cat([_last(signals, mask), signals.abs().amax(1)], -1)}
+        )
+        ask.states |= {} if fused is None else {"aux.kalman": torch.cat([fused[0], posterior_sd(fused[1])], -1)}
+        readings = ask.readings()
+        utility, readings["preference"], difference = self._compare(readings["utility"], contrasts, keys, without)
+        utility_modules = ask.module("aux.utility")
+        if utility_modules is None:
+            silent = (
+                0.0 * torch.stack([s.float().sum() for s in ask.states.values()]).sum()
+            )  # keeps every state in the graph
+            final = {label: answer + silent for label, answer in plain_mean(readings).items()}
+        else:
+            final = utility_modules(ask.states, tasks, readings, keys)
+        return RedHeartOutput(
+            **{field: final.get(label) for label, field in ANSWERS.items()},
+            utility=utility,
+            utility_difference=difference,
+            regret_views=_of(regret, "regret_views"),
+            emotion_covariance=_of(fused, "covariance"),
+            trajectory=trajectory,
+            signals=signals,
+            density_logits=_of(causes, "density_logits"),
+            expert_gate_logits=_of(emotion, "gate_logits"),
+            theory_gate_logits=_of(bentham, "gate_logits"),
+            task_features=tasks,
+            readings=readings,
+        )
+
+    def _compare(
+        self,
+        mine: dict[str, torch.Tensor],
+        contrasts: tuple[torch.Tensor | None, ...],
+        keys: torch.Tensor | None,
+        without: Collection[str],
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], torch.Tensor | None]:
+        """(final utility [B, 1], text minus contrast by module [B, 1] each, and fused). Without a contrast it is 0.
+
+        0·u keeps the graph alike on ranks without a pair.
+        """
+        if not mine:
+            return None, {}, None
+        gaps = {module: 0.0 * u for module, u in mine.items()}
+        features, mask, rows = contrasts
+        if features is not None and rows is not None and len(rows):
+            their_keys = None if keys is None else keys[rows] + (1 << 31)
+            tokens, tasks = self.backbone(features, mask, their_keys)
+            ask = _Asker(self, without, their_keys)
+            ask("heads.bentham", tasks[:, 1])
+            ask("analyzers.bentham", tokens, mask)
+            for module, theirs in ask.readings()["utility"].items():
+                gap = full_precision(mine[module][rows]) - full_precision(theirs)
+                gaps[module] = full_precision(gaps[module]).index_copy(0, rows, gap)
+        fusion = _Asker(self, without, keys).module("aux.utility")
+        combine = (
+            (lambda r: torch.stack([*map(full_precision, r.values())]).mean(0)) if fusion is None else fusion.utility
+        )
+        return combine(mine), gaps, combine(gaps)
+
+
+ANSWERS = {  # label -> field of RedHeartOutput with its fused raw answer
+    "emotion": "emotion_logits",
+    "emotion_fine": "emotion_fine_logits",
+    "vad": "vad_raw",
+    "culture": "culture_logits",
+    "bentham": "bentham_logits",
+    "acceptability": "acceptability_logits",
+    "ethics": "ethics_logits",
+    "regret": "regret_logits",
+    "counterfactual": "counterfactual_logits",
+    "surd": "surd_logits",
+}
+FIELDS: dict[str, dict[str, str]] = {  # module -> label -> field of its reading
+    "heads.emotion": {"emotion": "emotion_logits", "culture": "culture_logits"},
+    "heads.bentham": {
+        "bentham": "bentham_logits",
+        "utility": "utility",
+        "acceptability": "acceptability_logits",
+        "ethics": "ethics_logits",
+    },
+    "heads.regret": {"regret": "regret_logits"},
+    "heads.surd": {"surd": "surd_logits"},
+    "analyzers.emotion": {"emotion": "emotion_logits", "emotion_fine": "fine_logits", "vad": "vad_raw"},
+    "analyzers.bentham": {
+        "bentham": "bentham_logits",
+        "utility": "utility",
+        "acceptability": "acceptability_logits",
+    },
+    "analyzers.regret": {"regret": "regret_logits", "counterfactual": "counterfactual_logits"},
+    "analyzers.surd": {"surd": "surd_logits"},
+    "aux.kalman": {"emotion": "emotion_logits"},
+}
+assert all("utility" in FIELDS[module] for module in UTILITY)
+
+
+class _Asker:
+    """Asks the modules of one forward pass, skips those that are not there, and keeps what they said."""
+
+    def __init__(self, model: RedHeartModel, without: Collection[str], keys: torch.Tensor | None):
+        self._model, self._without, self._keys = model, without, keys
+        self._said: dict[str, Any] = {}
+        self.states: dict[str, torch.Tensor] = {}
+
+    def module(self, name: str) -> Any:
+        """The module, or None."""
+        present = name in self._model.built and name not in self._without
+        room, _, key = name.partition(".")
+        return getattr(self._model, room)[key] if present else None
+
+    def __call__(self, name: str, *inputs: Any) -> Any:
+        module = self.module(name)
+        if module is None:
+            return None
+        said = module(*inputs, self._keys)
+        self._said[name] = said
+        if name in ("aux.dsp", "aux.kalman"):
+            return said
+        self.states[name] = said.state
+        return said
+
+    def readings(self) -> dict[str, dict[str, torch.Tensor]]:
+        """label -> module -> reading; an empty mapping for a utility that nobody reads."""
+        found: dict[str, dict[str, torch.Tensor]] = {"utility": {}}
+        for module, said in self._said.items():
+            for label, field in FIELDS.get(module, {}).items():
+                found.setdefault(label, {})[module] = getattr(said, field)
+        return found
+
+
+def _of(reading: Any, field: str) -> Any:
+    return None if reading is None else getattr(reading, field)
+
+
+def _last(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The last real token of [B, T, n]; padding stands behind."""
+    last = mask.sum(1).sub(1).clamp(min=0)
+    return x[torch.arange(len(x), device=x.device), last]
 
 
 def parameter_counts(model: RedHeartModel) -> dict[str, int]:
-    """Parameters of every module, keyed as in DESIGN §4; their sum is all there is."""
-    counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in MODULES}
+    """Parameters of every module that is built, keyed as in DESIGN §4; their sum is all there is."""
+    counts = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in model.built}
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     return counts
 
@@ -150,3 +319,7 @@ def parameter_counts(model: RedHeartModel) -> dict[str, int]:
 def module_of(parameter_name: str) -> str:
     """The module (one of MODULES) that owns a parameter."""
     return next(m for m in MODULES if parameter_name.startswith(m + "."))
+
+
+AutoConfig.register("redheart", RedHeartConfig)
+AutoModel.register(RedHeartConfig, RedHeartModel)

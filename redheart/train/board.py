@@ -1,7 +1,7 @@
 """What a run shows while it runs: TensorBoard scalars, from the main process.
 
 loss/TASK, loss/total, dev_loss/…, dev/TASK/ORIGIN/METRIC, learning_rate, grad_norm/MODULE, grad_norm/total, samples_per_s,
-memory/host_rss_gib, memory/gpu_allocated_gib, memory/gpu_reserved_gib, skipped_steps.
+memory/host_rss_gib, memory/gpu_allocated_gib, memory/gpu_reserved_gib, skipped_steps, synergy/… (train/synergy.py).
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class Board:
         for (task, origin), metrics in result.metrics.items():
             values |= {f"dev/{task}/{origin}/{metric}": v for metric, v in metrics.items()}
         self._write(step, values)
+
+    def synergy(self, step: int, values: Mapping[str, float]) -> None:
+        self._write(step, {f"synergy/{name}": value for name, value in values.items()})
 
     def restart_clock(self) -> None:
         """Leaves time spent on evaluation and checkpoints out of samples_per_s."""

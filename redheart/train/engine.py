@@ -24,7 +24,7 @@ from torch import nn
 
 from redheart.config import OptimizerConfig, RunConfig
 from redheart.files import read_json
-from redheart.model.redheart import MODULES, RedHeartModel, module_of
+from redheart.model.redheart import RedHeartModel, module_of
 from redheart.ranks import launched_world_size, sum_over_ranks
 from redheart.schema import RedHeartError
 
@@ -32,11 +32,12 @@ PLAIN_STATE = "plain_state.pt"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights with decay; biases, norms and other vectors without."""
+    """Two groups: weights with decay; biases, norms, other vectors and the scales of readings without."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (free if parameter.dim() < 2 or name.endswith("bias") else decayed).append(parameter)
+        plain = parameter.dim() < 2 or name.endswith("bias") or ".scale." in name
+        (free if plain else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -91,8 +92,8 @@ class Engine(ABC):
     def grad_norms(self) -> dict[str, float]:
         """Norm of the accumulated gradient of every module, over all ranks. Collective; before step."""
         mine = self.squared_norms()
-        total = sum_over_ranks([mine[m] for m in MODULES])
-        return {m: math.sqrt(v) if v >= 0 else math.nan for m, v in zip(MODULES, total, strict=True)}
+        total = sum_over_ranks([mine[m] for m in self.model.built])
+        return {m: math.sqrt(v) if v >= 0 else math.nan for m, v in zip(self.model.built, total, strict=True)}
 
 
 class PlainEngine(Engine):
@@ -121,7 +122,7 @@ class PlainEngine(Engine):
         return not all(math.isfinite(v) for v in self.squared_norms().values())
 
     def squared_norms(self) -> dict[str, float]:
-        return _squared_by_module((n, p.grad) for n, p in self.model.named_parameters())
+        return _squared_by_module(self.model.built, ((n, p.grad) for n, p in self.model.named_parameters()))
 
     def step(self) -> tuple[bool, float]:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm))
@@ -199,7 +200,7 @@ class DeepSpeedEngine(Engine):
         return bool(self._engine.optimizer.has_overflow())
 
     def squared_norms(self) -> dict[str, float]:
-        return _squared_by_module(self._gradient_fragments())
+        return _squared_by_module(self.model.built, self._gradient_fragments())
 
     def _gradient_fragments(self) -> Iterable[tuple[str, torch.Tensor | None]]:
         """(parameter name, this rank's part of its averaged gradient); ZeRO keeps each element on one rank."""
@@ -292,8 +293,10 @@ def compile_kernels() -> None:
             get_accelerator().create_op_builder(name).load(verbose=False)
 
 
-def _squared_by_module(gradients: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, float]:
-    sums = dict.fromkeys(MODULES, 0.0)
+def _squared_by_module(
+    modules: Iterable[str], gradients: Iterable[tuple[str, torch.Tensor | None]]
+) -> dict[str, float]:
+    sums = dict.fromkeys(modules, 0.0)
     for name, gradient in gradients:
         if gradient is not None:
             sums[module_of(name)] += float(gradient.float().square().sum(dtype=torch.float64))

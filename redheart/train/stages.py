@@ -74,7 +74,10 @@ def compute(
     """
     losses = task_losses(outputs, batch.labels, batch.weights, config)
     sums = {name: value for name, (value, _) in losses.items()}
-    return combine(sums, counts, factors, num_micro_batches), {name: float(v.detach()) for name, v in sums.items()}
+    told = torch.stack(
+        [v.detach().double() for v in sums.values()]
+    ).tolist()  # one wait for the device, not one per task
+    return combine(sums, counts, factors, num_micro_batches), dict(zip(sums, told, strict=True))
 
 
 def update(engine: Engine, learning_rate: float, want_norms: bool) -> Update:

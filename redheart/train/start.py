@@ -17,7 +17,7 @@ from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
 from redheart.files import write_json, write_text
-from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.model.build import build_model
 from redheart.ranks import barrier, is_main, launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_losses
@@ -102,15 +102,6 @@ def steps_of(config: RunConfig, num_rows: int) -> int:
     return settings.max_steps or max(1, math.ceil(settings.epochs * num_rows / settings.global_batch_size))
 
 
-def build_model(config: RunConfig, encoder: dict[str, Any] | None) -> RedHeartModel:
-    """A fresh network of the configured size, in training mode."""
-    sizes = config.model.model_dump()
-    recompute = sizes.pop("activation_checkpointing")
-    model = RedHeartModel(RedHeartConfig(**sizes, encoder=encoder))
-    model.backbone.gradient_checkpointing = recompute
-    return model.train()
-
-
 def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, SampleStream]:
     streams = SampleStream(data, "train", config.data.remote), SampleStream(data, "dev", config.data.remote)
     if not streams[0].num_rows:
@@ -139,7 +130,9 @@ def _announce(
     console.print(
         f"training {config.preset}: {total_steps} steps of {config.training.global_batch_size} samples "
         f"(micro-batch {micro} × accumulation {accumulation} × ranks {world_size}), {config.memory.strategy}, "
-        f"{config.training.precision}" + (f", resumed at step {state.step}" if state.step else "")
+        f"{config.training.precision}"
+        + (f", ablation without {', '.join(config.model.ablate)}" if config.model.ablate else "")
+        + (f", resumed at step {state.step}" if state.step else "")
     )
     console.print(
         f"constant-predictor losses: {json.dumps({k: round(v, 4) for k, v in state.scales.items() if k in TASKS})}"

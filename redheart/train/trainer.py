@@ -22,6 +22,7 @@ from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
 from redheart.train.guard import NonFiniteGuard, StopRequest
 from redheart.train.sample_log import SampleLog
+from redheart.train.synergy import Synergy
 
 
 def every(step: int, n: int) -> bool:
@@ -49,7 +50,7 @@ class Trainer:
         self.factors = factors(task_weights(config.loss), state.scales, config.loss.constant_floor)
         self.guard = NonFiniteGuard(run, config.training.max_bad_steps)
         self.guard.skipped = state.skipped_steps
-        self.board = Board(run, state.step)
+        self.board, self.synergy = Board(run, state.step), Synergy(config.loss)
         self.log = SampleLog(run, engine.rank, engine.world_size, state.step) if config.training.log_samples else None
 
     def run(self) -> StopRequest:
@@ -84,6 +85,7 @@ class Trainer:
         ranks, sums = self.engine.world_size, dict.fromkeys(window.counts, 0.0)
         for i, batch in enumerate(window.batches):
             outputs = stages.forward(self.engine, batch)
+            self.synergy.remember(outputs)
             loss, parts = stages.compute(
                 outputs, batch, window.counts, self.factors, window.num_micro_batches * ranks, self.config.loss
             )
@@ -97,6 +99,8 @@ class Trainer:
         self.guard.check(step, update, sums, [i for b in window.batches for i in b.ids])
         self.state.skipped_steps = self.guard.skipped
         self.board.count(self.config.training.global_batch_size)
+        if every(step + 1, self.config.training.synergy_every):
+            self.board.synergy(step + 1, self.synergy.analyse(self.engine.model, window.batches[0], self.factors))
         if want_log:
             losses = self._global_losses(sums, window.counts)
             total = sum(self.factors[n] * v for n, v in losses.items())

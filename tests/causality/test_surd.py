@@ -121,3 +121,4 @@ def test_published_code_on_exact_distributions():
         for key, bits in case["S"].items():
             assert result.synergistic[tuple(int(k) for k in key.split(","))] == pytest.approx(bits, abs=1.01e-6), name
         assert result.leak == pytest.approx(case["leak_fraction"], abs=1.01e-6), name
+        assert result.mutual_information == pytest.approx(max(case["MI"].values()), abs=1.01e-6), name

@@ -6,12 +6,12 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from redheart.config import LossConfig, load_config
+from redheart.model.build import build_model
 from redheart.model.heads.regret import expected_excess
 from redheart.model.layers import Attention, SampleDropout
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
 from redheart.schema import LABELS
-from redheart.tasks import task_losses
-from redheart.train.start import build_model
+from redheart.tasks import TASKS, task_losses
 
 SMALL = {"width": 24, "heads": 2, "layers": 2, "task_width": 16, "task_heads": 2}
 
@@ -31,7 +31,8 @@ def inputs(rows: int = 8, tokens: int = 5, dtype: torch.dtype = torch.float64):
 
 def loss_of(model, features, mask, labels, rows: slice) -> torch.Tensor:
     """Sum over the rows of all losses; every second row has a contrast."""
-    x, m = features[rows], mask[rows]
+    longest = int(mask[rows].sum(1).max())  # padded to its own longest row, as a micro-batch is
+    x, m = features[rows, :longest], mask[rows, :longest]
     with_contrast = torch.arange(0, len(x), 2)
     if rows.start and rows.start % 2:
         with_contrast = torch.arange(1, len(x), 2)
@@ -45,7 +46,9 @@ def loss_of(model, features, mask, labels, rows: slice) -> torch.Tensor:
 
 def gradients(cuts: list[slice], dropout: float = 0.1, checkpointing: bool = False) -> dict[str, torch.Tensor]:
     model = small(dropout)
-    model.backbone.gradient_checkpointing = checkpointing
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert model.backbone.gradient_checkpointing
     features, mask, labels = inputs()
     for rows in cuts:
         loss_of(model, features, mask, labels, rows).backward()
@@ -83,13 +86,14 @@ def test_padding_and_batch_mates_change_nothing():
     for row in range(8):
         length = int(mask[row].sum())
         alone = model(features[row : row + 1, :length], mask[row : row + 1, :length])
-        for name in ("emotion_logits", "utility", "regret_views", "surd"):
+        answers = ("emotion_logits", "emotion_fine_logits", "vad_raw", "bentham_logits", "utility", "regret_logits")
+        for name in (*answers, "regret_views", "surd_logits", "emotion_covariance"):
             assert torch.allclose(together[name][row], alone[name][0], rtol=1e-9, atol=1e-10), name
 
 
 def test_regret_views_ascend_and_surd_shares_sum_to_one():
     outputs = small().eval()(*inputs()[:2])
-    views, surd = outputs.regret_views, outputs.surd
+    views, surd = outputs.regret_views, TASKS["surd"].predict(outputs)
     assert (views[:, 1:] > views[:, :-1]).all()
     assert views.min() >= 0
     assert views.max() < 1
@@ -108,13 +112,42 @@ def test_saving_and_loading_is_bitwise(tmp_path):
     model.save_pretrained(tmp_path)
     features, mask, _ = inputs(dtype=torch.float32)
     loaded = RedHeartModel.from_pretrained(tmp_path).eval()
-    assert all(torch.equal(a, b) for a, b in zip(model(features, mask).values(), loaded(features, mask).values()))
+    mine, theirs = model(features, mask), loaded(features, mask)
+    assert set(mine) == set(theirs)
+    tensors = [n for n in mine if isinstance(mine[n], torch.Tensor)]
+    assert len(tensors) >= 19
+    assert all(torch.equal(mine[n], theirs[n]) for n in tensors)
+    assert all(torch.equal(a, theirs.readings[n][m]) for n, r in mine.readings.items() for m, a in r.items())
+
+
+def test_auto_model_and_auto_config_know_the_network(tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    model = small(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), RedHeartConfig)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, RedHeartModel)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_bf16_answers_are_near_those_in_fp32():
+    model = small(dtype=torch.float32).eval()
+    features, mask, _ = inputs(dtype=torch.float32)
+    exact = model(features, mask)
+    rounded = model.bfloat16()(features.bfloat16(), mask)
+    for name in ("emotion_logits", "bentham_logits", "regret_logits", "surd_logits", "utility"):
+        assert rounded[name].dtype == torch.float32
+        assert (rounded[name] - exact[name]).abs().max() < 0.06 * exact[name].abs().max() + 0.06, name
 
 
 def test_sizes_are_the_designs():
     with torch.device("meta"):
         counts = parameter_counts(build_model(load_config("330m"), None))
     design = {"backbone": 50e6, "heads.emotion": 22e6, "heads.bentham": 20e6, "heads.regret": 22e6, "heads.surd": 16e6}
+    design |= {"analyzers.emotion": 50e6, "analyzers.bentham": 45e6, "analyzers.regret": 50e6, "analyzers.surd": 25e6}
+    design |= {"aux.dsp": 10e6, "aux.kalman": 5e6, "aux.utility": 15e6}
+    assert set(counts) == set(design)
     for name, size in design.items():
         assert counts[name] == pytest.approx(size, rel=0.02), name
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from redheart.config import load_config
 from redheart.files import read_pointer
+from redheart.model.build import build_model
+from redheart.model.select import MODULES
 from tests.runs import (
     BIN,
-    largest_relative_difference,
+    distance,
     last_weights,
     losses,
     redheart,
@@ -32,7 +35,12 @@ ACCELERATE = [
 
 def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, whole_run: Path, tmp_path: Path):
     train(data, tmp_path / "plain", 20, "--set", "memory.strategy=plain", "--set", "training.evaluate_every=10")
-    assert largest_relative_difference(last_weights(tmp_path / "plain"), last_weights(whole_run)) < 1e-5
+    torch.manual_seed(0)
+    start = build_model(load_config("local"), None).state_dict()
+    plain, deepspeed = last_weights(tmp_path / "plain"), last_weights(whole_run)
+    # relative to how far training has moved; without weight decay it would be 30 times as far. Element by element rounding
+    # shows more: Adam divides a tiny gradient by its own size
+    assert distance(plain, deepspeed) < 1e-4 * distance(plain, start)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -71,7 +79,8 @@ def test_cutting_the_batch_into_micro_batches_changes_nothing(data: Path, whole_
 
 def test_tensorboard_holds_what_a_run_is_judged_by(whole_run: Path):
     tasks = ("emotion", "culture", "bentham", "acceptability", "ethics", "regret", "regret_views", "surd")
-    modules = ("backbone", "heads.emotion", "heads.bentham", "heads.regret", "heads.surd", "total")
+    tasks = (*tasks, "heads.emotion/emotion", "aux.kalman/emotion", "analyzers.surd/density")
+    modules = (*MODULES, "total")
     for tag in [
         *(f"loss/{t}" for t in tasks),
         *(f"grad_norm/{m}" for m in modules),

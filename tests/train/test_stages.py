@@ -10,11 +10,12 @@ import torch
 from redheart.config import OptimizerConfig, load_config
 from redheart.data.shards import INDEX, write_shard
 from redheart.data.stream import SampleStream
+from redheart.model.build import build_model
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import Progress, read_progress
 from redheart.train.engine import PlainEngine, parameter_groups
 from redheart.train.stages import learning_rate_at, split_global_batch
-from redheart.train.start import build_model, train
+from redheart.train.start import train
 
 
 def test_the_learning_rate_rises_then_falls_along_a_cosine():
@@ -41,8 +42,12 @@ def test_biases_and_norms_are_not_decayed():
     model = build_model(load_config("local"), None)
     decayed, free = parameter_groups(model, 0.01)
     names = {id(p): n for n, p in model.named_parameters()}
-    assert all(names[id(p)].endswith("weight") or names[id(p)].endswith("query") for p in decayed["params"])
-    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in free["params"])
+    matrices = ("weight", "query", "unknown")
+    assert all(names[id(p)].endswith(matrices) for p in decayed["params"])
+    vectors = ("bias", "sharpness", "exponents", "threshold", "scale", "offset", "gain", "task.weight")
+    assert all(
+        "norm" in names[id(p)] or names[id(p)].endswith(vectors) or ".scale." in names[id(p)] for p in free["params"]
+    )
     assert len(decayed["params"]) + len(free["params"]) == len(names)
 
 

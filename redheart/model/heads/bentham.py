@@ -2,7 +2,8 @@
 
 Four experts stand for the utilitarian, deontological, virtue and justice theories; each has its own logit (`ethics`)
 and a gate weighs their states into the shared one (Bentham 1789, ch. IV, for the seven values). The utility is an
-unbounded scalar: only differences of it mean anything, and pairs of texts train it.
+unbounded scalar: only differences of it mean anything, and pairs of texts train it. The utilitarian expert's logit is
+part of it: which of two texts is the more pleasant is what that theory of ETHICS asks (Hendrycks et al. 2021).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class BenthamHead(nn.Module):
         state = self.norm(self.branches(feature + mixture, views, keys))
         return BenthamReading(
             self.bentham(state, keys),
-            self.utility(state, keys),
+            self.utility(state, keys) + ethics[:, :1],
             self.acceptability(state, keys),
             ethics,
             gate_logits,

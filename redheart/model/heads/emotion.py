@@ -19,7 +19,7 @@ from redheart.schema import CULTURE, EMOTIONS
 class EmotionReading(NamedTuple):
     emotion_logits: torch.Tensor  # [B, 7]
     culture_logits: torch.Tensor  # [B, 3]
-    gate_logits: torch.Tensor  # [B, experts]
+    gate_logits: torch.Tensor | None  # [B, experts]; None with a single expert
     state: torch.Tensor  # [B, K]
 
 
@@ -27,7 +27,7 @@ class EmotionHead(nn.Module):
     def __init__(self, width: int, heads: int, num_experts: int, dropout: float):
         super().__init__()
         self.base = MLP(width, 4 * width, 3 * width, width, dropout=dropout)
-        self.experts = DenseMixture(width, 2 * width, num_experts, dropout)
+        self.experts = DenseMixture(width, 16 * width // num_experts, num_experts, dropout)
         self.valence = Residual(width, 5 * width // 2, dropout=dropout)
         self.basic = Residual(width, 5 * width // 2, dropout=dropout)
         self.nuance = Residual(width, 5 * width // 2, dropout=dropout)

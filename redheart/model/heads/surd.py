@@ -16,8 +16,10 @@ from redheart.model.layers import MLP, Attention, Keys, Residual
 
 
 class SurdReading(NamedTuple):
-    share_logits: torch.Tensor  # [B, 3]; softmax gives redundant, unique, synergistic
-    leak_logits: torch.Tensor  # [B, 1]
+    surd_logits: (
+        torch.Tensor
+    )  # [B, 4]: softmax of three gives redundant, unique, synergistic, sigmoid of the last the leak
+    state: torch.Tensor  # [B, K]
 
 
 class SurdHead(nn.Module):
@@ -46,4 +48,4 @@ class SurdHead(nn.Module):
             self.synergistic(torch.cat([sources.prod(1), own], -1), keys),
         ]
         shares = torch.cat([out(torch.tanh(r)) for out, r in zip(self.share, readings, strict=True)], -1)
-        return SurdReading(shares, self.leak(everything, keys))
+        return SurdReading(torch.cat([shares, self.leak(everything, keys)], -1), own)

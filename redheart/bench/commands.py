@@ -1,0 +1,111 @@
+"""`redheart bench …`: every command reads its options, calls one function and prints what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from redheart.options import Checkpoint, Json, Preset, Set
+
+bench = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure speed, side by side with what others offer."
+)
+
+
+@bench.command("loader")
+def bench_loader(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="A prepared directory. [default: GoEmotions and ETHICS, prepared once]"),
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1024, help="Samples prepared without --data.")] = 8192,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    json_: Json = False,
+) -> None:
+    """Samples per second into padded batches, beside `datasets` streaming with a shuffle buffer."""
+    from redheart.bench.loader import bench_loader as run
+
+    _show_measured("loader", run(data, rows, batch_size), json_)
+
+
+@bench.command("encoder")
+def bench_encoder(
+    train_texts: Annotated[int, typer.Option("--train-texts", min=100, help="Most training texts of a task.")] = 4000,
+    dev_texts: Annotated[int, typer.Option("--dev-texts", min=100, help="Most dev texts of a task.")] = 1500,
+    json_: Json = False,
+) -> None:
+    """Both packaged encoders under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
+    from redheart.bench.encoder import bench_encoder as run
+
+    _show_measured("encoder", run(train_texts, dev_texts), json_)
+
+
+@bench.command("label")
+def bench_label(
+    texts: Annotated[int, typer.Option("--texts", min=8, help="Texts that both sides read.")] = 32,
+    json_: Json = False,
+) -> None:
+    """Texts per second that the LLM scores, beside generating JSON with the same model and parsing it."""
+    from redheart.bench.label import bench_label as run
+
+    _show_measured("label", run(num_texts=texts), json_)
+
+
+@bench.command("model")
+def bench_model(
+    preset: Preset = "330m",
+    set_: Set = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=512)] = 64,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1)] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds whose median is taken.")] = 5,
+    json_: Json = False,
+) -> None:
+    """Seconds and FLOPs of a training step, module by module; the backbone beside torch's TransformerEncoder."""
+    from redheart.bench.model import bench_model as run
+    from redheart.bench.model import show
+
+    result = run(preset, set_ or (), tokens, micro_batch, repeats)
+    show(result)
+    emit(result, json_)
+
+
+@bench.command("ablation")
+def bench_ablation(
+    checkpoint: Checkpoint,
+    retrained: Annotated[
+        list[Path] | None,
+        typer.Option("--retrained", metavar="RUN", help="A run trained with model.ablate; may be repeated."),
+    ] = None,
+    single_expert: Annotated[
+        Path | None, typer.Option("--single-expert", metavar="RUN", help="A run trained with model.num_experts=1.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="[default: the data it was trained on]")] = None,
+    split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
+    rows: Annotated[int | None, typer.Option("--rows", min=100, help="Only N rows, evenly spread.")] = None,
+    json_: Json = False,
+) -> None:
+    """What each module is worth: held-out metrics without it, with bootstrap intervals."""
+    from redheart.bench.ablation import bench_ablation as run
+    from redheart.bench.ablation import show
+
+    result = run(checkpoint, retrained or (), data, split, rows, single_expert)
+    show(result)
+    emit(result, json_)
+
+
+def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:
+    from redheart.console import console, table
+
+    if not json_:
+        rows = [(k, json.dumps(v) if isinstance(v, dict | list) else str(v)) for k, v in result.items()]
+        console.print(table(f"bench {what}", ("figure", "measured"), rows))
+    emit(result, json_)
+
+
+def emit(value: Any, wanted: bool) -> None:
+    """The result as JSON on stdout, where it is wanted."""
+    if wanted:
+        print(json.dumps(value, ensure_ascii=False))

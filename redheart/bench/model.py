@@ -1,0 +1,196 @@
+"""Where a training step's time goes: every module alone, the backbone beside torch's own encoder, FLOPs as counted.
+
+    redheart bench model --preset 330m --json
+
+Features are random numbers of the right shape: speed does not depend on their values. Times are medians of interleaved
+repetitions of forward + backward; FLOPs are FlopCounterMode's, and one multiply-add counts as two.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from redheart.config import RunConfig, load_config
+from redheart.console import console, progress, table
+from redheart.losses.combine import combine
+from redheart.model.build import build_model
+from redheart.model.redheart import RedHeartModel
+from redheart.schema import LABELS
+from redheart.tasks import loss_counts, task_losses, task_weights
+
+GEMM = 2048  # edge of the matrix product whose speed the modules' is compared with
+
+
+def bench_model(
+    preset: str = "330m", overrides: Sequence[str] = (), tokens: int = 64, micro_batch: int = 16, repeats: int = 5
+) -> dict[str, Any]:
+    """Seconds, FLOPs and achieved GFLOP/s of a step's parts on this machine; see the module's docstring."""
+    config = load_config(preset, overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.training.precision == "bf16" and device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    console.print(f"building {config.preset} on {device} in {str(dtype).removeprefix('torch.')} …")
+    model = nn.Module.to(build_model(config, None), device=device, dtype=dtype)
+    step = _step(model, config, tokens, micro_batch, device, dtype)
+    inputs = _capture(model, step)
+    theirs = _encoder(config).to(device=device, dtype=dtype).train()
+    x = torch.randn(micro_batch, tokens, config.model.width, device=device, dtype=dtype, requires_grad=True)
+    hidden = torch.zeros(micro_batch, tokens, dtype=torch.bool, device=device)
+    a, b = (torch.randn(GEMM, GEMM, device=device, dtype=dtype) for _ in range(2))
+    runs: dict[str, Callable[[], Any]] = {
+        "step": step,
+        "torch encoder": lambda: _backward(theirs(x, src_key_padding_mask=hidden)),
+        "matmul": lambda: a @ b,
+        **{name: _alone(model.get_submodule(name), inputs[name]) for name in model.built},
+    }
+    flops = {name: _flops(runs[name]) for name in ("step", *model.built)}
+    seconds = _interleaved(runs, repeats, device)
+    modules = {
+        name: {
+            "seconds": seconds[name],
+            "share_of_step": seconds[name] / seconds["step"],
+            "flops_per_sample": flops[name] // micro_batch,
+            "gflop_per_s": flops[name] / seconds[name] / 1e9,
+        }
+        for name in model.built
+    }
+    return {
+        "preset": config.preset,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "precision": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "micro_batch_size": micro_batch,
+        "step_s": seconds["step"],
+        "samples_per_s": micro_batch / seconds["step"],
+        "flops_per_sample": flops["step"] // micro_batch,
+        "gflop_per_s": {"step": flops["step"] / seconds["step"] / 1e9, "matmul": 2 * GEMM**3 / seconds["matmul"] / 1e9},
+        "backbone_s": {"redheart": seconds["backbone"], "torch": seconds["torch encoder"]},
+        "ratio_to_torch_encoder": seconds["backbone"] / seconds["torch encoder"],
+        "dsp_and_kalman_share": sum(modules[m]["share_of_step"] for m in ("aux.dsp", "aux.kalman")),
+        "modules": modules,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """The profile as a table on stderr."""
+    rows = [
+        (
+            name,
+            f"{m['seconds'] * 1e3:.1f}",
+            f"{m['share_of_step']:.1%}",
+            f"{m['flops_per_sample'] / 1e9:.2f}",
+            f"{m['gflop_per_s']:.0f}",
+        )
+        for name, m in result["modules"].items()
+    ]
+    speed = result["gflop_per_s"]
+    total = f"{result['flops_per_sample'] / 1e9:.2f}"
+    rows.append(("whole step", f"{result['step_s'] * 1e3:.1f}", "100.0%", total, f"{speed['step']:.0f}"))
+    load = f"{result['micro_batch_size']} samples of {result['tokens']} tokens"
+    title = f"{result['preset']}, {load}, {result['precision']}, {result['device']}"
+    console.print(table(title, ("module alone", "ms", "of the step", "GFLOP a sample", "GFLOP/s"), rows))
+    console.print(
+        f"a {GEMM}-edge matrix product reaches {speed['matmul']:.0f} GFLOP/s; the backbone takes "
+        f"{result['ratio_to_torch_encoder']:.3f} of torch.nn.TransformerEncoder's time; DSP and Kalman "
+        f"{result['dsp_and_kalman_share']:.1%} of the step; {result['samples_per_s']:.2f} samples/s"
+    )
+
+
+def _step(
+    model: RedHeartModel, config: RunConfig, tokens: int, rows: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Forward, losses and backward of a micro-batch in which everything is labelled, without contrast texts."""
+    features = torch.randn(rows, tokens, config.model.encoder_width, device=device, dtype=dtype)
+    mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    labels = {n: torch.rand(rows, label.size, device=device) for n, label in LABELS.items()}
+    weights = {n: torch.ones_like(v) for n, v in labels.items()}
+    keys = torch.arange(rows, device=device)
+    counts, factors = loss_counts(weights, rows), task_weights(config.loss)
+
+    def step() -> None:
+        losses = task_losses(model(features, mask, sample_keys=keys), labels, weights, config.loss)
+        combine({n: v for n, (v, _) in losses.items()}, counts, factors, 1).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _encoder(config: RunConfig) -> nn.TransformerEncoder:
+    c = config.model
+    layer = nn.TransformerEncoderLayer(
+        c.width, c.heads, 4 * c.width, c.dropout, "gelu", batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, c.layers, nn.LayerNorm(c.width), enable_nested_tensor=False)
+
+
+def _capture(model: RedHeartModel, step: Callable[[], None]) -> dict[str, Any]:
+    """What each module is given in a step, as leaves that take gradients."""
+    found: dict[str, Any] = {}
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.detach().clone().requires_grad_()
+        return value
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: found.__setitem__(name, tree_map(leaf, args))
+        )
+        for name in model.built
+    ]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _alone(module: nn.Module, inputs: Any) -> Callable[[], None]:
+    def run() -> None:
+        _backward(module(*inputs))
+        module.zero_grad(set_to_none=True)
+        for value in tree_leaves(inputs):
+            if isinstance(value, torch.Tensor):
+                value.grad = None
+
+    return run
+
+
+def _backward(outputs: Any) -> None:
+    leaves = [v for v in tree_leaves(outputs) if isinstance(v, torch.Tensor) and v.requires_grad]
+    torch.stack([v.float().sum() for v in leaves]).sum().backward()
+
+
+def _flops(run: Callable[[], None]) -> int:
+    """Forward + backward FLOPs of `run`."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _interleaved(runs: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, after one warm-up, all of them in every round."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    with progress("measuring", (repeats + 1) * len(runs), 0) as (bar, task):
+        for turn in range(repeats + 1):
+            for name, run in runs.items():
+                _wait(device)
+                started = time.perf_counter()
+                run()
+                _wait(device)
+                if turn:
+                    taken[name].append(time.perf_counter() - started)
+                bar.update(task, advance=1, note=name)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

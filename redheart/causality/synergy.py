@@ -1,0 +1,84 @@
+"""What tasks have to do with one another: the angles of their gradients, and SURD of their predictions.
+
+Both are pure functions of tensors; train/synergy.py calls them now and then during training, evaluation/report.py at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from redheart.causality.null import surd_above_null
+
+LEVELS = 3
+
+
+@dataclass(frozen=True)
+class Informing:
+    """How much the agents tell about the target, in bits; keys are agents' names, `leak` lies in [0, 1]."""
+
+    target: str
+    redundant: dict[tuple[str, ...], float]
+    unique: dict[str, float]
+    synergistic: dict[tuple[str, ...], float]
+    leak: float
+    mutual_information: float
+
+    def shares(self) -> dict[str, float]:
+        """The redundant, unique and synergistic part of what is told; all 0 where nothing is."""
+        kinds = {
+            "redundant": sum(self.redundant.values()),
+            "unique": sum(self.unique.values()),
+            "synergistic": sum(self.synergistic.values()),
+        }
+        total = self.mutual_information
+        return {kind: bits / total if total > 0 else 0.0 for kind, bits in kinds.items()}
+
+    def rows(self) -> list[tuple[str, str, float]]:
+        """(kind, agents, bits) of every term above 0, the largest first."""
+        terms = [("redundant", " + ".join(k), v) for k, v in self.redundant.items()]
+        terms += [("unique", k, v) for k, v in self.unique.items()]
+        terms += [("synergistic", " + ".join(k), v) for k, v in self.synergistic.items()]
+        return sorted((t for t in terms if t[2] > 0), key=lambda t: -t[2])
+
+
+def informing(
+    target: str, values: torch.Tensor, agents: Mapping[str, torch.Tensor], repeats: int = 20, seed: int = 0
+) -> Informing:
+    """SURD above chance of `values` [n] given one to four agents [n] each, all cut into three levels of equal size.
+
+    Ties stay together, so a quantity with few distinct values has uneven levels. ValueError where the lengths differ.
+    """
+    if any(a.shape != values.shape for a in agents.values()):
+        raise ValueError(f"target and agents must be alike: {[tuple(v.shape) for v in (values, *agents.values())]}")
+    names = list(agents)
+    result = surd_above_null(levels(values), torch.stack([levels(a) for a in agents.values()]), LEVELS, repeats, seed)
+    name = lambda key: tuple(names[i - 1] for i in key)  # noqa: E731 (agents are numbered from 1)
+    return Informing(
+        target,
+        {name(k): v for k, v in result.redundant.items()},
+        {names[k - 1]: v for k, v in result.unique.items()},
+        {name(k): v for k, v in result.synergistic.items()},
+        result.leak,
+        result.mutual_information,
+    )
+
+
+def levels(values: torch.Tensor) -> torch.Tensor:
+    """Each value's third, 0, 1 or 2, of [n]: by the values at one third and two thirds of the sorted ones."""
+    ordered = values.double().sort().values
+    edges = torch.stack([ordered[len(ordered) * k // LEVELS] for k in range(1, LEVELS)])
+    return torch.searchsorted(edges, values.double().contiguous(), right=True).double()
+
+
+def gradient_cosines(gradients: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], float]:
+    """Cosine of the angle between every two gradients of equal shape, in [-1, 1]; pairs with a zero gradient are left out."""
+    norms = {name: g.double().norm() for name, g in gradients.items()}
+    return {
+        (a, b): float((gradients[a].double() * gradients[b].double()).sum() / (norms[a] * norms[b]))
+        for a, b in combinations(gradients, 2)
+        if norms[a] > 0 and norms[b] > 0
+    }

@@ -1,0 +1,240 @@
+"""The four analyzers: learned queries that read the tokens themselves, beside the heads that read one pooled feature.
+
+tokens [B, T, D], mask [B, T] -> a reading per analyzer, with a state [B, D] for the fusion. Few queries (4 to 8) with deep
+layers: D² weights are used once per query, not once per token (layers.FoldedAttention).
+"""
+
+from __future__ import annotations
+
+from itertools import chain, combinations
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from redheart.model.layers import (
+    MLP,
+    Attention,
+    FoldedAttention,
+    Keys,
+    QueryLayer,
+    Residual,
+    SampleDropout,
+    full_precision,
+)
+from redheart.schema import BENTHAM, EMOTIONS, EMOTIONS_FINE, LABELS
+
+NUM_STAKEHOLDERS = 6
+NUM_STATES = 4  # factual ones, and as many counterfactual ones
+SOURCES = ("emotion", "bentham", "context")  # what the SURD analyzer conditions on
+SUBSETS = tuple(chain.from_iterable(combinations(range(len(SOURCES)), k) for k in range(len(SOURCES) + 1)))
+NUM_LEVELS = 3  # of regret, at 0, 1/2 and 1
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of [B, T, n] over the tokens where mask [B, T] is True -> [B, n]."""
+    weight = mask.to(x.dtype)[..., None]
+    return (x * weight).sum(1) / weight.sum(1)
+
+
+class EmotionAnalysis(NamedTuple):
+    fine_logits: torch.Tensor  # [B, 28]
+    vad_raw: torch.Tensor  # [B, 3]; tanh gives valence, arousal, dominance
+    trajectory: torch.Tensor  # [B, T, 7] logits of each emotion's intensity at each token, latent
+    emotion_logits: torch.Tensor  # [B, 7]: the trajectory's smooth maximum over the tokens
+    state: torch.Tensor  # [B, D]
+
+
+class EmotionAnalyzer(nn.Module):
+    """Seven emotion queries and one for the whole read the tokens; the emotions' final states score every token.
+
+    An emotion of the text is the log-mean-exp of its trajectory over the real tokens: one strong place is enough.
+    """
+
+    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(len(EMOTIONS) + 1, width) * 0.02)
+        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.place = nn.Linear(width, width)
+        self.level = nn.Linear(width, 1)
+        self.sharpness = nn.Parameter(torch.ones(len(EMOTIONS)))
+        self.fine = MLP(width, 2 * width, len(EMOTIONS_FINE), dropout=dropout)
+        self.vad = MLP(width, 2 * width, LABELS["vad"].size, dropout=dropout)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> EmotionAnalysis:
+        x = self.query.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            x = layer(x, tokens, mask, keys)
+        x = self.norm(x)
+        emotions, state = x[:, :-1], x.mean(1)
+        scores = torch.einsum("btn,ben->bte", self.place(tokens), emotions) * tokens.shape[-1] ** -0.5
+        trajectory = full_precision(scores + self.level(emotions).transpose(1, 2))
+        sharp = F.softplus(full_precision(self.sharpness))
+        masked = (trajectory * sharp).masked_fill(~mask[..., None], float("-inf"))
+        peak = (masked.logsumexp(1) - mask.sum(1, keepdim=True).log()) / sharp
+        return EmotionAnalysis(self.fine(state, keys), self.vad(x[:, -1], keys), trajectory, peak, state)
+
+
+class BenthamAnalysis(NamedTuple):
+    bentham_logits: torch.Tensor  # [B, 7], the stakeholders' variables weighed by their presence
+    utility: torch.Tensor  # [B, 1], the felicific sum, unbounded
+    acceptability_logits: torch.Tensor  # [B, 1]
+    presence: torch.Tensor  # [B, 6] in [0, 1], sums to one, latent
+    state: torch.Tensor  # [B, D]
+
+
+class BenthamCalculator(nn.Module):
+    """Stakeholder slots read the tokens; each has seven hedonic variables and a signed pleasure; utility is their sum.
+
+    u = Σ_s presence_s · pleasure_s · Π_k σ(x_sk)^θ_k, θ ≥ 0: Bentham (1789), ch. IV, §V, "sum up all the values of all the
+    pleasures on the one side, and of all the pains on the other", with learned exponents for the seven circumstances.
+    """
+
+    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(NUM_STAKEHOLDERS, width) * 0.02)
+        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.presence = MLP(width, 2 * width, 1, dropout=dropout, last_bias=False)  # the softmax ignores a constant
+        self.variables = MLP(width, 3 * width, len(BENTHAM), dropout=dropout)
+        self.pleasure = MLP(width, 3 * width, 1, dropout=dropout)
+        self.exponents = nn.Parameter(torch.full((len(BENTHAM),), -2.0))
+        self.acceptability = MLP(width, 4 * width, 1, dropout=dropout)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> BenthamAnalysis:
+        x = self.query.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            x = layer(x, tokens, mask, keys)
+        x = self.norm(x)
+        presence = full_precision(self.presence(x, keys)).softmax(1)  # [B, 6, 1]
+        variables = full_precision(self.variables(x, keys))
+        circumstances = (
+            (F.logsigmoid(variables) * F.softplus(full_precision(self.exponents))).sum(-1, keepdim=True).exp()
+        )
+        utility = (presence * full_precision(self.pleasure(x, keys)) * circumstances).sum(1)
+        state = (presence.to(x.dtype) * x).sum(1)
+        acceptability = self.acceptability(state, keys) + utility
+        return BenthamAnalysis((presence * variables).sum(1), utility, acceptability, presence[..., 0], state)
+
+
+class RegretAnalysis(NamedTuple):
+    regret_logits: torch.Tensor  # [B, 1]: utility foregone minus utility had, minus a threshold
+    counterfactual_logits: torch.Tensor  # [B, 1]
+    utilities: torch.Tensor  # [B, 2]: had, foregone; latent
+    state: torch.Tensor  # [B, D]
+
+
+class MutualLayer(nn.Module):
+    """Factual and counterfactual states [2, B, N, n] read the tokens, then each other; the same weights for both."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.read = FoldedAttention(width, heads)
+        self.exchange_norm = nn.LayerNorm(width)
+        self.exchange = Attention(width, heads)
+        self.dropout = SampleDropout(dropout)
+        self.mlp = Residual(width, 4 * width, dropout=dropout)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """x [B, 2N, n]: the factual states, then the counterfactual ones."""
+        x = x + self.dropout(self.read(self.norm(x), tokens, mask), keys)
+        normed = self.exchange_norm(x).unflatten(1, (2, NUM_STATES))  # [B, 2, N, n]
+        heard = self.exchange(normed.flatten(0, 1), normed.flip(1).flatten(0, 1))
+        return self.mlp(x + heard.view_as(x), keys)
+
+
+class RegretAnalyzer(nn.Module):
+    """What happened and what might have: regret is the utility foregone minus the utility had (Loomes and Sugden 1982)."""
+
+    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(2 * NUM_STATES, width) * 0.02)
+        self.layers = nn.ModuleList(MutualLayer(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.utility = MLP(
+            width, 2 * width, 1, dropout=dropout, last_bias=False
+        )  # a constant cancels in the difference
+        self.threshold = nn.Parameter(torch.zeros(1))
+        self.counterfactual = MLP(2 * width, width, 1, dropout=dropout)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> RegretAnalysis:
+        x = self.query.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            x = layer(x, tokens, mask, keys)
+        factual, imagined = self.norm(x).unflatten(1, (2, NUM_STATES)).mean(2).unbind(1)
+        had, foregone = (full_precision(self.utility(state, keys)) for state in (factual, imagined))
+        counterfactual = self.counterfactual(torch.cat([factual, imagined], -1), keys)
+        utilities = torch.cat([had, foregone], -1)
+        return RegretAnalysis(foregone - had - self.threshold, counterfactual, utilities, (factual + imagined) / 2)
+
+
+class SurdAnalysis(NamedTuple):
+    density_logits: torch.Tensor  # [B, 8, 3]: regret's level given each subset of the sources (order: SUBSETS)
+    surd_logits: torch.Tensor  # [B, 4]: as of the SURD head
+    state: torch.Tensor  # [B, D]
+
+
+class SurdAnalyzer(nn.Module):
+    """Conditional densities of regret's level given every subset of (emotion, Bentham, context), and what they tell.
+
+    A source that is not in the subset is replaced by a learned vector. From the densities follow the pointwise information
+    terms i_j(t) = log₂ p(t | a_j) / p(t) and the SURD ladder on them (causality/surd.py), averaged over t ~ p(t | all);
+    a learned scale and offset turn them into the shares' logits.
+    """
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        count = len(SOURCES)
+        self.sources = nn.ModuleList(MLP(width, width, width, dropout=dropout) for _ in SOURCES)
+        self.unknown = nn.Parameter(torch.randn(count, width) * 0.02)
+        self.density = MLP(count * width, 11 * width // 2, 3 * width, dropout=dropout)
+        self.level = nn.Linear(3 * width, NUM_LEVELS)
+        self.norm = nn.LayerNorm(3 * width)
+        self.state = nn.Linear(3 * width, width)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.offset = nn.Parameter(torch.zeros(4))
+        inside = torch.tensor([[i in subset for i in range(count)] for subset in SUBSETS])
+        self.register_buffer("inside", inside)  # [8, 3]
+
+    inside: torch.Tensor
+
+    def forward(self, sources: tuple[torch.Tensor | None, ...], keys: Keys) -> SurdAnalysis:
+        known = next(s for s in sources if s is not None)
+        unknown = self.unknown.to(known.dtype)
+        x = torch.stack(
+            [
+                # an absent source is never looked at; it passes through so that every parameter has a gradient
+                mlp(torch.zeros_like(known) if source is None else source, keys) * (source is not None)
+                for i, (mlp, source) in enumerate(zip(self.sources, sources, strict=True))
+            ],
+            1,
+        )  # [B, 3, D]
+        inside = self.inside.clone()
+        inside[:, [s is None for s in sources]] = False
+        subsets = torch.where(inside[None, :, :, None], x[:, None], unknown).flatten(2)  # [B, 8, 3·D]
+        hidden = self.norm(self.density(subsets, keys))
+        density = full_precision(self.level(hidden))
+        shares, leak = pointwise_ladder(density.log_softmax(-1))
+        scale, offset = full_precision(self.scale), full_precision(self.offset)
+        raw = torch.cat([(shares + 1e-3).log(), torch.logit(leak, eps=1e-4)], -1)
+        return SurdAnalysis(density, raw * scale + offset, self.state(hidden[:, -1]))
+
+
+def pointwise_ladder(log_density: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p(level | subset) [B, 8, L] (order: SUBSETS) -> (shares [B, 3]: redundant, unique, synergistic; leak [B, 1]).
+
+    Per level: i_j = log p(t | a_j) - log p(t), floored at zero. Single sources in ascending order: increments are redundant, the last
+    one unique. Larger subsets count for what they tell beyond the smaller ones and beyond each other: synergistic. The sums
+    are averaged over p(t | all); where nothing is told the shares are equal. leak = 1 - Σ_t p(t | all)².
+    """
+    told = (log_density[:, 1:] - log_density[:, :1]).clamp(min=0)  # [B, 7, L]
+    singles = told[:, :3].sort(1).values
+    redundant, unique = singles[:, 1], singles[:, 2] - singles[:, 1]
+    pairs = told[:, 3:6].amax(1)
+    synergistic = (pairs - singles[:, 2]).clamp(min=0) + (told[:, 6] - pairs.maximum(singles[:, 2])).clamp(min=0)
+    weight = log_density[:, -1].exp()
+    kinds = (torch.stack([redundant, unique, synergistic], 1) * weight[:, None]).sum(-1) + 1e-4
+    return kinds / kinds.sum(-1, keepdim=True), 1 - weight.square().sum(-1, keepdim=True)

@@ -1,0 +1,17 @@
+"""From a run's configuration to a fresh network, with nothing else imported: GPU machines without data libraries use it too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redheart.config import RunConfig
+from redheart.model.redheart import RedHeartConfig, RedHeartModel
+
+
+def build_model(config: RunConfig, encoder: dict[str, Any] | None) -> RedHeartModel:
+    """A fresh network of the configured size, in training mode. `encoder`: fingerprint of the features it will read."""
+    sizes = config.model.model_dump()
+    recompute = sizes.pop("activation_checkpointing")
+    model = RedHeartModel(RedHeartConfig(**sizes, encoder=encoder))
+    model.backbone.gradient_checkpointing = recompute
+    return model.train()

@@ -1,0 +1,20 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Preset = Annotated[str, typer.Option("--preset", help="local, base, 330m, 1b3, or a .yaml file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one config key; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Data = Annotated[
+    str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
+]
+Checkpoint = Annotated[
+    Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
+]

@@ -1,0 +1,90 @@
+"""SURD above chance, and what tasks tell of one another."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from redheart.causality.null import surd_above_null
+from redheart.causality.surd import surd_from_samples
+from redheart.causality.synergy import gradient_cosines, informing, levels
+from tests.corpora import corpus
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def terms(result) -> list[float]:
+    return [*result.redundant.values(), *result.unique.values(), *result.synergistic.values()]
+
+
+def test_the_published_energy_cascade():
+    from scipy.io import loadmat
+
+    root = corpus("surd")
+    signals = torch.from_numpy(loadmat(root / "data" / "energy_cascade_signals.mat")["X"]).double()
+    published = json.loads((root / "results" / "energy_cascade.json").read_text())["targets"]
+    assert len(published) == 4
+    for case in published.values():
+        lag = case["lag"]
+        result = surd_from_samples(signals[case["target"] - 1, lag:], signals[:, :-lag], case["nbins"])
+        single = {(k,): v for k, v in result.unique.items()}
+        key = lambda text: tuple(int(k) for k in text.split(","))  # noqa: E731
+        assert {key(k): v for k, v in case["R_and_U"].items()} == pytest.approx(
+            {**single, **result.redundant}, abs=1e-6
+        )
+        assert {key(k): v for k, v in case["S"].items()} == pytest.approx(result.synergistic, abs=1e-6)
+        assert result.leak == pytest.approx(case["leak_fraction"], abs=1e-6)
+        assert result.mutual_information == pytest.approx(case["MI"]["1,2,3,4"], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_independent_data_tell_nothing_above_chance(seed: int):
+    target, agents = noise(3000, seed=seed), noise(3, 3000, seed=100 + seed)
+    assert surd_from_samples(target, agents, 5).mutual_information > 0.08  # the bias that has to go
+    result = surd_above_null(target, agents, 5, seed=seed)
+    assert max(terms(result)) <= 0.01
+    assert result.mutual_information <= 0.01
+    assert result.leak == pytest.approx(1, abs=0.01)
+
+
+def test_what_is_told_stays():
+    a, b, c = (noise(3, 3000, seed=1) > 0.5).float()
+    copy = surd_above_null(a, torch.stack([a, b, c]), 2)
+    assert copy.unique[1] == pytest.approx(1, abs=0.05)
+    both = surd_above_null(a, torch.stack([a, a, c]), 2)
+    assert both.redundant[(1, 2)] == pytest.approx(1, abs=0.05)
+    xor = surd_above_null((a + b) % 2, torch.stack([a, b, c]), 2)
+    assert xor.synergistic[(1, 2)] == pytest.approx(1, abs=0.05)
+    for result in (copy, both, xor):
+        assert sum(terms(result)) == pytest.approx(result.mutual_information, abs=1e-12)
+        assert result.leak == pytest.approx(0, abs=0.05)
+
+
+def test_levels_are_thirds_and_ties_stay_together():
+    assert levels(torch.arange(9)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    tied = levels(torch.tensor([1.0, 1, 1, 5, 5, 5]))
+    assert len(set(tied[:3].tolist())) == 1
+    assert len(set(tied[3:].tolist())) == 1
+
+
+def test_agents_are_named():
+    x, y, z = noise(3, 2000, seed=2)
+    told = informing("regret", x + 0.05 * z, {"emotion": x, "bentham": y, "context": z}, seed=3)
+    assert told.rows()[0][:2] == ("unique", "emotion")
+    assert told.shares()["unique"] > 0.8
+    assert sum(told.shares().values()) == pytest.approx(1)
+    silent = informing("regret", noise(2000, seed=9), {"emotion": x, "bentham": y}, seed=3)
+    assert silent.rows() == []
+    assert silent.shares() == {"redundant": 0, "unique": 0, "synergistic": 0}
+    with pytest.raises(ValueError, match="alike"):
+        informing("regret", x, {"emotion": y[:5]})
+
+
+def test_cosines_of_known_gradients():
+    got = gradient_cosines(
+        {"a": torch.tensor([1.0, 0]), "b": torch.tensor([1.0, 1]), "c": torch.tensor([-2.0, 0]), "d": torch.zeros(2)}
+    )
+    assert got == pytest.approx({("a", "b"): math.sqrt(0.5), ("a", "c"): -1.0, ("b", "c"): -math.sqrt(0.5)})

@@ -1,0 +1,78 @@
+"""The ablation's arithmetic against scikit-learn and scipy, and its verdicts on known effects."""
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, f1_score
+
+from redheart.evaluation.ablation import Answers, effects, metric, sums, thresholds
+
+RNG = np.random.default_rng(0)
+
+
+def made(quality: float, rows: int = 600, size: int = 7) -> Answers:
+    """Predictions that follow binary labels with weight `quality`, the rest noise."""
+    target = (np.random.default_rng(1).random((rows, size)) > 0.6).astype(float)
+    prediction = quality * target + (1 - quality) * np.random.default_rng(2).random((rows, size))
+    return Answers(prediction, target, np.ones((rows, size), bool))
+
+
+def test_metrics_are_those_of_the_libraries():
+    given = made(0.5)
+    cut = np.full(7, 0.5)
+    ours = metric("multilabel", sums("multilabel", given, cut).sum(0))
+    assert ours == pytest.approx(f1_score(given.target > 0.5, given.prediction > 0.5, average="macro"))
+    one = made(0.4, size=1)
+    assert metric("binary", sums("binary", one, None).sum(0)) == pytest.approx(
+        accuracy_score(one.target > 0.5, one.prediction > 0.5)
+    )
+    r = np.mean([pearsonr(given.prediction[:, k], given.target[:, k])[0] for k in range(7)])
+    assert metric("score", sums("score", given, None).sum(0)) == pytest.approx(r, rel=1e-9)
+
+
+def test_unlabelled_entries_do_not_count():
+    given = made(0.5)
+    known = RNG.random(given.known.shape) > 0.3
+    noisy = Answers(np.where(known, given.prediction, 9.0), np.where(known, given.target, 1.0), known)
+    r = np.mean([pearsonr(given.prediction[known[:, k], k], given.target[known[:, k], k])[0] for k in range(7)])
+    assert metric("score", sums("score", noisy, None).sum(0)) == pytest.approx(r, rel=1e-9)
+    never = known.copy()
+    never[:, 0] = False
+    fewer = Answers(noisy.prediction, noisy.target, never)
+    assert metric("score", sums("score", fewer, None).sum(0)) == pytest.approx(
+        np.mean([pearsonr(given.prediction[known[:, k], k], given.target[known[:, k], k])[0] for k in range(1, 7)]),
+        rel=1e-9,
+    )
+
+
+def test_thresholds_are_the_best_on_dev():
+    given = made(0.6)
+    best = thresholds(given)
+    for k in range(7):
+        f1 = lambda t, k=k: f1_score(given.target[:, k] > 0.5, given.prediction[:, k] > t)  # noqa: E731
+        assert f1(best[k]) >= max(f1(t) for t in (0.1, 0.3, 0.5, 0.7, 0.9))
+
+
+def test_verdicts():
+    good, bad = made(0.7), made(0.3)
+    whole, without = ({"emotion": good}, {"emotion": good}), ({"emotion": bad}, {"emotion": bad})
+    (line,) = effects("heads.emotion", "removed", whole, without)
+    assert line.verdict == "helps"
+    assert line.low < line.difference < line.high
+    assert line.difference == pytest.approx(line.whole - line.without)
+    (line,) = effects("heads.emotion", "removed", without, whole)
+    assert line.verdict == "hurts"
+    (line,) = effects("heads.emotion", "removed", whole, whole)
+    assert (line.difference, line.low, line.high, line.verdict) == (0, 0, 0, "–")
+    (line,) = effects("heads.emotion", "removed", whole, ({}, {}))  # an answer that is gone is worth nothing
+    assert line.without == 0
+    assert line.verdict == "helps"
+
+
+def test_the_interval_is_the_bootstraps():
+    given, other = made(0.5, rows=400, size=1), made(0.4, rows=400, size=1)
+    (line,) = effects("x", "removed", ({"preference": given},) * 2, ({"preference": other},) * 2, resamples=4000)
+    right = ((given.prediction > 0.5) == (given.target > 0.5)).astype(float)[:, 0]
+    wrong = ((other.prediction > 0.5) == (other.target > 0.5)).astype(float)[:, 0]
+    spread = (right - wrong).std() / np.sqrt(400)
+    assert line.high - line.low == pytest.approx(2 * 1.96 * spread, rel=0.08)

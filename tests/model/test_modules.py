@@ -1,0 +1,244 @@
+"""Analyzers, DSP simulator, Kalman filter, fusion: what they compute, and that each of them is heard."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from redheart.config import LossConfig, load_config
+from redheart.model.analyzers import SUBSETS, EmotionAnalyzer, pointwise_ladder
+from redheart.model.backbone import Backbone, TaskPooling
+from redheart.model.build import build_model
+from redheart.model.dynamics import TOKEN_RATE_HZ, KalmanFusion
+from redheart.model.layers import Attention, FoldedAttention
+from redheart.model.moe import DenseMixture, usage
+from redheart.model.redheart import FIELDS, RedHeartConfig, RedHeartModel, RedHeartOutput
+from redheart.model.select import FEEDS, MODULES, ExecutionMode, select
+from redheart.schema import LABELS, RedHeartError
+from redheart.signals.kalman import kalman_filter
+from redheart.tasks import TASKS, task_losses
+
+SMALL = {"width": 24, "heads": 2, "layers": 1, "task_width": 16, "task_heads": 2, "dropout": 0.0}
+REMOVABLE = [m for m in MODULES if m != "backbone"]
+
+
+@pytest.fixture(scope="module")
+def network() -> RedHeartModel:
+    torch.manual_seed(0)
+    made = RedHeartModel(RedHeartConfig(**SMALL)).double().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():  # away from where initial values happen to agree
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(4, 6, 768, generator=generator, dtype=torch.float64)
+    mask = torch.arange(6)[None] < torch.tensor([[6], [3], [1], [5]])
+    return features * mask[..., None], mask
+
+
+def ask(network, batch, without=()) -> RedHeartOutput:
+    x, mask = batch
+    with torch.no_grad():
+        return network(x, mask, x[:2].flip(-1), mask[:2], torch.tensor([0, 3]), without=without)
+
+
+def predictions(outputs) -> dict[str, torch.Tensor]:
+    found = {name: task.predict(outputs) for name, task in TASKS.items()}
+    return {name: p for name, p in found.items() if p is not None}
+
+
+@pytest.mark.parametrize("module", REMOVABLE)
+def test_removing_a_module_changes_the_answers_it_feeds_and_no_other(network, batch, module: str):
+    whole, without = predictions(ask(network, batch)), predictions(ask(network, batch, [module]))
+    heirs = {module}  # the module, and whatever takes readings from it
+    for _ in MODULES:
+        heirs |= {m for m, sources in FEEDS.items() if heirs & set(sources)}
+    for name, task in TASKS.items():
+        if task.module == module and not task.final:
+            assert name not in without
+        elif name in without:
+            changed = not torch.allclose(whole[name], without[name], rtol=1e-9, atol=1e-12)
+            fed = bool(heirs & {task.module}) and (
+                name != "preference" or module in ("heads.bentham", "analyzers.bentham", "aux.utility")
+            )
+            assert changed == fed, name
+
+
+@pytest.mark.parametrize("module", REMOVABLE)
+def test_a_network_built_without_a_module_trains(module: str):
+    torch.manual_seed(0)
+    network = RedHeartModel(RedHeartConfig(**SMALL, ablate=[module])).train()
+    x = torch.randn(3, 4, 768)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    outputs = network(x, mask, x[:1].flip(-1), mask[:1], torch.tensor([1]), torch.arange(3))
+    labels = {n: torch.rand(3, label.size) for n, label in LABELS.items()}
+    losses = task_losses(outputs, labels, {n: torch.ones_like(v) for n, v in labels.items()}, LossConfig())
+    assert not any(name.startswith(module + "/") for name in losses)
+    sum(value for value, _ in losses.values()).backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+    assert module not in network.built
+
+
+def test_every_module_that_reads_a_label_says_so_in_the_table():
+    assert set(FIELDS) <= set(MODULES)
+    assert {m for s in FEEDS.values() for m in s} | set(FEEDS) <= set(MODULES)
+
+
+def test_selection_by_mode():
+    assert select(ExecutionMode.TRAINING).trained == MODULES
+    assert select(ExecutionMode.EVALUATION).trained == ()
+    only = select(ExecutionMode.INFERENCE, wanted=["heads.surd"])
+    assert only.resident == ("backbone", "heads.emotion", "heads.bentham", "heads.regret", "heads.surd")
+    assert "aux.dsp" in select(ExecutionMode.INFERENCE, wanted=["aux.kalman"]).resident
+    with pytest.raises(RedHeartError, match=r"name them in model.ablate"):
+        select(ExecutionMode.TRAINING, wanted=[m for m in MODULES if m != "aux.dsp"])
+    assert "aux.dsp" not in select(ExecutionMode.TRAINING, ["aux.dsp"]).built
+    with pytest.raises(RedHeartError, match="backbone cannot"):
+        select(ExecutionMode.TRAINING, ["backbone"])
+    with pytest.raises(RedHeartError, match="unknown module 'dsp'"):
+        select(ExecutionMode.TRAINING, ["dsp"])
+
+
+def test_folded_attention_is_attention():
+    plain, folded = Attention(12, 3).double(), FoldedAttention(12, 3).double()
+    folded.load_state_dict(plain.state_dict())
+    x, memory = torch.randn(2, 4, 12).double(), torch.randn(2, 7, 12).double()
+    mask = torch.tensor([[True] * 7, [True, False, True, True, False, False, False]])
+    assert torch.allclose(plain(x, memory, mask), folded(x, memory, mask), atol=1e-12)
+
+
+def test_task_pooling_is_attention_with_a_learned_query():
+    pooling = TaskPooling(12, 8, 2).double()
+    x, mask = torch.randn(2, 5, 12).double(), torch.tensor([[True] * 5, [True, True, False, True, False]])
+    got = pooling(x, mask)
+    for task in range(4):
+        k = torch.einsum("btn,hdn->bhtd", x, pooling.key_weight[task])
+        v = torch.einsum("btn,hdn->bhtd", x, pooling.value_weight[task]) + pooling.value_bias[task][None, :, None]
+        scores = torch.einsum("hd,bhtd->bht", pooling.query[task], k) / math.sqrt(4)
+        p = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+        assert torch.allclose(got[:, task], torch.einsum("bht,bhtd->bhd", p, v).flatten(1), atol=1e-12)
+
+
+def test_an_emotion_of_the_text_lies_between_the_mean_and_the_peak_of_its_trajectory():
+    torch.manual_seed(0)
+    analyzer = EmotionAnalyzer(24, 2, 1, 0.0).double()
+    mask = torch.arange(6)[None] < torch.tensor([[6], [2]])
+    reading = analyzer(torch.randn(2, 6, 24).double(), mask, None)
+    for row, length in enumerate((6, 2)):
+        trajectory = reading.trajectory[row, :length]
+        assert (reading.emotion_logits[row] <= trajectory.amax(0)).all()
+        assert (reading.emotion_logits[row] >= trajectory.mean(0)).all()
+
+
+def log_density(rows: dict[tuple[int, ...], list[float]]) -> torch.Tensor:
+    return torch.tensor([rows[s] for s in SUBSETS], dtype=torch.float64).log()[None]
+
+
+def test_the_ladder_knows_redundancy_uniqueness_and_synergy():
+    even, sure = [1 / 3] * 3, [0.98, 0.01, 0.01]
+    everything = dict.fromkeys(SUBSETS, sure) | {(): even}
+    (shares,), (leak,) = pointwise_ladder(log_density(everything))
+    assert shares.argmax() == 0
+    assert shares[0] > 0.99
+    assert leak == pytest.approx(1 - (0.98**2 + 2 * 0.01**2))
+    one = {s: sure if 0 in s else even for s in SUBSETS}
+    assert pointwise_ladder(log_density(one))[0][0, 1] > 0.99
+    together = {s: sure if len(s) > 1 else even for s in SUBSETS}
+    assert pointwise_ladder(log_density(together))[0][0, 2] > 0.99
+    nothing = dict.fromkeys(SUBSETS, even)
+    assert pointwise_ladder(log_density(nothing))[0][0].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_the_fused_emotion_is_the_kalman_filters_last_state():
+    torch.manual_seed(0)
+    module = KalmanFusion(8, 6, 0.0).double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    tokens, feature = torch.randn(1, 5, 8).double(), torch.randn(1, 6).double()
+    head, analyzer, dsp = torch.randn(1, 7).double(), torch.randn(1, 5, 7).double(), torch.randn(1, 5, 7).double()
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    got = module(tokens, mask, feature, (head, analyzer, dsp), None)
+    # the same filter step by step; the head is one more measurement after the last token, without a prediction
+    prior = module.prior(torch.cat([tokens.mean(1), feature], -1), None)
+    x0, p0 = prior[:, :14], torch.diag_embed(10 * torch.sigmoid(prior[:, 14:28]))
+    noise = torch.exp(4 * torch.tanh(module.token_noise(tokens, None) / 4))
+    weight = module.transition_weight
+    transition = weight / torch.linalg.matrix_norm(weight, 2).clamp(min=1)
+    factor = module.process_weight.tril()
+    q = factor @ factor.mT + 1e-4 * torch.eye(14).double()
+    h = module.observation_weight
+    z = torch.cat([analyzer - module.observation_bias[1], dsp - module.observation_bias[2]], -1)
+    steps = kalman_filter(z, transition, torch.cat([h[1], h[2]]), q, torch.diag_embed(noise), x0, p0)
+    r = torch.diag_embed(torch.exp(4 * torch.tanh(prior[:, 28:] / 4)))
+    eye, zero = torch.eye(14).double(), torch.zeros(14, 14).double()
+    last = kalman_filter(
+        (head - module.observation_bias[0])[:, None], eye, h[0], zero, r, steps.mean[:, -1], steps.covariance[:, -1]
+    )
+    assert torch.allclose(got.emotion_logits, last.mean[:, 0, :7], atol=1e-9)
+    assert torch.allclose(got.covariance, last.covariance[:, 0, :7, :7], atol=1e-9)
+
+
+def test_the_covariance_stays_positive_definite_in_fp32():
+    torch.manual_seed(0)
+    module = KalmanFusion(8, 6, 0.0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(3).add_(torch.randn_like(p))
+    tokens = torch.randn(8, 512, 8) * 3
+    readings = (torch.randn(8, 7) * 5, torch.randn(8, 512, 7) * 5, torch.randn(8, 512, 7) * 5)
+    got = module(tokens, torch.ones(8, 512, dtype=torch.bool), torch.randn(8, 6), readings, None)
+    assert torch.linalg.eigvalsh(got.covariance.double()).min() > 0
+    assert got.emotion_logits.isfinite().all()
+
+
+def test_signals_are_silent_without_a_drive_and_stay_bounded(network):
+    tokens, mask = torch.randn(2, 40, 24).double() * 10, torch.ones(2, 40, dtype=torch.bool)
+    dsp = network.aux["dsp"]
+    signals = dsp(tokens, mask, torch.randn(2, 16).double(), 100 * torch.randn(2, 40, 7).double(), None)
+    assert signals.isfinite().all()
+    late = dsp(tokens, mask & (torch.arange(40) >= 20), torch.randn(2, 16).double(), None, None)
+    assert late[:, :20].abs().max() < 1e-12 * late.abs().max()
+    assert late[:, 20:].abs().max() > 1e-3
+    assert TOKEN_RATE_HZ > 2 * 1.0  # the fastest oscillator lies below half the token rate
+
+
+def test_expert_usage_and_a_single_expert():
+    share, entropy = usage(torch.zeros(10, 4))
+    assert share.tolist() == pytest.approx([0.25] * 4)
+    assert entropy == pytest.approx(1)
+    assert usage(torch.tensor([[50.0, 0, 0, 0]] * 3))[1] == pytest.approx(0, abs=1e-6)
+    mixture, single = DenseMixture(8, 16, 8, 0.0), DenseMixture(8, 128, 1, 0.0)
+    sizes = [
+        sum(p.numel() for n, p in m.named_parameters() if "weight" in n and "gate" not in n) for m in (mixture, single)
+    ]
+    assert sizes[0] == sizes[1]
+    x = torch.randn(3, 8)
+    hidden = nn.functional.gelu(x @ single.in_weight[0].T + single.in_bias[0])
+    assert torch.allclose(single(x, None)[0], hidden @ single.out_weight[0].T + single.out_bias[0], atol=1e-6)
+    assert single(x, None)[1] is None
+
+
+def test_the_backbone_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    backbone = Backbone(16, 24, 2, 2, 16, 2, 0.1).train()
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    x, mask, keys = torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool), torch.arange(2)
+    for a, b in zip(compiled(x, mask, keys), backbone(x, mask, keys), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_meta_build_is_quick_and_of_the_designs_size():
+    import time
+
+    started = time.perf_counter()
+    with torch.device("meta"):
+        totals = {p: sum(x.numel() for x in build_model(load_config(p), None).parameters()) for p in ("330m", "1b3")}
+    assert time.perf_counter() - started < 10
+    assert -0.005 <= totals["330m"] / 330e6 - 1 <= 0.01
+    assert totals["1b3"] == pytest.approx(1.32e9, rel=0.01)

@@ -1,0 +1,114 @@
+"""Run by test_two_ranks.py under `accelerate launch --num_processes 2`: one global batch, cut over two ranks.
+
+Prints JSON on rank 0: the largest gradient difference to one process that sees the whole batch, relative per parameter,
+and which losses vanish when a label is removed (everywhere, then from rank 1 alone).
+"""
+
+import json
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from redheart.config import load_config
+from redheart.losses.combine import combine
+from redheart.model.build import build_model
+from redheart.ranks import is_main
+from redheart.schema import LABELS, ORIGINS, Batch
+from redheart.tasks import loss_counts, task_losses, task_weights
+from redheart.train.engine import make_engine
+from redheart.train.stages import compute, forward, open_window
+
+SETTINGS = [
+    *(
+        "model.width=24",
+        "model.heads=2",
+        "model.layers=1",
+        "model.task_width=16",
+        "model.task_heads=2",
+        "model.dropout=0",
+    ),
+    *("memory.strategy=zero2_offload", "training.global_batch_size=8", "training.micro_batch_size=2"),
+]
+
+
+def make_batch(rows: range) -> Batch:
+    """Rows of a fixed batch of 8; every second one has a contrast text."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(8, 5, 768, generator=generator)
+    labels = {n: torch.rand(8, label.size, generator=generator) for n, label in LABELS.items()}
+    weights = {n: (torch.rand(8, label.size, generator=generator) > 0.3).float() for n, label in LABELS.items()}
+    index = torch.tensor(list(rows))
+    paired = torch.tensor([i for i, row in enumerate(rows) if row % 2 == 0], dtype=torch.int64)
+    mask = torch.ones(len(rows), 5, dtype=torch.bool)
+    return Batch(
+        features=features[index],
+        mask=mask,
+        contrast_features=features[index].flip(-1)[paired],
+        contrast_mask=mask[paired],
+        contrast_rows=paired,
+        labels={n: v[index] for n, v in labels.items()},
+        weights={n: v[index] for n, v in weights.items()},
+        keys=index,
+        origins=torch.full((len(rows), len(LABELS)), ORIGINS.index("human"), dtype=torch.int8),
+    )
+
+
+def without(batch: Batch, label: str) -> Batch:
+    weights = {**batch.weights, label: torch.zeros_like(batch.weights[label])}
+    return Batch(**{**batch.__dict__, "weights": weights})
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    config = load_config("local", SETTINGS)
+    alone, model = build_model(config, None), build_model(config, None)
+    alone.load_state_dict(model.state_dict())
+    factors = task_weights(config.loss)
+
+    whole = make_batch(range(8))
+    outputs = alone(
+        whole.features, whole.mask, whole.contrast_features, whole.contrast_mask, whole.contrast_rows, whole.keys
+    )
+    losses = task_losses(outputs, whole.labels, whole.weights, config.loss)
+    combine({n: v for n, (v, _) in losses.items()}, loss_counts(whole.weights, 8), factors, 1).backward()
+
+    engine = make_engine(model, config, accumulation=2, micro_batch_size=2)
+    mine = [make_batch(range(start, start + 2)) for start in (4 * engine.rank, 4 * engine.rank + 2)]
+
+    def step(batches: list[Batch]) -> dict[str, float]:
+        window = open_window(batches, False)
+        sums: dict[str, float] = {}
+        for i, batch in enumerate(window.batches):
+            loss, sums = compute(forward(engine, batch), batch, window.counts, factors, 4, config.loss)
+            engine.backward(loss, is_last=i == 1)
+        return {name: value for name, value in sums.items() if window.counts[name] == 0}
+
+    step(mine)
+    worst = 0.0
+    for (name, p), (other_name, q) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other_name
+        theirs = safe_get_full_grad(q)
+        if theirs is not None and p.grad is not None:
+            scale = max(p.grad.abs().max().item(), 1e-3)
+            worst = max(worst, (theirs - p.grad).abs().max().item() / scale)
+    engine.set_learning_rate(1e-4)
+    assert engine.step()[0]
+
+    vanished = {}
+    for label in LABELS:
+        gone = step([without(b, label) for b in mine])
+        assert all(value == 0 for value in gone.values()), gone
+        vanished[label] = sorted(gone)
+        assert engine.step()[0]
+        partly = step(
+            [without(b, label) if engine.rank else b for b in mine]
+        )  # a rank without the label among others with it
+        assert partly == {}
+        assert engine.step()[0]
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    if is_main():
+        print(json.dumps({"worst": worst, "vanished": vanished, "finite": finite, "ranks": engine.world_size}))
+
+
+if __name__ == "__main__":
+    main()
