@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,29 +13,36 @@ from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
 from redheart.evaluation.evaluate import predict_all
 from redheart.model.redheart import RedHeartModel
+from redheart.model.select import MODULES, ExecutionMode
 from redheart.schema import CULTURE_HANGUL, LABELS, RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import load_model
 
 
 class RedHeartPipeline:
-    """`pipeline(text)` -> dict, `pipeline([texts])` -> list of dicts; every answer with its named entries in [0, 1], utility unbounded."""
+    """`pipeline(text)` -> dict, `pipeline([texts])` -> list of dicts; every answer with its named entries in its label's range,
+    utility unbounded.
 
-    def __init__(self, model: RedHeartModel, encoder: TextEncoder):
+    `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they do not need stays idle, and
+    answers are their own instead of the fused ones.
+    """
+
+    def __init__(self, model: RedHeartModel, encoder: TextEncoder, modules: Collection[str] = MODULES):
         made_with = model.config.encoder
         if made_with is None or made_with["revision"] != encoder.fingerprint["revision"]:
             raise RedHeartError(
                 f"this model was trained on features of {made_with}, the encoder here is {encoder.fingerprint}"
             )
         self.model, self.encoder = model, encoder
+        model.set_mode(ExecutionMode.INFERENCE, modules)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> RedHeartPipeline:
+    def from_pretrained(cls, path: str | Path, modules: Collection[str] = MODULES) -> RedHeartPipeline:
         """`path`: an export, a checkpoint, or a run directory (its best checkpoint). Loads the encoder it was trained with."""
         model = load_model(Path(path)).model
         made_with = model.config.encoder
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
-        return cls(model, TextEncoder(config))
+        return cls(model, TextEncoder(config), modules)
 
     @overload
     def __call__(self, text: str) -> dict[str, Any]: ...
@@ -47,10 +55,8 @@ class RedHeartPipeline:
             raise RedHeartError("give at least one text that is not empty")
         features, mask = pad(self.encoder.encode(texts)[0], self.encoder.width)
         outputs = self.model(features.float(), mask)
-        answers = [
-            self._answer({n: p[i] for n, p in predict_all(outputs).items() if TASKS[n].final}, outputs, i)
-            for i in range(len(texts))
-        ]
+        found = {n: p for n, p in predict_all(outputs).items() if TASKS[n].final}
+        answers = [self._answer({n: p[i] for n, p in found.items()}, outputs, i) for i in range(len(texts))]
         return answers[0] if isinstance(text, str) else answers
 
     @staticmethod
@@ -58,7 +64,7 @@ class RedHeartPipeline:
         answer: dict[str, Any] = {}
         for name, values in predictions.items():
             label = LABELS[TASKS[name].label]
-            if name == "preference":  # a pair's answer; one text has a utility instead
+            if name == "preference" and outputs.utility is not None:  # a pair's answer; one text has a utility instead
                 answer["utility"] = float(outputs.utility[row])
             elif label.scalar:
                 answer[name] = float(values)

@@ -14,7 +14,8 @@ import torch
 
 from redheart.console import console, progress, table
 from redheart.data.stream import SampleStream
-from redheart.evaluation.ablation import Effect, answers, effects
+from redheart.evaluation.ablation import Effect, effects
+from redheart.evaluation.answers import answers
 from redheart.evaluation.evaluate import forward
 from redheart.model.moe import usage
 from redheart.schema import RedHeartError

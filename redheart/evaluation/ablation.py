@@ -8,30 +8,14 @@ the threshold that is best on dev, chosen anew for every variant.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from redheart.data.stream import SampleStream
-from redheart.evaluation.evaluate import forward
-from redheart.model.redheart import RedHeartModel
-from redheart.schema import JUDGED_ORIGINS, LABELS, ORIGINS
+from redheart.evaluation.answers import Answers, metric, sums, thresholds
 from redheart.tasks import TASKS
 
 METRIC = {"multilabel": "macro_f1", "binary": "accuracy", "score": "pearson"}
-THRESHOLDS = np.linspace(0.05, 0.95, 37)
-JUDGES = [ORIGINS.index(o) for o in JUDGED_ORIGINS]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Predictions, labels and label masks of one final answer on one split, [N, size] each; rows with no label are left out."""
-
-    prediction: np.ndarray
-    target: np.ndarray
-    known: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -52,65 +36,6 @@ class Effect:
     @property
     def verdict(self) -> str:
         return "helps" if self.low > 0 else "hurts" if self.high < 0 else "–"
-
-
-@torch.no_grad()
-def answers(
-    model: RedHeartModel, stream: SampleStream, without: Collection[str] = (), max_rows: int | None = None
-) -> dict[str, Answers]:
-    """The final answers by task on a split (or `max_rows` rows evenly spread over it), where people labelled them."""
-    parts: dict[str, list[tuple[np.ndarray, ...]]] = {}
-    label_names = list(LABELS)
-    for batch in stream.in_order(128, max_rows=max_rows):
-        outputs = forward(model, batch.to("cpu", torch.float32), without)
-        for name, task in TASKS.items():
-            prediction = task.predict(outputs) if task.final else None
-            origin = batch.origins[:, label_names.index(task.label)]
-            rows = torch.isin(origin, torch.tensor(JUDGES, dtype=origin.dtype)) & (batch.weights[task.label] > 0).any(1)
-            if prediction is not None and rows.any():
-                found = (prediction[rows], batch.labels[task.label][rows], batch.weights[task.label][rows] > 0)
-                parts.setdefault(name, []).append(tuple(t.numpy() for t in found))
-    return {n: Answers(*(np.concatenate(x) for x in zip(*p, strict=True))) for n, p in parts.items()}
-
-
-def thresholds(dev: Answers) -> np.ndarray:
-    """Per entry the threshold of the highest F1 on dev, [size]."""
-    true = (dev.target > 0.5) & dev.known
-    best = np.zeros(dev.target.shape[1])
-    score = np.full(dev.target.shape[1], -1.0)
-    for threshold in THRESHOLDS:
-        said = (dev.prediction > threshold) & dev.known
-        f1 = 2 * (said & true).sum(0) / np.maximum(said.sum(0) + true.sum(0), 1)
-        best, score = np.where(f1 > score, threshold, best), np.maximum(score, f1)
-    return best
-
-
-def sums(kind: str, given: Answers, cut: np.ndarray | None) -> np.ndarray:
-    """What the metric is made of, row by row: [N, terms, size]; metrics of any rows follow from sums over them."""
-    p, t, known = given.prediction.astype(float), given.target.astype(float), given.known
-    if kind == "multilabel":
-        said, true = p > cut, t > 0.5
-        terms = [said & true, said & ~true, ~said & true]
-    elif kind == "binary":
-        terms = [(p > 0.5) == (t > 0.5), np.ones_like(known)]
-    else:
-        terms = [np.ones_like(p), p, t, p * p, t * t, p * t]
-    return np.stack([np.where(known, x, 0).astype(np.float32 if kind != "score" else float) for x in terms], 1)
-
-
-def metric(kind: str, total: np.ndarray) -> np.ndarray:
-    """Sums over rows [..., terms, size] -> macro-F1, accuracy or mean Pearson correlation [...]."""
-    if kind == "multilabel":
-        tp, fp, fn = np.moveaxis(total, -2, 0)
-        return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(-1)
-    if kind == "binary":
-        right, n = np.moveaxis(total, -2, 0)
-        return right.sum(-1) / n.sum(-1)
-    n, p, t, pp, tt, pt = np.moveaxis(total, -2, 0)
-    var_p, var_t = n * pp - p * p, n * tt - t * t
-    moves = (var_t > 1e-9).any(tuple(range(var_t.ndim - 1)))  # entries that people labelled at all
-    r = (n * pt - p * t) / np.sqrt(np.maximum(var_p * var_t, 1e-18))
-    return r[..., moves].mean(-1)
 
 
 def effects(

@@ -60,33 +60,45 @@ def pool_split(stream: SampleStream) -> Pooled:
     )
 
 
-def baselines(train: SampleStream, held_out: SampleStream) -> dict[str, dict[Row, dict[str, float]]]:
-    """Metrics of `constant` and `linear` on the held-out split, by (task, origin) as in Evaluation.metrics."""
-    data = pool_split(train)
-    answers = {name: task for name, task in TASKS.items() if task.final}
-    fitted = {
-        kind: {
-            name: [fit(task, data, column) for column in range(LABELS[task.label].size)]
-            for name, task in answers.items()
+@dataclass(frozen=True)
+class Baseline:
+    """A fitted baseline: one predictor per entry of every final answer."""
+
+    predictors: dict[str, list[Predictor]]
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Predictions [B, size] by task."""
+        features, differences = pool(batch)
+        return {
+            name: torch.from_numpy(
+                np.stack([p(differences if TASKS[name].kind == "binary" else features) for p in predictors], 1)
+            )
+            for name, predictors in self.predictors.items()
         }
-        for kind, fit in (("constant", _constant), ("linear", _linear))
-    }
-    results = {}
-    for kind, predictors in fitted.items():
+
+    def metrics(self, held_out: SampleStream) -> dict[Row, dict[str, float]]:
+        """By (task, origin), as Evaluation.metrics."""
         tallies: dict[Row, Tally] = {
-            (n, o): empty_tally(LABELS[t.label].size) for n, t in answers.items() for o in ORIGINS
+            (n, o): empty_tally(LABELS[TASKS[n].label].size) for n in self.predictors for o in ORIGINS
         }
         for batch in held_out.in_order(256):
-            features, differences = pool(batch)
-            said = {
-                name: torch.from_numpy(
-                    np.stack([p(differences if task.kind == "binary" else features) for p in predictors[name]], 1)
-                )
-                for name, task in answers.items()
+            add_tallies(tallies, self(batch), batch)
+        return {row: summary for row, sums in tallies.items() if (summary := summarise(sums))}
+
+
+def baselines(train: SampleStream) -> dict[str, Baseline]:
+    """`constant` and `linear`, fitted on the training split."""
+    data = pool_split(train)
+    return {
+        kind: Baseline(
+            {
+                name: [fit(task, data, column) for column in range(LABELS[task.label].size)]
+                for name, task in TASKS.items()
+                if task.final
             }
-            add_tallies(tallies, said, batch)
-        results[kind] = {row: summary for row, sums in tallies.items() if (summary := summarise(sums))}
-    return results
+        )
+        for kind, fit in (("constant", _constant), ("linear", _linear))
+    }
 
 
 def _constant(task: Task, data: Pooled, column: int) -> Predictor:

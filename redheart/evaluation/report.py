@@ -7,17 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from redheart.causality.synergy import Informing
 from redheart.console import table
 from redheart.data.stream import SampleStream
+from redheart.evaluation.answers import answers, collect, tuned_macro_f1
 from redheart.evaluation.baselines import baselines
+from redheart.evaluation.causes import draw
 from redheart.evaluation.evaluate import Evaluation, Row
 from redheart.files import write_text
+from redheart.model.redheart import RedHeartModel
 from redheart.schema import JUDGED_ORIGINS
 from redheart.tasks import TASKS
 
 COLUMNS = ("answer", "labels by", "n", "metric", "Red Heart", "linear", "constant")
 LOSS_COLUMNS = ("loss on the fixed dev batch", "before training", "this checkpoint", "constant predictor")
-ARROW = {"mae": "↓", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
+CAUSE_COLUMNS = ("kind", "what tells", "bits")
+ARROW = {"mae": "↓", "tuned_f1": "↑", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,27 @@ class Line:
     constant: float | None
 
 
-def compare(result: Evaluation, train: SampleStream, held_out: SampleStream) -> list[Line]:
-    """The lines of the report: labels of people first."""
-    others = baselines(train, held_out)
+def compare(
+    result: Evaluation, model: RedHeartModel, train: SampleStream, dev: SampleStream, held_out: SampleStream
+) -> list[Line]:
+    """The lines of the report: labels of people first. `tuned_f1`: macro-F1 with thresholds chosen on dev, for every side."""
+    others = baselines(train)
+    metrics = {kind: baseline.metrics(held_out) for kind, baseline in others.items()}
     lines = []
     final = [row for row in result.metrics if TASKS[row[0]].final]
     for row in sorted(final, key=lambda r: (r[1] not in JUDGED_ORIGINS, list(TASKS).index(r[0]))):
         for metric in _metrics_of(row, result):
-            values = [others[kind].get(row, {}).get(metric) for kind in ("linear", "constant")]
+            values = [metrics[kind].get(row, {}).get(metric) for kind in ("linear", "constant")]
             summary = result.metrics[row]
             lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["count"]), metric, summary[metric], *values))
+    mine = [answers(model, split) for split in (dev, held_out)]
+    linear = [collect(others["linear"], split) for split in (dev, held_out)]
+    tuned = [
+        n for n, task in TASKS.items() if task.final and task.kind == "multilabel" and n in mine[0] and n in mine[1]
+    ]
+    for name in tuned:
+        ours, theirs = (tuned_macro_f1(*(split[name] for split in side)) for side in (mine, linear))
+        lines.insert(0, Line(name, "people", True, len(mine[1][name].target), "tuned_f1", ours, theirs, None))
     return lines
 
 
@@ -75,13 +91,19 @@ class Report:
     evaluation: Evaluation
     lines: list[Line]
     dev_losses: list[tuple[str, float, float, float]]
+    causes: Informing | None  # what informs the predicted regret; None where there are too few texts
 
     def terminal_tables(self) -> list[Any]:
         title = f"{self.split} split, {self.evaluation.rows} samples"
-        return [
+        tables = [
             table("what was learned", LOSS_COLUMNS, self._loss_cells()),
             table(title, COLUMNS, map(cells, self.lines)),
         ]
+        return (
+            tables
+            if self.causes is None
+            else [*tables, table(self._causes_title(), CAUSE_COLUMNS, self._cause_cells())]
+        )
 
     def to_json(self) -> dict[str, Any]:
         result = self.evaluation
@@ -89,6 +111,10 @@ class Report:
         return {
             "split": self.split, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
             "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
+            "causes_of_regret": None if self.causes is None else {
+                "shares": self.causes.shares(), "bits": self.causes.mutual_information, "leak": self.causes.leak,
+                "terms": [{"kind": k, "agents": a, "bits": v} for k, a, v in self.causes.rows()],
+            },
         }  # fmt: skip
 
     def write(self, path: Path) -> None:
@@ -100,10 +126,24 @@ class Report:
         text += [
             "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels."
         ]
-        text += ["constant: always the training mean."]
+        text += [
+            "constant: always the training mean. tuned_f1: macro-F1 with the threshold of every entry chosen on dev."
+        ]
+        if self.causes is not None:
+            text += ["", f"## {self._causes_title()}", "", *_markdown(CAUSE_COLUMNS, self._cause_cells()), ""]
+            draw(self.causes, path.parent / "causes_of_regret.png")
+            text += ["![what informs regret](causes_of_regret.png)"]
         if curve:
             text += ["", f"![losses over the steps]({curve.name})"]
         write_text(path, "\n".join(text) + "\n")
+
+    def _causes_title(self) -> str:
+        assert self.causes is not None
+        return f"what informs the predicted regret (SURD, {self.causes.mutual_information:.3f} bits, {self.causes.leak:.0%} stays open)"
+
+    def _cause_cells(self) -> list[list[str]]:
+        assert self.causes is not None
+        return [[kind, agents, f"{bits:.4f}"] for kind, agents, bits in self.causes.rows()]
 
     def _loss_cells(self) -> list[list[str]]:
         return [[name, *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]

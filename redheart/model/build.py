@@ -6,6 +6,7 @@ from typing import Any
 
 from redheart.config import RunConfig
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.model.select import ExecutionMode
 
 
 def build_model(config: RunConfig, encoder: dict[str, Any] | None) -> RedHeartModel:
@@ -14,4 +15,5 @@ def build_model(config: RunConfig, encoder: dict[str, Any] | None) -> RedHeartMo
     recompute = sizes.pop("activation_checkpointing")
     model = RedHeartModel(RedHeartConfig(**sizes, encoder=encoder))
     model.backbone.gradient_checkpointing = recompute
-    return model.train()
+    model.set_mode(ExecutionMode.TRAINING)
+    return model

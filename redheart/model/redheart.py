@@ -24,7 +24,7 @@ from redheart.model.heads.emotion import EmotionHead
 from redheart.model.heads.regret import RegretHead
 from redheart.model.heads.surd import SurdHead
 from redheart.model.layers import full_precision, number_dropout_sites
-from redheart.model.select import MODULES, ExecutionMode, select
+from redheart.model.select import MODULES, ExecutionMode, Selection, select
 from redheart.schema import EMOTIONS
 
 LAYERS = {"analyzers.emotion": 5, "analyzers.bentham": 4, "analyzers.regret": 5, "aux.utility": 3}
@@ -124,8 +124,18 @@ class RedHeartModel(PreTrainedModel):
         for room in ("heads", "analyzers", "aux"):
             names = [m for m in self.built if m.startswith(room + ".")]
             setattr(self, room, nn.ModuleDict({m.split(".")[1]: builders[m]() for m in names}))
+        self.idle: frozenset[str] = frozenset()  # modules that set_mode has put aside
         number_dropout_sites(self)
         self.post_init()
+
+    def set_mode(self, mode: ExecutionMode, wanted: Collection[str] = MODULES) -> Selection:
+        """Applies model/select.py: which modules get gradients, and in INFERENCE which are left idle for the `wanted` readings."""
+        selection = select(mode, self.config.ablate, wanted)
+        self.train(mode is ExecutionMode.TRAINING)
+        for name in self.built:
+            self.get_submodule(name).requires_grad_(name in selection.trained)
+        self.idle = frozenset(self.built) - frozenset(selection.resident)
+        return selection
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every layer initialises itself where it is built; nothing is drawn a second time."""
@@ -275,7 +285,7 @@ class _Asker:
 
     def module(self, name: str) -> Any:
         """The module, or None."""
-        present = name in self._model.built and name not in self._without
+        present = name in self._model.built and name not in self._without and name not in self._model.idle
         room, _, key = name.partition(".")
         return getattr(self._model, room)[key] if present else None
 

@@ -13,6 +13,7 @@ from redheart.config import RunConfig, parse_config
 from redheart.console import quiet_libraries
 from redheart.files import committed_directory, read_json, read_pointer, write_text
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
+from redheart.model.select import ExecutionMode
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import Progress, read_progress, verified
 from redheart.train.engine import consolidated_weights
@@ -42,7 +43,8 @@ def load_model(path: Path) -> Trained:
     directory = resolve(path)
     if (directory / "config.json").is_file():
         kept = read_json(directory / SETTINGS, "export the checkpoint again")
-        model = RedHeartModel.from_pretrained(directory).eval()
+        model = RedHeartModel.from_pretrained(directory)
+        model.set_mode(ExecutionMode.EVALUATION)
         return Trained(model, parse_config(kept["config"]), Progress(**kept["progress"]))
     progress = read_progress(directory)
     config = parse_config(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
@@ -50,7 +52,8 @@ def load_model(path: Path) -> Trained:
     sizes.pop("activation_checkpointing")
     model = RedHeartModel(RedHeartConfig(**sizes, encoder=progress.encoder))
     model.load_state_dict(consolidated_weights(directory))
-    return Trained(model.eval(), config, progress)
+    model.set_mode(ExecutionMode.EVALUATION)
+    return Trained(model, config, progress)
 
 
 def export(checkpoint: Path, out: Path) -> dict[str, Any]:

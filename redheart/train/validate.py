@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from redheart.data.stream import SampleStream
+from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.evaluate import evaluate
 from redheart.evaluation.report import Report, compare
 from redheart.losses.combine import factors
 from redheart.model.redheart import parameter_counts
 from redheart.schema import RedHeartError
-from redheart.tasks import task_weights
+from redheart.tasks import TASKS, task_weights
 from redheart.train.export import load_model, resolve
 
 
@@ -19,7 +20,7 @@ def validate(checkpoint: Path, data: str | Path | None, split: str, out: Path | 
     directory = resolve(checkpoint)
     model, config, progress = load_model(directory)
     data = data or progress.data
-    train, held_out = SampleStream(data, "train", config.data.remote), SampleStream(data, split, config.data.remote)
+    train, dev, held_out = (SampleStream(data, s, config.data.remote) for s in ("train", "dev", split))
     if not held_out.num_rows:
         raise RedHeartError(f"{data} has no rows in split {split!r}: prepare more samples, or choose another --split")
     if held_out.encoder != progress.encoder:
@@ -36,10 +37,9 @@ def validate(checkpoint: Path, data: str | Path | None, split: str, out: Path | 
         "encoder": f"{held_out.encoder['name']}, hidden layers {held_out.encoder['layers']}",
     }
     before, after = progress.initial_dev_losses, progress.dev_losses
-    losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before]
-    report = Report(
-        f"Red Heart: what {config.preset} learned", facts, split, result, compare(result, train, held_out), losses
-    )
+    losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before and TASKS[n].final]
+    lines, causes = compare(result, model, train, dev, held_out), causes_of_regret(model, held_out)
+    report = Report(f"Red Heart: what {config.preset} learned", facts, split, result, lines, losses, causes)
     run = directory.parent.parent
     if out is None and (run / "config.yaml").is_file():
         out = run / "report.md"

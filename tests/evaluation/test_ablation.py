@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
 
-from redheart.evaluation.ablation import Answers, effects, metric, sums, thresholds
+from redheart.evaluation.ablation import effects
+from redheart.evaluation.answers import Answers, metric, sums, thresholds, tuned_macro_f1
 
 RNG = np.random.default_rng(0)
 
@@ -51,6 +52,13 @@ def test_thresholds_are_the_best_on_dev():
     for k in range(7):
         f1 = lambda t, k=k: f1_score(given.target[:, k] > 0.5, given.prediction[:, k] > t)  # noqa: E731
         assert f1(best[k]) >= max(f1(t) for t in (0.1, 0.3, 0.5, 0.7, 0.9))
+
+
+def test_tuned_f1_uses_devs_thresholds():
+    dev, held_out = made(0.6), made(0.6, rows=300)
+    cut = thresholds(dev)
+    expected = f1_score(held_out.target > 0.5, held_out.prediction > cut, average="macro")
+    assert tuned_macro_f1(dev, held_out) == pytest.approx(expected)
 
 
 def test_verdicts():

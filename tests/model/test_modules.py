@@ -104,6 +104,24 @@ def test_selection_by_mode():
         select(ExecutionMode.TRAINING, ["dsp"])
 
 
+def test_modes_set_gradients_and_leave_modules_idle(batch):
+    torch.manual_seed(0)
+    network = RedHeartModel(RedHeartConfig(**SMALL)).double()
+    network.set_mode(ExecutionMode.EVALUATION)
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
+    whole = ask(network, batch)
+    network.set_mode(ExecutionMode.INFERENCE, ["heads.emotion"])
+    only = ask(network, batch)
+    assert only.bentham_logits is None
+    assert only.utility is None
+    assert torch.equal(only.emotion_logits, whole.readings["emotion"]["heads.emotion"])
+    network.set_mode(ExecutionMode.TRAINING)
+    assert network.training
+    assert all(p.requires_grad for p in network.parameters())
+    assert network.idle == frozenset()
+
+
 def test_folded_attention_is_attention():
     plain, folded = Attention(12, 3).double(), FoldedAttention(12, 3).double()
     folded.load_state_dict(plain.state_dict())

@@ -115,7 +115,7 @@ def test_everything_lies_under_the_run_directory_and_can_be_used(data: Path, who
     assert evaluated.returncode == 0, evaluated.stderr
     report = json.loads(evaluated.stdout)
     judged = [line for line in report["lines"] if line["judged"]]
-    assert {line["origin"] for line in judged} == {"author"}
+    assert {line["origin"] for line in judged} == {"author", "people"}  # people: of all kinds together
     assert {"emotion", "culture", "acceptability", "regret"} <= {line["task"] for line in judged}
     names = {p.name for p in whole_run.iterdir()}
     assert {"config.yaml", "ds_config.json", "checkpoints", "tensorboard", "report.md", "learning_curve.png"} <= names

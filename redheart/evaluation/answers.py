@@ -1,0 +1,104 @@
+"""Answers row by row, where metrics of sums (metrics.py) are not enough: thresholds chosen on dev, bootstrap intervals.
+
+Labels of people alone. A metric is a function of sums over rows, so that it follows for any resample of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from redheart.data.stream import SampleStream
+from redheart.evaluation.evaluate import forward, predict_all
+from redheart.model.redheart import RedHeartModel
+from redheart.schema import JUDGED_ORIGINS, LABELS, ORIGINS, Batch
+from redheart.tasks import TASKS
+
+THRESHOLDS = np.linspace(0.02, 0.98, 49)
+JUDGES = [ORIGINS.index(o) for o in JUDGED_ORIGINS]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Predictions, labels and label masks of one final answer on one split, [N, size] each; rows with no label are left out."""
+
+    prediction: np.ndarray
+    target: np.ndarray
+    known: np.ndarray
+
+
+def answers(
+    model: RedHeartModel, stream: SampleStream, without: Collection[str] = (), max_rows: int | None = None
+) -> dict[str, Answers]:
+    """The network's final answers by task on a split (or `max_rows` rows evenly spread over it), where people labelled them."""
+
+    def predict(batch: Batch) -> dict[str, torch.Tensor]:
+        return predict_all(forward(model, batch.to("cpu", torch.float32), without))
+
+    return collect(predict, stream, max_rows)
+
+
+def collect(
+    predict: Callable[[Batch], dict[str, torch.Tensor]], stream: SampleStream, max_rows: int | None = None
+) -> dict[str, Answers]:
+    """The same of anyone who predicts a batch: [B, size] by task."""
+    parts: dict[str, list[tuple[np.ndarray, ...]]] = {}
+    label_names = list(LABELS)
+    for batch in stream.in_order(128, max_rows=max_rows):
+        for name, prediction in predict(batch).items():
+            task = TASKS[name]
+            origin = batch.origins[:, label_names.index(task.label)]
+            weight = batch.weights[task.label]
+            rows = torch.isin(origin, torch.tensor(JUDGES, dtype=origin.dtype)) & (weight > 0).any(1)
+            if task.final and rows.any():
+                found = (prediction[rows], batch.labels[task.label][rows], weight[rows] > 0)
+                parts.setdefault(name, []).append(tuple(t.numpy() for t in found))
+    return {n: Answers(*(np.concatenate(x) for x in zip(*p, strict=True))) for n, p in parts.items()}
+
+
+def thresholds(dev: Answers) -> np.ndarray:
+    """Per entry the threshold of the highest F1 on dev, [size]."""
+    true = (dev.target > 0.5) & dev.known
+    best = np.zeros(dev.target.shape[1])
+    score = np.full(dev.target.shape[1], -1.0)
+    for threshold in THRESHOLDS:
+        said = (dev.prediction > threshold) & dev.known
+        f1 = 2 * (said & true).sum(0) / np.maximum(said.sum(0) + true.sum(0), 1)
+        best, score = np.where(f1 > score, threshold, best), np.maximum(score, f1)
+    return best
+
+
+def sums(kind: str, given: Answers, cut: np.ndarray | None) -> np.ndarray:
+    """What the metric is made of, row by row: [N, terms, size]; metrics of any rows follow from sums over them."""
+    p, t, known = given.prediction.astype(float), given.target.astype(float), given.known
+    if kind == "multilabel":
+        said, true = p > cut, t > 0.5
+        terms = [said & true, said & ~true, ~said & true]
+    elif kind == "binary":
+        terms = [(p > 0.5) == (t > 0.5), np.ones_like(known)]
+    else:
+        terms = [np.ones_like(p), p, t, p * p, t * t, p * t]
+    return np.stack([np.where(known, x, 0).astype(np.float32 if kind != "score" else float) for x in terms], 1)
+
+
+def metric(kind: str, total: np.ndarray) -> np.ndarray:
+    """Sums over rows [..., terms, size] -> macro-F1, accuracy or mean Pearson correlation [...]."""
+    if kind == "multilabel":
+        tp, fp, fn = np.moveaxis(total, -2, 0)
+        return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(-1)
+    if kind == "binary":
+        right, n = np.moveaxis(total, -2, 0)
+        return right.sum(-1) / n.sum(-1)
+    n, p, t, pp, tt, pt = np.moveaxis(total, -2, 0)
+    var_p, var_t = n * pp - p * p, n * tt - t * t
+    moves = (var_t > 1e-9).any(tuple(range(var_t.ndim - 1)))  # entries that people labelled at all
+    r = (n * pt - p * t) / np.sqrt(np.maximum(var_p * var_t, 1e-18))
+    return r[..., moves].mean(-1)
+
+
+def tuned_macro_f1(dev: Answers, held_out: Answers) -> float:
+    """Macro-F1 on `held_out` with each entry's threshold chosen on `dev`."""
+    return float(metric("multilabel", sums("multilabel", held_out, thresholds(dev)).sum(0)))
