@@ -8,6 +8,7 @@ setup(
     package_data={
         "redheart": ["presets/*.yaml"],
         "redheart.data": ["corpus/*.json"],
+        "redheart.optim": ["csrc/*.cpp"],
         "redheart.ds_configs": ["*.json"],
     },
 )

@@ -25,6 +25,7 @@ from torch import nn
 from redheart.config import OptimizerConfig, RunConfig
 from redheart.files import read_json
 from redheart.model.redheart import RedHeartModel, module_of
+from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.ranks import launched_world_size, sum_over_ranks
 from redheart.schema import RedHeartError
 
@@ -283,7 +284,7 @@ def consolidated_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def compile_kernels() -> None:
-    """Compiles (once, then cached) the DeepSpeed kernels that training here needs."""
+    """Compiles (once, then cached) the kernels that training here needs: DeepSpeed's and our own."""
     _import_machinery()
     from deepspeed.accelerator import get_accelerator
 
@@ -291,6 +292,7 @@ def compile_kernels() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         for name in names:
             get_accelerator().create_op_builder(name).load(verbose=False)
+        adam8bit_kernel()
 
 
 def _squared_by_module(

@@ -1,0 +1,171 @@
+"""The 8-bit optimizer: near fp32 AdamW, right on average, the same on any number of threads, bitwise after a resume."""
+
+import numpy as np
+import pytest
+import torch
+
+from redheart.optim import CPUAdamW8bit
+from redheart.optim.adam8bit import BLOCK, kernel
+from redheart.schema import RedHeartError
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameter(values: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(values.clone())
+
+
+def run(optimizer, p, gradients) -> None:
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
+def test_the_first_step_is_adamws(n: int):
+    start, g = noise(n), noise(n, seed=1)
+    p, q = parameter(start), parameter(start)
+    run(CPUAdamW8bit([p], lr=1e-3), p, [g])
+    run(torch.optim.AdamW([q], lr=1e-3, weight_decay=0.01), q, [g])
+    assert torch.allclose(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_moments_keep_their_relative_error_and_their_mean():
+    n = 256 * 400
+    magnitude = 10 ** (-3 * torch.rand(n, generator=torch.Generator().manual_seed(3)))  # three decades in every block
+    g = magnitude * noise(n).sign()
+    p = parameter(torch.zeros(n))
+    optimizer = CPUAdamW8bit([p])
+    run(optimizer, p, [g])
+    m, v = optimizer.moments(p)
+    error_m, error_r = m / (0.1 * g) - 1, (v / 0.001).sqrt() / g.abs() - 1
+    for low, high in ((1e-1, 1), (1e-2, 1e-1), (1.1e-3, 1e-2)):
+        rows = (magnitude >= low) & (magnitude < high)
+        assert error_m[rows].abs().max() <= 1 / 8 + 1e-3  # one step of a 3-bit mantissa
+        assert error_r[rows].abs().max() <= 1 / 16 + 1e-3
+        assert abs(error_m[rows].mean()) < 2e-3  # stochastic rounding has no bias
+        assert abs(error_r[rows].mean()) < 1e-3
+
+
+def test_a_slow_decay_is_not_frozen_by_rounding():
+    n = 4096
+    p = parameter(torch.zeros(n))
+    optimizer = CPUAdamW8bit([p], lr=0.0)
+    run(optimizer, p, [torch.ones(n)] + [torch.zeros(n)] * 400)
+    _, v = optimizer.moments(p)
+    assert v.sqrt().mean().item() == pytest.approx((0.001 * 0.999**400) ** 0.5, rel=0.02)
+
+
+def test_threads_do_not_change_a_bit_and_neither_does_a_resume():
+    gradients = [noise(3000, seed=s) for s in range(12)]
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        p = parameter(noise(3000, seed=99))
+        optimizer = CPUAdamW8bit([p], lr=1e-2, seed=5)
+        run(optimizer, p, gradients)
+        torch.set_num_threads(before)
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
+    p = parameter(noise(3000, seed=99))
+    first = CPUAdamW8bit([p], lr=1e-2, seed=5)
+    run(first, p, gradients[:5])
+    q = parameter(p.detach())
+    second = CPUAdamW8bit([q], lr=1e-2, seed=5)
+    second.load_state_dict(first.state_dict())
+    assert second.state[q]["exp_avg_8bit"].dtype == torch.uint8
+    run(second, q, gradients[5:])
+    assert torch.equal(q.detach(), results[0])
+    other = parameter(noise(3000, seed=99))
+    run(CPUAdamW8bit([other], lr=1e-2, seed=6), other, gradients)
+    assert not torch.equal(other.detach(), results[0])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    p, q = parameter(noise(600)), parameter(noise(600, seed=1))
+    optimizer = CPUAdamW8bit([p, q])
+    run(optimizer, p, [noise(600, seed=2)])
+    states = {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+    before = p.detach().clone()
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        p.grad, q.grad = noise(600, seed=3), noise(600, seed=4)
+        q.grad[599] = bad
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+        assert torch.equal(p, before)
+        assert all(torch.equal(optimizer.state[p][k], v) for k, v in states.items())
+        assert optimizer.state[p]["step"] == 1
+
+
+def test_hard_blocks():
+    """All zero; denormal; one huge outlier: nothing explodes, nothing is lost but what lies 15 binary orders below the largest."""
+    n = 4 * BLOCK
+    g = torch.zeros(n)
+    g[BLOCK : 2 * BLOCK] = 1e-40
+    g[2 * BLOCK : 3 * BLOCK] = 1e-3
+    g[2 * BLOCK] = 1e6
+    g[3 * BLOCK :] = noise(BLOCK)
+    p = parameter(torch.zeros(n))
+    optimizer = CPUAdamW8bit([p], lr=1e-3, weight_decay=0.0)
+    run(optimizer, p, [g] * 30)
+    assert p.isfinite().all()
+    assert (p[:BLOCK] == 0).all()
+    assert p.abs().max() < 30 * 1e-3 * 2.5
+    m, v = optimizer.moments(p)
+    assert m[2 * BLOCK].item() == pytest.approx(1e6 * (1 - 0.9**30), rel=0.2)
+    assert (v[2 * BLOCK :] > 0).all()  # a second moment never rounds to zero
+
+
+def test_the_16_bit_copy_is_the_parameter_rounded():
+    p = parameter(noise(1000))
+    copy = torch.zeros(1000, dtype=torch.bfloat16)
+    optimizer = CPUAdamW8bit([p])
+    p.grad = noise(1000, seed=1)
+    optimizer.step(copies={p: copy})
+    assert torch.equal(copy, p.detach().bfloat16())
+
+
+def test_states_take_two_bytes_an_element():
+    p = parameter(noise(1 << 16))
+    optimizer = CPUAdamW8bit([p])
+    run(optimizer, p, [noise(1 << 16)])
+    size = sum(v.numel() * v.element_size() for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
+    assert size / p.numel() <= 2.05
+
+
+def test_it_reaches_what_fp32_adamw_reaches_on_a_badly_conditioned_quadratic():
+    n = 2048
+    curvature = torch.logspace(-3, 1, n)
+    ends = []
+    for make in (
+        lambda p: CPUAdamW8bit([p], lr=1e-2, weight_decay=0.0),
+        lambda p: torch.optim.AdamW([p], lr=1e-2, weight_decay=0.0),
+    ):
+        p = parameter(noise(n, seed=7))
+        optimizer, g = make(p), torch.Generator().manual_seed(0)
+        for _ in range(600):
+            p.grad = curvature * (p.detach() + 0.1 * torch.randn(n, generator=g))
+            optimizer.step()
+        ends.append(float((0.5 * curvature * p.detach().square()).sum()))
+    assert ends[0] == pytest.approx(ends[1], rel=0.1)
+
+
+def test_what_it_cannot_hold_is_refused():
+    half = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    half.grad = torch.zeros_like(half)
+    with pytest.raises(RedHeartError, match="float32 tensors in host memory"):
+        CPUAdamW8bit([half]).step()
+    with pytest.raises(RedHeartError, match="out of range"):
+        CPUAdamW8bit([parameter(torch.zeros(2))], lr=-1)
+
+
+def test_all_finite_looks_everywhere():
+    x = torch.zeros(10001)
+    assert kernel().all_finite(x)
+    for place in (0, 5000, 10000):
+        y = x.clone()
+        y[place] = np.nan
+        assert not kernel().all_finite(y)
