@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from redheart.schema import RedHeartError
 
-Strategy = Literal["plain", "zero1", "zero2", "zero2_offload"]
+Strategy = Literal["plain", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit"]
 
 
 class Section(BaseModel):

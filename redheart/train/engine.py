@@ -25,6 +25,7 @@ from torch import nn
 from redheart.config import OptimizerConfig, RunConfig
 from redheart.files import read_json
 from redheart.model.redheart import RedHeartModel, module_of
+from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.ranks import launched_world_size, sum_over_ranks
 from redheart.schema import RedHeartError
@@ -185,6 +186,8 @@ class DeepSpeedEngine(Engine):
 
     def _optimizer(self, model: RedHeartModel, config: RunConfig) -> tuple[torch.optim.Optimizer, type]:
         groups, arguments = parameter_groups(model, config.optimizer.weight_decay), adamw_arguments(config.optimizer)
+        if config.memory.strategy.endswith("_offload_8bit"):
+            return CPUAdamW8bit(groups, seed=config.training.seed, **arguments), CPUAdamW8bit
         if config.memory.strategy.endswith("_offload"):
             adam = self._deepspeed.ops.adam.DeepSpeedCPUAdam
             return adam(groups, adamw_mode=True, **arguments), adam

@@ -135,5 +135,5 @@ def _announce(
         + (f", resumed at step {state.step}" if state.step else "")
     )
     console.print(
-        f"constant-predictor losses: {json.dumps({k: round(v, 4) for k, v in state.scales.items() if k in TASKS})}"
+        f"constant-predictor losses: {json.dumps({k: round(v, 4) for k, v in state.scales.items() if k in TASKS and TASKS[k].final})}"
     )
