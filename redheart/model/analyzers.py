@@ -13,16 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from redheart.model.layers import (
-    MLP,
-    Attention,
-    FoldedAttention,
-    Keys,
-    QueryLayer,
-    Residual,
-    SampleDropout,
-    full_precision,
-)
+from redheart.model.layers import MLP, Keys, QueryLayer, full_precision
 from redheart.schema import BENTHAM, EMOTIONS, EMOTIONS_FINE, LABELS
 
 NUM_STAKEHOLDERS = 6
@@ -126,33 +117,16 @@ class RegretAnalysis(NamedTuple):
     state: torch.Tensor  # [B, D]
 
 
-class MutualLayer(nn.Module):
-    """Factual and counterfactual states [2, B, N, n] read the tokens, then each other; the same weights for both."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.read = FoldedAttention(width, heads)
-        self.exchange_norm = nn.LayerNorm(width)
-        self.exchange = Attention(width, heads)
-        self.dropout = SampleDropout(dropout)
-        self.mlp = Residual(width, 4 * width, dropout=dropout)
-
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> torch.Tensor:
-        """x [B, 2N, n]: the factual states, then the counterfactual ones."""
-        x = x + self.dropout(self.read(self.norm(x), tokens, mask), keys)
-        normed = self.exchange_norm(x).unflatten(1, (2, NUM_STATES))  # [B, 2, N, n]
-        heard = self.exchange(normed.flatten(0, 1), normed.flip(1).flatten(0, 1))
-        return self.mlp(x + heard.view_as(x), keys)
-
-
 class RegretAnalyzer(nn.Module):
-    """What happened and what might have: regret is the utility foregone minus the utility had (Loomes and Sugden 1982)."""
+    """What happened and what might have: regret is the utility foregone minus the utility had (Loomes and Sugden 1982).
+
+    Factual and counterfactual states read the tokens, then each other.
+    """
 
     def __init__(self, width: int, heads: int, layers: int, dropout: float):
         super().__init__()
         self.query = nn.Parameter(torch.randn(2 * NUM_STATES, width) * 0.02)
-        self.layers = nn.ModuleList(MutualLayer(width, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout, sides=2) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.utility = MLP(
             width, 2 * width, 1, dropout=dropout, last_bias=False

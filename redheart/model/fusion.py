@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from redheart.model.layers import Attention, Keys, Residual, SampleDropout, full_precision
+from redheart.model.layers import Keys, QueryLayer, Residual, full_precision
 from redheart.schema import LABELS
 
 FINAL: dict[str, tuple[str, ...]] = {  # label -> the modules that read it, in the order of the weights
@@ -37,24 +37,6 @@ STATES = (  # what the fusion sees of each module
 Readings = Mapping[str, Mapping[str, torch.Tensor]]  # label -> module -> [B, size]
 
 
-class FusionLayer(nn.Module):
-    """Answers [B, A, K] read the modules' states [B, M, K], then each other, then think; 16·K² weights."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.read = Attention(width, heads)
-        self.exchange_norm = nn.LayerNorm(width)
-        self.exchange = Attention(width, heads)
-        self.dropout = SampleDropout(dropout)
-        self.mlp = Residual(width, 4 * width, dropout=dropout)
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, keys: Keys) -> torch.Tensor:
-        x = x + self.dropout(self.read(self.norm(x), memory), keys)
-        normed = self.exchange_norm(x)
-        return self.mlp(x + self.exchange(normed, normed), keys)
-
-
 class Utility(nn.Module):
     """See the module's docstring. `widths` gives the width of the state of every module that is built."""
 
@@ -68,7 +50,7 @@ class Utility(nn.Module):
         self.task = nn.LayerNorm(width)
         self.digest = Residual(width, 3 * width // 2, dropout=dropout)
         self.query = nn.Parameter(torch.randn(len(FINAL), width) * 0.02)
-        self.layers = nn.ModuleList(FusionLayer(width, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout, folded=False) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.correction = nn.ModuleDict({n: nn.Linear(width, LABELS[n].size) for n in FINAL})
         self.weights = nn.ModuleDict({n: nn.Linear(width, len(m)) for n, m in self.sources.items() if len(m) > 1})
@@ -90,7 +72,7 @@ class Utility(nn.Module):
         )
         x = self.query.to(tasks.dtype).expand(len(tasks), -1, -1)
         for layer in self.layers:
-            x = layer(x, memory, keys)
+            x = layer(x, memory, None, keys)
         x = self.norm(x)
         return {name: self._answer(name, x[:, i], readings.get(name, {})) for i, name in enumerate(FINAL)}
 

@@ -80,11 +80,9 @@ class Residual(nn.Module):
         return x + self.mlp(self.norm(x), keys)
 
 
-class Attention(nn.Module):
-    """Multi-head attention of queries [B, Q, n] over memory [B, M, n] -> [B, Q, n]; mask [B, M] is True where memory is real.
-
-    Keys have no bias: a constant added to every key leaves the softmax unchanged, so it would never get a gradient.
-    """
+class Projections(nn.Module):
+    """The weights of multi-head attention; abstract. Keys have no bias: a constant added to every key leaves the softmax
+    unchanged, so it would never get a gradient."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -93,6 +91,10 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
+
+
+class Attention(Projections):
+    """Multi-head attention of queries [B, Q, n] over memory [B, M, n] -> [B, Q, n]; mask [B, M] is True where memory is real."""
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         q, k, v = (
@@ -103,20 +105,12 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class FoldedAttention(nn.Module):
+class FoldedAttention(Projections):
     """`Attention` of few queries [B, Q, n] over many tokens [B, T, n]: the same function with the projections on the other side.
 
     q·(W_k x) = (W_kᵀ q)·x and Σ_t a_t W_v x_t = W_v Σ_t a_t x_t, so keys and values are never projected per token: with Q
     queries and h heads about 2·Q·h·T·n products replace 2·T·n², which is less for Q·h < n.
     """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, Q, h, d]
@@ -136,21 +130,27 @@ def attend_tokens(queries: torch.Tensor, tokens: torch.Tensor, mask: torch.Tenso
 
 
 class QueryLayer(nn.Module):
-    """Queries [B, Q, n] read tokens [B, T, n], then each other, then think: three pre-LN residual blocks, 16·n² weights."""
+    """Queries [B, Q, n] read a memory [B, M, n], then each other, then think: three pre-LN residual blocks, 16·n² weights.
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    `folded`: the memory is long (layers.FoldedAttention). With `sides` = 2 the queries are two sets of equal size, and each
+    attends to the other instead of to itself, by the same weights.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, folded: bool = True, sides: int = 1):
         super().__init__()
+        self.sides = sides
         self.norm = nn.LayerNorm(width)
-        self.read = FoldedAttention(width, heads)
+        self.read = FoldedAttention(width, heads) if folded else Attention(width, heads)
         self.exchange_norm = nn.LayerNorm(width)
         self.exchange = Attention(width, heads)
         self.dropout = SampleDropout(dropout)
         self.mlp = Residual(width, 4 * width, dropout=dropout)
 
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> torch.Tensor:
-        x = x + self.dropout(self.read(self.norm(x), tokens, mask), keys)
-        normed = self.exchange_norm(x)
-        return self.mlp(x + self.exchange(normed, normed), keys)
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None, keys: Keys) -> torch.Tensor:
+        x = x + self.dropout(self.read(self.norm(x), memory, mask), keys)
+        normed = self.exchange_norm(x).unflatten(1, (self.sides, -1))
+        heard = self.exchange(normed.flatten(0, 1), normed.flip(1).flatten(0, 1))
+        return self.mlp(x + heard.view_as(x), keys)
 
 
 class BranchAttention(nn.Module):
