@@ -99,7 +99,9 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             raise FloatingPointError("a gradient is not finite: the optimizer has changed nothing")
         left = sum(self._update(p, group, number, copies.get(p)) for number, group, p in numbered)
         if left:
-            raise FloatingPointError(f"gradients of {left} blocks of {BLOCK} are not finite: these were left as they were")
+            raise FloatingPointError(
+                f"gradients of {left} blocks of {BLOCK} are not finite: these were left as they were"
+            )
         return loss
 
     def _update(self, p: torch.Tensor, group: dict[str, Any], number: int, copy: torch.Tensor | None) -> int:

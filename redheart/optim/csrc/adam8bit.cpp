@@ -16,10 +16,13 @@
 
 #include <pybind11/pybind11.h>  // alone: torch's own headers take a minute to compile, and addresses are all that is needed
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__AVX2__)
@@ -203,6 +206,7 @@ constexpr int32_t kDeltaBits = (127 - 14) << 23;  // its bits
 constexpr int32_t kFloorBits = (127 - 15) << 23;  // of 2^-15, the smallest sqrt(v)
 constexpr float kSmallestScale = 0x1p-100f;       // below, a whole block counts as zero
 constexpr float kLarge = 0x1p60f;                 // squares stay finite; a gradient beyond counts as this
+constexpr int64_t kFew = 1 << 15;                 // elements that one thread does sooner than two agree on
 constexpr int kShiftM = 20, kShiftV = 19;         // of a float's bits, to the last of a code
 
 // Codes -> values in units of the scale.
@@ -233,14 +237,16 @@ inline float scale_of(float most) {
 inline float inverse(float scale) { return scale > 0.0f ? bits<float>((254u << 23) - bits<uint32_t>(scale)) : 0.0f; }
 
 struct Step {
-  float g_to_m, g_to_r, beta1, root_beta2, shrink, rate, root, eps;
+  float g_to_m, g_to_r, beta1, root_beta2, shrink;
+  float root, eps;  // both over the learning rate, 0 and infinity where that is none
   uint64_t key;
 };
 
 // What a block's elements become before they are coded: parameters, first moments, square roots of the second.
 struct Updated {
   alignas(64) float p[kBlock], m[kBlock], r[kBlock];
-  float m_most, r_most;  // largest |m| and r
+  float m_most, r_most;    // largest |m| and r
+  float m_scale, v_scale;  // from them
 };
 
 inline float largest(Ints x) {
@@ -249,11 +255,11 @@ inline float largest(Ints x) {
   return bits<float>(most);
 }
 
-inline void update(const float* p, const float* g, const int8_t* m8, const uint8_t* v8, float m_scale, float v_scale,
+inline __attribute__((always_inline)) void update(const float* p, const float* g, const int8_t* m8, const uint8_t* v8, float m_scale, float v_scale,
                    const Step& s, Updated& to) {
   const float m_unit = m_scale * s.beta1, v_unit = v_scale * s.root_beta2;  // moments decode decayed
   const float m_delta = kDelta * m_unit, m_half = 0.5f * m_unit;
-  const float g_to_m = s.g_to_m, g_to_r = s.g_to_r, shrink = s.shrink, rate = s.rate, root = s.root, eps = s.eps;
+  const float g_to_m = s.g_to_m, g_to_r = s.g_to_r, shrink = s.shrink, root = s.root, eps = s.eps;
   Ints m_most = {}, r_most = {};
   for (int i = 0; i < kBlock; i += kLanes) {
     const Ints mc = load_codes(m8 + i), vc = load_codes(v8 + i);
@@ -262,7 +268,7 @@ inline void update(const float* p, const float* g, const int8_t* m8, const uint8
     const Floats old_r = bits<Floats>((vc << kShiftV) + kFloorBits) * v_unit;
     const Floats grad = load<Floats>(g + i), h = grad * g_to_r;
     const Floats m = grad * g_to_m + old_m, r = square_root(old_r * old_r + h * h);
-    const Floats new_p = load<Floats>(p + i) * shrink - m * rate / (r * root + eps);
+    const Floats new_p = load<Floats>(p + i) * shrink - m / (r * root + eps);
     store(to.p + i, new_p);
     store(to.m + i, m);
     store(to.r + i, r);
@@ -273,23 +279,24 @@ inline void update(const float* p, const float* g, const int8_t* m8, const uint8
   to.r_most = largest(r_most);
 }
 
-// One full block. False, with nothing changed, when a gradient is not finite.
-inline bool update_block(float* p, const float* g, int8_t* m8, uint8_t* v8, float* m_scale, float* v_scale, uint16_t* copy,
-                         bool stream, uint64_t block, const Step& s) {
-  Updated x;
-  update(p, g, m8, v8, *m_scale, *v_scale, s, x);
-  if (__builtin_expect(!(x.m_most < kLarge && x.r_most < kLarge), 0)) {
-    float clamped[kBlock];
-    for (int i = 0; i < kBlock; ++i) {
-      if (!std::isfinite(g[i])) return false;
-      clamped[i] = std::min(std::max(g[i], -kLarge), kLarge);
-    }
-    update(p, clamped, m8, v8, *m_scale, *v_scale, s, x);
+// Again, for a block whose moments would be too large to square. False when a gradient is not finite.
+__attribute__((noinline)) bool update_large(const float* p, const float* g, const int8_t* m8, const uint8_t* v8,
+                                            float m_scale, float v_scale, const Step& s, Updated& to) {
+  float clamped[kBlock];
+  for (int i = 0; i < kBlock; ++i) {
+    if (!std::isfinite(g[i])) return false;
+    clamped[i] = std::min(std::max(g[i], -kLarge), kLarge);
   }
-  *m_scale = scale_of<kShiftM>(x.m_most);
-  *v_scale = scale_of<kShiftV>(x.r_most);
-  const float m_up = inverse(*m_scale), v_up = inverse(*v_scale), m_up2 = 2.0f * m_up;
-  const uint32_t start = static_cast<uint32_t>(mix(s.key + block) >> 32);
+  update(p, clamped, m8, v8, m_scale, v_scale, s, to);
+  return true;
+}
+
+// Writes an updated block: parameters, codes, scales and, unless `copy` is null, the 16-bit copy.
+inline __attribute__((always_inline)) void write(const Updated& x, float* p, int8_t* m8, uint8_t* v8, float* m_scale,
+                                                 float* v_scale, uint16_t* copy, bool stream, uint32_t start) {
+  *m_scale = x.m_scale;
+  *v_scale = x.v_scale;
+  const float m_up = inverse(x.m_scale), v_up = inverse(x.v_scale), m_up2 = 2.0f * m_up;
   Words noise;
   for (int i = 0; i < kLanes; ++i) noise[i] = start + static_cast<uint32_t>(i) * kGolden;
   for (int i = 0; i < kBlock; i += kGroup) {
@@ -310,7 +317,46 @@ inline bool update_block(float* p, const float* g, int8_t* m8, uint8_t* v8, floa
     store_v_codes<(kFloorBits >> kShiftV)>(v_codes, v8 + i);
     if (copy != nullptr) store_copy(new_p, copy + i, stream);
   }
-  return true;
+}
+
+// A whole parameter's arrays, or a padded copy of its last block.
+struct Arrays {
+  float* p;
+  const float* g;
+  int8_t* m8;
+  uint8_t* v8;
+  float *m_scale, *v_scale;
+  uint16_t* copy;  // may be null
+};
+
+// Steps full blocks first .. last - 1, which `number` onwards draw noise; returns how many were left alone. A block is written
+// while the next one is updated, so that neither waits for the other's last results.
+int64_t step_blocks(const Arrays& a, int64_t first, int64_t last, uint64_t number, const Step& s) {
+  Updated x[2];
+  bool done[2] = {};
+  int64_t left = 0;
+  const bool stream = reinterpret_cast<uintptr_t>(a.copy) % 32 == 0;
+  for (int64_t b = first; b <= last; ++b) {
+    if (b < last) {
+      const int64_t i = b * kBlock;
+      Updated& to = x[b & 1];
+      update(a.p + i, a.g + i, a.m8 + i, a.v8 + i, a.m_scale[b], a.v_scale[b], s, to);
+      done[b & 1] = true;
+      if (__builtin_expect(!(to.m_most < kLarge && to.r_most < kLarge), 0)) {
+        done[b & 1] = update_large(a.p + i, a.g + i, a.m8 + i, a.v8 + i, a.m_scale[b], a.v_scale[b], s, to);
+        left += !done[b & 1];
+      }
+      to.m_scale = scale_of<kShiftM>(to.m_most);
+      to.v_scale = scale_of<kShiftV>(to.r_most);
+    }
+    if (b > first && done[(b - 1) & 1]) {
+      const int64_t i = (b - 1) * kBlock;
+      const uint32_t start = static_cast<uint32_t>(mix(s.key + number + static_cast<uint64_t>(b - 1 - first)) >> 32);
+      write(x[(b - 1) & 1], a.p + i, a.m8 + i, a.v8 + i, a.m_scale + b - 1, a.v_scale + b - 1, a.copy ? a.copy + i : nullptr,
+            stream, start);
+    }
+  }
+  return left;
 }
 
 template <typename T>
@@ -333,7 +379,7 @@ struct States {
 bool all_finite(uintptr_t x, int64_t n) {
   const float* g = at<float>(x);
   uint32_t worst = 0;
-#pragma omp parallel for simd reduction(max : worst) schedule(static)
+#pragma omp parallel for simd reduction(max : worst) schedule(static) if (parallel : n > kFew)
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t e = bits<uint32_t>(g[i]) & 0x7f800000u;
     worst = e > worst ? e : worst;
@@ -349,24 +395,23 @@ int64_t step(uintptr_t p_, uintptr_t g_, const States& to, uintptr_t copy_, int6
   const float* g = at<float>(g_);
   uint16_t* copy = at<uint16_t>(copy_);
   const int64_t full = n / kBlock;
-  const bool stream = copy_ % 32 == 0;
   const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(t));
-  const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(t));
+  const double rate = lr / correction1, correction2 = 1.0 - std::pow(beta2, static_cast<double>(t));
   const Step s{static_cast<float>(1.0 - beta1),
                static_cast<float>(std::sqrt(1.0 - beta2)),
                static_cast<float>(beta1),
                static_cast<float>(std::sqrt(beta2)),
                static_cast<float>(1.0 - lr * decay),
-               static_cast<float>(lr / correction1),
-               static_cast<float>(1.0 / std::sqrt(correction2)),
-               static_cast<float>(eps),
+               rate > 1e-30 ? static_cast<float>(1.0 / (rate * std::sqrt(correction2))) : 0.0f,
+               rate > 1e-30 ? static_cast<float>(eps / rate) : std::numeric_limits<float>::infinity(),
                mix(static_cast<uint64_t>(seed) + mix(static_cast<uint64_t>(t)))};
+  const Arrays a{p, g, to.m8, to.v8, to.m_scale, to.v_scale, copy};
   int64_t left = 0;
-#pragma omp parallel for schedule(static) reduction(+ : left)
-  for (int64_t b = 0; b < full; ++b) {
-    const int64_t i = b * kBlock;
-    left += !update_block(p + i, g + i, to.m8 + i, to.v8 + i, to.m_scale + b, to.v_scale + b, copy ? copy + i : nullptr,
-                          stream, static_cast<uint64_t>(b), s);
+#pragma omp parallel reduction(+ : left) if (n > kFew)
+  {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t first = full * thread / threads, last = full * (thread + 1) / threads;
+    left += step_blocks(a, first, last, static_cast<uint64_t>(first), s);
   }
   if (const int64_t i = full * kBlock, rest = n - i; rest > 0) {  // the last, partial block: on a padded copy
     float last_p[kBlock] = {}, last_g[kBlock] = {};
@@ -377,10 +422,10 @@ int64_t step(uintptr_t p_, uintptr_t g_, const States& to, uintptr_t copy_, int6
     std::memcpy(last_g, g + i, rest * sizeof(float));
     std::memcpy(last_m, to.m8 + i, rest);
     std::memcpy(last_v, to.v8 + i, rest);
-    const bool done = update_block(last_p, last_g, last_m, last_v, to.m_scale + full, to.v_scale + full, last_copy, false,
-                                   static_cast<uint64_t>(full), s);
-    left += !done;
-    if (done) {
+    const Arrays padded{last_p, last_g, last_m, last_v, to.m_scale + full, to.v_scale + full, copy ? last_copy : nullptr};
+    const int64_t left_last = step_blocks(padded, 0, 1, static_cast<uint64_t>(full), s);
+    left += left_last;
+    if (left_last == 0) {
       std::memcpy(p + i, last_p, rest * sizeof(float));
       std::memcpy(to.m8 + i, last_m, rest);
       std::memcpy(to.v8 + i, last_v, rest);
@@ -393,7 +438,7 @@ int64_t step(uintptr_t p_, uintptr_t g_, const States& to, uintptr_t copy_, int6
 // The states as fp32: first moments `m` [n], second moments `v` [n] (squared).
 void expand(const States& from, uintptr_t m_, uintptr_t v_, int64_t n) {
   float *m = at<float>(m_), *v = at<float>(v_);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (parallel : n > kFew)
   for (int64_t i = 0; i < n; ++i) {
     const float r = decode_v(from.v8[i]) * from.v_scale[i / kBlock];
     m[i] = decode_m(from.m8[i]) * from.m_scale[i / kBlock];
@@ -405,7 +450,7 @@ void expand(const States& from, uintptr_t m_, uintptr_t v_, int64_t n) {
 void compress(const States& to, uintptr_t m_, uintptr_t v_, int64_t n) {
   const float *m = at<float>(m_), *v = at<float>(v_);
   const int64_t blocks = (n + kBlock - 1) / kBlock;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (parallel : n > kFew)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t end = std::min(n, (b + 1) * kBlock);
     float m_most = 0.0f, r_most = 0.0f;
