@@ -306,6 +306,7 @@ def test_a_gradient_whose_square_overflows_is_survived():
     assert p[5].item() == pytest.approx(-2e-3, rel=0.2)
 
 
+@pytest.mark.slow  # compiles the kernel three times
 def test_one_source_gives_the_same_bits_at_every_vector_width():
     """16 lanes (AVX-512's), 8 and 4 (the portable loops) of the very same source, compiled for this processor."""
     ends = []
