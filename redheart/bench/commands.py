@@ -72,6 +72,25 @@ def bench_model(
     emit(result, json_)
 
 
+@bench.command("optimizer")
+def bench_optimizer(
+    params: Annotated[
+        int, typer.Option("--params", min=1024, help="fp32 parameters that every step updates.")
+    ] = 64_000_000,
+    threads: Annotated[int, typer.Option("--threads", min=1)] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds whose median is taken.")] = 9,
+    json_: Json = False,
+) -> None:
+    """A step of the 8-bit Adam on the CPU, beside DeepSpeed's, torch's and bitsandbytes', in turns."""
+    from redheart.bench.optimizer import bench_optimizer as run
+    from redheart.bench.optimizer import show
+
+    result = run(params, threads, rounds)
+    if not json_:
+        show(result)
+    emit(result, json_)
+
+
 @bench.command("ablation")
 def bench_ablation(
     checkpoint: Checkpoint,
