@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from redheart.model.select import MODULES
 from tests.runs import BIN, redheart
 
 
@@ -35,6 +36,8 @@ def test_one_rank_resumes_bitwise_under_zero_3_and_its_losses_are_zero_2s(tmp_pa
     two = run(1, strategy="zero2_offload_8bit", steps=6, save=str(tmp_path / "b"))
     assert three["bitwise"]
     assert three["losses"] == pytest.approx(two["losses"], rel=2e-3)
+    assert len(three["norms"]) == len(MODULES)  # no module's gradient goes missing on its way into a partition
+    assert three["norms"] == pytest.approx(two["norms"], rel=2e-2)
 
 
 def test_fp32_states_change_their_world_size_too(tmp_path: Path):

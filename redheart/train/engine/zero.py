@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
+from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
@@ -81,12 +82,8 @@ class DeepSpeedEngine(Engine):
         return partition
 
     def _gather_together(self, model: nn.Module) -> None:
-        """Modules that read their children's weights without calling the children: ZeRO-3 gathers each as a whole."""
-        from redheart.model.fusion import Utility
-        from redheart.model.layers import FoldedAttention
-
-        classes = [c for c in (FoldedAttention, Utility) if any(isinstance(m, c) for m in model.modules())]
-        self._deepspeed.utils.set_z3_leaf_modules(model, classes)
+        """FoldedAttention reads its children's weights without calling the children: ZeRO-3 gathers it as a whole."""
+        self._deepspeed.utils.set_z3_leaf_modules(model, [FoldedAttention])
 
     def _optimizer(self, model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         """The optimizer that `optimizer.name` and `memory.strategy` mean; asserted again after `prepare`."""
