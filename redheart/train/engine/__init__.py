@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from redheart.config import RunConfig
-from redheart.train.engine.base import Build, Engine, parameter_groups
+from redheart.train.engine.base import Build, Engine, free_memory, parameter_groups
 from redheart.train.engine.machinery import compile_kernels, import_machinery
 from redheart.train.engine.plain import PLAIN_STATE, PlainEngine
 from redheart.train.engine.zero import DeepSpeedEngine
@@ -26,6 +26,7 @@ __all__ = [
     "PlainEngine",
     "compile_kernels",
     "consolidated_weights",
+    "free_memory",
     "make_engine",
     "parameter_groups",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 from redheart.config import RunConfig
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
-from redheart.train.engine.base import Build, Engine, adamw_arguments, parameter_groups, squared_by_module
+from redheart.train.engine.base import Build, Engine, adamw_arguments, free_memory, parameter_groups, squared_by_module
 
 PLAIN_STATE = "plain_state.pt"
 
@@ -71,3 +71,7 @@ class PlainEngine(Engine):
         state = torch.load(directory / PLAIN_STATE, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def close(self) -> None:
+        del self.model, self._optimizer
+        free_memory()
