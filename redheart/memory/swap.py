@@ -74,7 +74,7 @@ class Swap:
     """The swapped modules of one network, made by `place`."""
 
     def __init__(self, model: RedHeartModel, device: torch.device, names: list[str]):
-        self.device = device
+        self.device, self.names = device, names
         self._turns = {name: _Turn(self, name, model.get_submodule(name)) for name in names}
         for name in model.built:
             if name not in names and name not in model.idle:
@@ -91,7 +91,7 @@ class Swap:
     def report(self) -> SwapReport:
         copy_s, wait_s = self._clock.seconds()
         return SwapReport(
-            tuple(self._turns), self._fetches, self._fetched_ahead, self._moved / GIB, copy_s, wait_s,
+            tuple(self.names), self._fetches, self._fetched_ahead, self._moved / GIB, copy_s, wait_s,
             self._resident / GIB, (self._resident + self._peak) / GIB,
         )  # fmt: skip
 
