@@ -183,7 +183,8 @@ class MemoryConfig(Section):
     gpu_memory_gib: float = Field(8.0, gt=0)
     host_memory_gib: float = Field(16.0, gt=0)
     swap: tuple[str, ...] = Field(
-        (), description="modules that stay on the host and visit the device for their turn; training: strategy plain only"
+        (),
+        description="modules that stay on the host and visit the device for their turn; training: strategy plain only",
     )
 
 

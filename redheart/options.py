@@ -19,7 +19,9 @@ Device = Annotated[str, typer.Option("--device", help="Where the network compute
 Swap = Annotated[
     list[str] | None,
     typer.Option(
-        "--swap", metavar="MODULE", help="Keep a module on the host but for its turn, e.g. analyzers.emotion; may be repeated."
+        "--swap",
+        metavar="MODULE",
+        help="Keep a module on the host but for its turn, e.g. analyzers.emotion; may be repeated.",
     ),
 ]
 Checkpoint = Annotated[

@@ -20,6 +20,7 @@ from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_losses
 from redheart.train import checkpoint
 from redheart.train.checkpoint import Progress
+from redheart.train.engine import PlainEngine
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.stages import split_global_batch
 from redheart.train.trainer import Trainer
@@ -83,6 +84,8 @@ def train(
     started = time.perf_counter()
     stop = trainer.run()
     barrier()
+    if isinstance(trainer.engine, PlainEngine) and trainer.engine.swap.names:
+        console.print(str(trainer.engine.swap.report()))
     return TrainResult(run, state, total_steps, time.perf_counter() - started, stop.signal)
 
 
