@@ -25,8 +25,8 @@ class RedHeartPipeline:
     utility unbounded.
 
     The network computes on `device`; modules named in `swap` stay on the host and visit it for their turn (memory/swap.py,
-    `pipeline.swap.report()`). `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they do not need stays idle, and
-    answers are their own instead of the fused ones.
+    `pipeline.swap.report()`). `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they
+    do not need stays idle, and answers are their own instead of the fused ones.
     """
 
     def __init__(

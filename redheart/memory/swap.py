@@ -104,9 +104,11 @@ class Swap:
     def take_turn(self, turn: _Turn, inputs: tuple[Any, ...]) -> Any:
         """The module's outputs for `inputs`, on copies of its parameters."""
         if torch.is_grad_enabled():
+            training = turn.training()
 
             def run(*again: Any) -> Any:
-                return turn.run(self._fetch(turn), again)
+                with turn.mode(training):  # the network's may have changed before the backward pass
+                    return turn.run(self._fetch(turn), again)
 
             return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
         copies = self._arrived(turn.name) or self._fetch(turn)
@@ -165,6 +167,21 @@ class _Turn:
 
     def __call__(self, *inputs: Any) -> Any:
         return self._swap.take_turn(self, inputs)
+
+    def training(self) -> bool:
+        return self._original.module.training
+
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        module, before = self._original.module, self._original.module.training
+        if before == training:
+            yield
+            return
+        module.train(training)
+        try:
+            yield
+        finally:  # a recomputation ends by an exception, once it has what it needs
+            module.train(before)
 
     def run(self, copies: Tensors, inputs: tuple[Any, ...]) -> Any:
         return functional_call(self._original, copies, inputs)
