@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from redheart.bench.commands import bench, emit
-from redheart.options import Checkpoint, Data, Json, Preset, Set
+from redheart.options import Checkpoint, Data, Device, Json, Preset, Set, Swap
 from redheart.schema import RedHeartError
 from redheart.version import VERSION
 
@@ -188,6 +188,8 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")
     ] = None,
+    device: Device = "cpu",
+    swap: Swap = None,
     json_: Json = False,
 ) -> None:
     """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
@@ -195,7 +197,7 @@ def evaluate(
     from redheart.evaluation.report import FOOTNOTE
     from redheart.train.validate import validate
 
-    result, path = validate(checkpoint, data, split, report)
+    result, path = validate(checkpoint, data, split, report, device, swap)
     for one in result.terminal_tables():
         console.print(one)
     console.print(FOOTNOTE + (f"\nreport: {path}" if path else ""))
@@ -204,12 +206,20 @@ def evaluate(
 
 @app.command()
 def predict(
-    text: Annotated[list[str], typer.Argument(help="One or more texts.")], checkpoint: Checkpoint, json_: Json = False
+    text: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    checkpoint: Checkpoint,
+    device: Device = "cpu",
+    swap: Swap = None,
+    json_: Json = False,
 ) -> None:
     """Read texts and answer for each of them."""
+    from redheart.console import console
     from redheart.infer import RedHeartPipeline
 
-    answers = RedHeartPipeline.from_pretrained(checkpoint)(text)
+    pipeline = RedHeartPipeline.from_pretrained(checkpoint, device=device, swap=swap or ())
+    answers = pipeline(text)
+    if swap:
+        console.print(str(pipeline.swap.report()))
     if not json_:
         for one, answer in zip(text, answers, strict=True):
             _show(one, answer)
