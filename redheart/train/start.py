@@ -25,6 +25,7 @@ from redheart.train import checkpoint
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import DeepSpeedEngine, make_engine
 from redheart.train.stages import split_global_batch
+from redheart.train.stored import initialise
 from redheart.train.trainer import Trainer
 
 
@@ -55,8 +56,12 @@ def train(
     resume: str | None = None,
     overwrite: bool = False,
     update_parameters: bool = True,
+    init: Path | None = None,
 ) -> TrainResult:
-    """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot."""
+    """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot.
+
+    `init`: an export, a checkpoint or a run whose weights the run starts from, instead of random ones.
+    """
     streams = _open_streams(data, config)
     micro, accumulation = split_global_batch(
         config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
@@ -75,10 +80,14 @@ def train(
     state.encoder, state.sources = streams[0].encoder, streams[0].index["sources"]
     state.data = str(data) if "://" in str(data) else str(Path(data).resolve())
     total_steps = steps_of(config, streams[0].rows_per_epoch)
-    _claim(run, config, bool(source), overwrite)
+    if init and source:
+        raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
 
     torch.manual_seed(config.training.seed)
     model = build_model(config, streams[0].encoder)
+    if init:
+        initialise(model, init)
+    _claim(run, config, bool(source), overwrite)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
     engine = make_engine(model, config, accumulation, micro)
