@@ -7,7 +7,6 @@ the other, on real samples, and compares every answer, latent and reading.
 from __future__ import annotations
 
 import gc
-import resource
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,9 @@ def grow(
 
 def peak_host_gib() -> float:
     """The most memory this process has held so far (VmHWM), mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kib) / 2**20
 
 
 def _count(sizes: RedHeartConfig) -> int:

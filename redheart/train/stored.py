@@ -59,11 +59,12 @@ def _reader(directory: Path) -> Callable[[str], torch.Tensor]:
     else:
         raise RedHeartError(f"{directory} has neither {SINGLE} nor {INDEX}: export the checkpoint again")
 
+    files = {file: safe_open(directory / file, framework="pt") for file in set(places.values())}  # maps, reads nothing
+
     def read(name: str) -> torch.Tensor:
         if name not in places:
             raise RedHeartError(f"{directory} has no weights for {name}: it was made by another version; export again")
-        with safe_open(directory / places[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return files[places[name]].get_tensor(name)
 
     return read
 

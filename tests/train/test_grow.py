@@ -71,7 +71,8 @@ def test_weights_to_start_from_must_fit(export: Path):
     encoder = {"name": "some", "width": 768}
     model = RedHeartModel(RedHeartConfig(**sizes(), encoder=encoder))
     initialise(model, export)
-    assert all(torch.equal(t, load_model(export).model.state_dict()[n]) for n, t in model.state_dict().items())
+    expected = load_model(export).model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
     for changes, words in (
         ({**sizes(48, 4), "encoder": encoder}, "width = 24"),
         ({**sizes(ablate=["aux.dsp"]), "encoder": encoder}, "model.ablate"),
