@@ -16,28 +16,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from redheart.config import LossConfig, RunConfig
 from redheart.console import console
 from redheart.files import write_json
-from redheart.model.build import build_model
+from redheart.model.build import Place, build_model, model_config
+from redheart.model.redheart import RedHeartModel
 from redheart.ranks import barrier, is_main, launched_world_size, together
 from redheart.schema import Batch, RedHeartError
 from redheart.train.checkpoint import Progress
-from redheart.train.engine import DeepSpeedEngine, Engine, free_memory, make_engine
+from redheart.train.engine import Build, DeepSpeedEngine, Engine, free_memory, make_engine
 from redheart.train.stages import Window, loss_of, split_global_batch
+from redheart.train.stored import fill, fitting
 
 Shape = tuple[int, ...]  # rows, tokens, contrast rows, contrast tokens
 
 
-def build_engine(config: RunConfig, encoder: dict[str, Any] | None, run: Path, micro_batch_size: int) -> Engine:
+def build_engine(
+    config: RunConfig, encoder: dict[str, Any] | None, run: Path, micro_batch_size: int, init: Path | None = None
+) -> Engine:
     """A fresh network from the run's seed on the configured engine; DeepSpeed's settings go to RUN/ds_config.json.
 
-    `micro_batch_size` has to divide what one rank has of the global batch.
+    `micro_batch_size` has to divide what one rank has of the global batch. `init`: where its weights come from instead.
     """
     torch.manual_seed(config.training.seed)
+    build: Build = partial(build_model, config, encoder)
+    if init:
+        stored = fitting(model_config(config, encoder), init)
+
+        def build(
+            place: Place,
+        ) -> RedHeartModel:  # each module gets its weights before it is placed, which may cut it up
+            def fill_and_place(name: str, module: nn.Module) -> None:
+                fill(stored, name, module)
+                place(name, module)
+
+            return build_model(config, encoder, fill_and_place)
+
     accumulation = config.training.global_batch_size // launched_world_size() // micro_batch_size
-    engine = make_engine(partial(build_model, config, encoder), config, accumulation, micro_batch_size)
+    engine = make_engine(build, config, accumulation, micro_batch_size)
     if is_main() and isinstance(engine, DeepSpeedEngine):
         write_json(run / "ds_config.json", engine.settings)
     return engine

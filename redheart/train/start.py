@@ -15,6 +15,7 @@ from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
 from redheart.files import write_text
+from redheart.model.build import model_config
 from redheart.ranks import barrier, launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_losses
@@ -23,6 +24,7 @@ from redheart.train.checkpoint import Progress
 from redheart.train.engine import PlainEngine
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.stages import split_global_batch
+from redheart.train.stored import fitting
 from redheart.train.trainer import Trainer
 
 
@@ -54,8 +56,12 @@ def train(
     resume: str | None = None,
     overwrite: bool = False,
     update_parameters: bool = True,
+    init: Path | None = None,
 ) -> TrainResult:
-    """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot."""
+    """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot.
+
+    `init`: an export, a checkpoint or a run whose weights the run starts from, instead of random ones.
+    """
     streams = _open_streams(data, config)
     split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     if config.training.best_metric not in ("loss", *TASKS):
@@ -70,11 +76,15 @@ def train(
         config.training.global_batch_size, wanted_micro_batch_size(config, state), launched_world_size()
     )
     total_steps = steps_of(config, streams[0].rows_per_epoch)
-    _claim(run, config, bool(source), overwrite)
+    if init and source:
+        raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
 
+    if init:
+        fitting(model_config(config, state.encoder), init)
+    _claim(run, config, bool(source), overwrite)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
-    engine = build_engine(config, state.encoder, run, state.micro_batch_size)
+    engine = build_engine(config, state.encoder, run, state.micro_batch_size, init)
     if source:
         engine.load(source)
     else:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from redheart.config import OptimizerConfig
+from redheart.model.build import Place
 from redheart.model.redheart import RedHeartModel, module_of
 from redheart.ranks import sum_over_ranks
 
-Place = Callable[[nn.Module], None]
 Build = Callable[[Place], RedHeartModel]  # a fresh network, each of whose modules has gone through `place` once built
 
 

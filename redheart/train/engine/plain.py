@@ -31,7 +31,7 @@ class PlainEngine(Engine):
                 f"memory.strategy=plain has no {config.optimizer_name}: choose zero2_offload_8bit, or gpu_8bit on a GPU"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.rank, self.world_size = build(lambda module: None), 0, 1
+        self.model, self.rank, self.world_size = build(lambda name, module: None), 0, 1
         self.swap = place(self.model, self.device, config.memory.swap)
         self.dtype = torch.float32
         self._accumulation, self._max_norm = accumulation, config.optimizer.max_grad_norm

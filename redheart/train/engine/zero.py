@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
+from redheart.model.build import Place
 from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.ranks import launched_world_size
@@ -21,7 +22,6 @@ from redheart.schema import RedHeartError
 from redheart.train.engine.base import (
     Build,
     Engine,
-    Place,
     adamw_arguments,
     free_memory,
     parameter_groups,
@@ -82,9 +82,9 @@ class DeepSpeedEngine(Engine):
         So the network never exists as a whole in fp32, under ZeRO-3 not even in bf16.
         """
         if self._stage < 3:
-            return lambda module: None if self.dtype == torch.float32 else _cast(module, self.dtype)
+            return lambda name, module: None if self.dtype == torch.float32 else _cast(module, self.dtype)
 
-        def partition(module: nn.Module) -> None:
+        def partition(name: str, module: nn.Module) -> None:
             _cast(module, self.dtype)
             self._deepspeed.zero.Init(module=module, config_dict_or_path=self.settings, mem_efficient_linear=False)
 
