@@ -8,6 +8,7 @@ The kernel is compiled once by DeepSpeed's op builder, and cached.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from redheart.optim.building import built_alone
 from redheart.schema import RedHeartError
 
 BLOCK = 256
@@ -26,9 +28,12 @@ def kernel(lanes: int = 0) -> Any:
     """The compiled extension; the first call on a machine compiles it. `lanes`: other vectors than this processor's, for tests."""
     from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
+    source = Path(__file__).parent / "csrc" / "adam8bit.cpp"
+    version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]  # two checkouts share a cache, not a kernel
+
     class Adam8bitBuilder(CPUOpBuilder):
         BUILD_VAR = "DS_BUILD_REDHEART_ADAM8BIT"
-        NAME = f"redheart_adam8bit_{lanes}" if lanes else "redheart_adam8bit"
+        NAME = f"redheart_adam8bit_{version}" + (f"_{lanes}" if lanes else "")
 
         def __init__(self) -> None:
             super().__init__(name=self.NAME)
@@ -37,7 +42,7 @@ def kernel(lanes: int = 0) -> Any:
             return f"redheart.optim.{self.NAME}_op"
 
         def sources(self) -> list[str]:
-            return [str(Path(__file__).parent / "csrc" / "adam8bit.cpp")]
+            return [str(source)]
 
         def include_paths(self) -> list[str]:
             return []
@@ -47,7 +52,8 @@ def kernel(lanes: int = 0) -> Any:
             extra = ["-fno-math-errno", "-fno-trapping-math", *([f"-DREDHEART_LANES={lanes}"] if lanes else [])]
             return [*super().cxx_args(), *extra]
 
-    return Adam8bitBuilder().load(verbose=False)
+    builder = Adam8bitBuilder()
+    return built_alone(builder.NAME, lambda: builder.load(verbose=False))
 
 
 class CPUAdamW8bit(torch.optim.Optimizer):

@@ -87,11 +87,12 @@ def main() -> None:
             barrier()
     if wanted.get("twice"):
         expected = digest(engine)
-        again, config = start(wanted)
-        assert digest(again) != expected
-        again.load(Path(wanted["save"]))
-        replayed = [step(again, config, n) for n in range(wanted["save_at"], wanted["steps"])]
-        same = digest(again) == expected and replayed == losses[wanted["save_at"] :]
+        engine.close()
+        engine, config = start(wanted)
+        assert digest(engine) != expected
+        engine.load(Path(wanted["save"]))
+        replayed = [step(engine, config, n) for n in range(wanted["save_at"], wanted["steps"])]
+        same = digest(engine) == expected and replayed == losses[wanted["save_at"] :]
         everyone: list[Any] = [None] * WORLD
         dist.all_gather_object(everyone, same)
         bitwise = all(everyone)
