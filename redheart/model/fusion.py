@@ -65,7 +65,7 @@ class Utility(nn.Module):
     def forward(
         self, states: Mapping[str, torch.Tensor], tasks: torch.Tensor, readings: Readings, keys: Keys
     ) -> dict[str, torch.Tensor]:
-        """States by module, tasks [B, 4, K] -> final raw answers by label, fp32 [B, size]."""
+        """States by module, tasks [B, 4, K] -> final raw answers by label, fp32 [B, size]; `utility` and `preference` where read."""
         known = [self.norms[_key(m)](self._project(m, s.to(tasks.dtype))) for m, s in states.items()]
         memory = self.digest(
             torch.cat([torch.stack(known, 1), self.task(tasks)] if known else [self.task(tasks)], 1), keys
@@ -74,7 +74,8 @@ class Utility(nn.Module):
         for layer in self.layers:
             x = layer(x, memory, None, keys)
         x = self.norm(x)
-        return {name: self._answer(name, x[:, i], readings.get(name, {})) for i, name in enumerate(FINAL)}
+        final = {name: self._answer(name, x[:, i], readings.get(name, {})) for i, name in enumerate(FINAL)}
+        return final | {name: self._mixed(readings[name]) for name in ("utility", "preference") if readings.get(name)}
 
     def _project(self, module: str, state: torch.Tensor) -> torch.Tensor:
         """A state in the fusion's width; the heads' have it already."""
@@ -92,8 +93,8 @@ class Utility(nn.Module):
         weight = full_precision(self.weights[name](x))[:, present].softmax(-1)
         return answer + (weight[..., None] * values).sum(1)
 
-    def utility(self, readings: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The utilities of one text by module, [B, 1] each -> the final one, fp32 [B, 1]; at least one is there."""
+    def _mixed(self, readings: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Utilities, or differences of two, by module, [B, 1] each -> the final one, fp32 [B, 1]; at least one is there."""
         assert self.utility_scale is not None
         scale = full_precision(self.utility_scale)
         parts = [scale[i] * full_precision(readings[m]) for i, m in enumerate(self.utilities) if m in readings]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,8 @@ class RedHeartModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def __init__(self, config: RedHeartConfig):
+    def __init__(self, config: RedHeartConfig, place: Callable[[nn.Module], None] = lambda module: None):
+        """`place` is called with every module as soon as it is built: ZeRO-3 takes its partition and frees the rest."""
         super().__init__(config)
         c = config
         d, h, k, kh, p = c.width, c.heads, c.task_width, c.task_heads, c.dropout
@@ -121,9 +122,13 @@ class RedHeartModel(PreTrainedModel):
             "aux.utility": lambda: Utility(k, kh, LAYERS["aux.utility"], widths, p),
         }
         self.backbone = Backbone(c.encoder_width, d, h, c.layers, k, kh, p)
+        place(self.backbone)
         for room in ("heads", "analyzers", "aux"):
-            names = [m for m in self.built if m.startswith(room + ".")]
-            setattr(self, room, nn.ModuleDict({m.split(".")[1]: builders[m]() for m in names}))
+            setattr(self, room, nn.ModuleDict())
+            for name in (m for m in self.built if m.startswith(room + ".")):
+                module = builders[name]()
+                place(module)
+                getattr(self, room)[name.split(".")[1]] = module
         self.idle: frozenset[str] = frozenset()  # modules that set_mode has put aside
         number_dropout_sites(self)
         self.post_init()
@@ -150,30 +155,36 @@ class RedHeartModel(PreTrainedModel):
         sample_keys: torch.Tensor | None = None,
         without: Collection[str] = (),
     ) -> RedHeartOutput:
-        tokens, tasks = self.backbone(features, attention_mask, sample_keys)
-        contrasts = (contrast_features, contrast_mask, contrast_rows)
-        return self.answer(tokens, tasks, attention_mask, contrasts, sample_keys, without)
+        keys = sample_keys
+        if contrast_features is not None and contrast_mask is not None and contrast_rows is not None:
+            # one pass for texts and contrasts: ranks with and without a pair then call the same modules in the same order
+            features = _stacked(features, contrast_features)
+            attention_mask = _stacked(attention_mask, contrast_mask)
+            keys = None if keys is None else torch.cat([keys, keys[contrast_rows] + (1 << 31)])
+        tokens, tasks = self.backbone(features, attention_mask, keys)
+        return self.answer(tokens, tasks, attention_mask, contrast_rows, keys, without)
 
     def answer(
         self,
         tokens: torch.Tensor,
         tasks: torch.Tensor,
         mask: torch.Tensor,
-        contrasts: tuple[torch.Tensor | None, ...] = (None, None, None),
+        contrast_rows: torch.Tensor | None = None,
         keys: torch.Tensor | None = None,
         without: Collection[str] = (),
     ) -> RedHeartOutput:
-        """All that follows the backbone: tokens [B, T, D], tasks [B, 4, K]; contrasts: features, mask, rows, as in forward."""
+        """All that follows the backbone: tokens [B + C, T, D], tasks [B + C, 4, K]; the last C rows are the contrasts of
+        `contrast_rows` [C]."""
+        num_texts = len(mask) - (0 if contrast_rows is None else len(contrast_rows))
+        ask = _Asker(self, without, keys, num_texts)
+        bentham = ask.with_contrasts("heads.bentham", tasks[:, 1])
+        calculus = ask.with_contrasts("analyzers.bentham", tokens, mask)
+        tokens, tasks, mask = tokens[:num_texts], tasks[:num_texts], mask[:num_texts]
         own = tasks.unbind(1)
-        ask = _Asker(self, without, keys)
-        emotion, bentham, regret = (
-            ask("heads.emotion", own[0]),
-            ask("heads.bentham", own[1]),
-            ask("heads.regret", own[2]),
-        )
+        emotion, regret = ask("heads.emotion", own[0]), ask("heads.regret", own[2])
         states = tuple(own[3] * 0 if r is None else r.state for r in (emotion, bentham, regret))
         ask("heads.surd", own[3], states)
-        feelings, calculus = ask("analyzers.emotion", tokens, mask), ask("analyzers.bentham", tokens, mask)
+        feelings = ask("analyzers.emotion", tokens, mask)
         ask("analyzers.regret", tokens, mask)
         sources = (_of(feelings, "state"), _of(calculus, "state"), masked_mean(tokens, mask))
         causes = ask("analyzers.surd", sources)
@@ -185,7 +196,7 @@ class RedHeartModel(PreTrainedModel):
         )
         ask.states |= {} if fused is None else {"aux.kalman": torch.cat([fused[0], posterior_sd(fused[1])], -1)}
         readings = ask.readings()
-        utility, readings["preference"], difference = self._compare(readings["utility"], contrasts, keys, without)
+        readings["preference"] = ask.gaps(readings["utility"], contrast_rows)
         utility_modules = ask.module("aux.utility")
         if utility_modules is None:
             silent = (
@@ -193,11 +204,11 @@ class RedHeartModel(PreTrainedModel):
             )  # keeps every state in the graph
             final = {label: answer + silent for label, answer in plain_mean(readings).items()}
         else:
-            final = utility_modules(ask.states, tasks, readings, keys)
+            final = utility_modules(ask.states, tasks, readings, ask.keys)
         return RedHeartOutput(
             **{field: final.get(label) for label, field in ANSWERS.items()},
-            utility=utility,
-            utility_difference=difference,
+            utility=final.get("utility"),
+            utility_difference=final.get("preference"),
             regret_views=_of(regret, "regret_views"),
             emotion_covariance=_of(fused, "covariance"),
             trajectory=trajectory,
@@ -208,36 +219,6 @@ class RedHeartModel(PreTrainedModel):
             task_features=tasks,
             readings=readings,
         )
-
-    def _compare(
-        self,
-        mine: dict[str, torch.Tensor],
-        contrasts: tuple[torch.Tensor | None, ...],
-        keys: torch.Tensor | None,
-        without: Collection[str],
-    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], torch.Tensor | None]:
-        """(final utility [B, 1], text minus contrast by module [B, 1] each, and fused). Without a contrast it is 0.
-
-        0·u keeps the graph alike on ranks without a pair.
-        """
-        if not mine:
-            return None, {}, None
-        gaps = {module: 0.0 * u for module, u in mine.items()}
-        features, mask, rows = contrasts
-        if features is not None and rows is not None and len(rows):
-            their_keys = None if keys is None else keys[rows] + (1 << 31)
-            tokens, tasks = self.backbone(features, mask, their_keys)
-            ask = _Asker(self, without, their_keys)
-            ask("heads.bentham", tasks[:, 1])
-            ask("analyzers.bentham", tokens, mask)
-            for module, theirs in ask.readings()["utility"].items():
-                gap = full_precision(mine[module][rows]) - full_precision(theirs)
-                gaps[module] = full_precision(gaps[module]).index_copy(0, rows, gap)
-        fusion = _Asker(self, without, keys).module("aux.utility")
-        combine = (
-            (lambda r: torch.stack([*map(full_precision, r.values())]).mean(0)) if fusion is None else fusion.utility
-        )
-        return combine(mine), gaps, combine(gaps)
 
 
 ANSWERS = {  # label -> field of RedHeartOutput with its fused raw answer
@@ -276,11 +257,16 @@ assert all("utility" in FIELDS[module] for module in UTILITY)
 
 
 class _Asker:
-    """Asks the modules of one forward pass, skips those that are not there, and keeps what they said."""
+    """Asks the modules of one forward pass, skips those that are not there, and keeps what they said.
 
-    def __init__(self, model: RedHeartModel, without: Collection[str], keys: torch.Tensor | None):
-        self._model, self._without, self._keys = model, without, keys
+    `keys` [B + C], of which the first `num_texts` are the texts'; afterwards `keys` are those alone.
+    """
+
+    def __init__(self, model: RedHeartModel, without: Collection[str], keys: torch.Tensor | None, num_texts: int):
+        self._model, self._without, self._all_keys, self._num_texts = model, without, keys, num_texts
+        self.keys = None if keys is None else keys[:num_texts]
         self._said: dict[str, Any] = {}
+        self._of_contrasts: dict[str, Any] = {}
         self.states: dict[str, torch.Tensor] = {}
 
     def module(self, name: str) -> Any:
@@ -290,15 +276,34 @@ class _Asker:
         return getattr(self._model, room)[key] if present else None
 
     def __call__(self, name: str, *inputs: Any) -> Any:
+        """What a module says of the texts, or None."""
+        module = self.module(name)
+        return None if module is None else self._note(name, module(*inputs, self.keys))
+
+    def with_contrasts(self, name: str, *inputs: Any) -> Any:
+        """The same for a module that reads the contrasts too, which stand behind the texts in `inputs`."""
         module = self.module(name)
         if module is None:
             return None
-        said = module(*inputs, self._keys)
+        said = module(*inputs, self._all_keys)
+        self._of_contrasts[name] = type(said)(*(x[self._num_texts :] for x in said))
+        return self._note(name, type(said)(*(x[: self._num_texts] for x in said)))
+
+    def _note(self, name: str, said: Any) -> Any:
         self._said[name] = said
-        if name in ("aux.dsp", "aux.kalman"):
-            return said
-        self.states[name] = said.state
+        if name not in ("aux.dsp", "aux.kalman"):
+            self.states[name] = said.state
         return said
+
+    def gaps(self, mine: dict[str, torch.Tensor], rows: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Text minus contrast by module, [B, 1] each; 0 where there is no contrast (0·u keeps the graph alike on all ranks)."""
+        gaps = {module: 0.0 * u for module, u in mine.items()}
+        if rows is not None:
+            for module, said in self._of_contrasts.items():
+                theirs = getattr(said, FIELDS[module]["utility"])
+                gap = full_precision(mine[module][rows]) - full_precision(theirs)
+                gaps[module] = full_precision(gaps[module]).index_copy(0, rows, gap)
+        return gaps
 
     def readings(self) -> dict[str, dict[str, torch.Tensor]]:
         """label -> module -> reading; an empty mapping for a utility that nobody reads."""
@@ -307,6 +312,13 @@ class _Asker:
             for label, field in FIELDS.get(module, {}).items():
                 found.setdefault(label, {})[module] = getattr(said, field)
         return found
+
+
+def _stacked(texts: torch.Tensor, contrasts: torch.Tensor) -> torch.Tensor:
+    """[B, T, …] and [C, T', …] -> [B + C, max(T, T'), …], padded behind."""
+    longest = max(texts.shape[1], contrasts.shape[1])
+    rest = [0] * (2 * (texts.dim() - 2))
+    return torch.cat([nn.functional.pad(x, (*rest, 0, longest - x.shape[1])) for x in (texts, contrasts)])
 
 
 def _of(reading: Any, field: str) -> Any:
