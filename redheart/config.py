@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from redheart.schema import RedHeartError
 
-Strategy = Literal["plain", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit"]
+Strategy = Literal[
+    "plain", "gpu_8bit", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit"
+]
 
 
 class Section(BaseModel):

@@ -160,10 +160,23 @@ def activations(
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         return Activations(MicroStep(**known["low"]), MicroStep(**known["high"]), sizes)
-    low, high = (measure(config, size, tokens, checkpointing, dtype, autocast) for size in sizes)
+    low = measure(config, sizes[0], tokens, checkpointing, dtype, autocast)
+    high = low if sizes[0] == sizes[1] else measure(config, sizes[1], tokens, checkpointing, dtype, autocast)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"low": asdict(low), "high": asdict(high)})
     return Activations(low, high, sizes)
+
+
+def measured(config: RunConfig, micro_batch_size: int, tokens: int, checkpointing: bool, is_plain: bool) -> MicroStep:
+    """One micro-batch size of a run's own precision, from the cache where it is there. `is_plain`: fp32 weights under autocast."""
+    bf16 = config.training.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 and not is_plain else torch.float32
+    sizes = (micro_batch_size, micro_batch_size)
+    if not _cache_file(config, tokens, checkpointing, dtype, bf16 and is_plain, sizes).is_file():
+        usual = _cache_file(config, tokens, checkpointing, dtype, bf16 and is_plain, MEASURED_AT)
+        if usual.is_file():
+            return activations(config, tokens, checkpointing, dtype, bf16 and is_plain).at(micro_batch_size)
+    return activations(config, tokens, checkpointing, dtype, bf16 and is_plain, sizes).low
 
 
 def _cache_file(
@@ -171,7 +184,18 @@ def _cache_file(
 ) -> Path:
     model = config.model.model_dump()
     del model["activation_checkpointing"]
-    key = [CACHE_VERSION, model, tokens, checkpointing, str(dtype), autocast, sizes, PAIR_SHARE, torch.__version__, _code()]
+    key = [
+        CACHE_VERSION,
+        model,
+        tokens,
+        checkpointing,
+        str(dtype),
+        autocast,
+        sizes,
+        PAIR_SHARE,
+        torch.__version__,
+        _code(),
+    ]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return home / "redheart" / "activations" / f"{name}.json"
@@ -181,7 +205,7 @@ def _code() -> str:
     """Digest of every source that decides what a micro-step computes."""
     package = Path(__file__).parents[1]
     rooms = ("model", "signals", "losses")
-    files = sorted([p for room in rooms for p in (package / room).rglob("*.py")] + [package / "tasks.py", Path(__file__)])
+    files = sorted([p for room in rooms for p in (package / room).rglob("*.py")] + [package / "tasks.py"])
     return hashlib.sha256(b"\0".join(p.read_bytes() for p in files)).hexdigest()
 
 
