@@ -47,7 +47,10 @@ def check_memory(
     others = plan(config, gpu, host, nodes, here, tokens, base=base)
     console.print(plan_table(others))
     show_memory(found, gpu_bytes, int(host * GIB))
-    need = f"{found.gpu_peak / GIB:.2f} GiB on the GPU and " * (not on_cpu) + f"{found.host_peak / GIB:.2f} GiB on the host"
+    need = (
+        f"{found.gpu_peak / GIB:.2f} GiB on the GPU and " * (not on_cpu)
+        + f"{found.host_peak / GIB:.2f} GiB on the host"
+    )
     fitting = [c for c in others.candidates if c.fits]
     if not fitting:
         raise RedHeartError(f"{strategy} with micro-batch {micro_batch_size} needs {need}; {others.no_fit()}")
