@@ -125,6 +125,10 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
+    name: Literal["adamw", "adamw_8bit"] | None = Field(
+        None,
+        description="fp32 or 8-bit states; null: what memory.strategy says. What is asked for is what runs, or an error",
+    )
     learning_rate: float = Field(1e-4, gt=0)
     final_learning_rate: float = Field(1e-6, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -190,6 +194,20 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     training: TrainingConfig
     memory: MemoryConfig = MemoryConfig()
+
+    @property
+    def optimizer_name(self) -> Literal["adamw", "adamw_8bit"]:
+        """`optimizer.name`, or what `memory.strategy` says where that is null."""
+        implied: Literal["adamw", "adamw_8bit"] = "adamw_8bit" if self.memory.strategy.endswith("8bit") else "adamw"
+        return self.optimizer.name or implied
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> RunConfig:
+        if self.memory.strategy.endswith("8bit") and self.optimizer.name == "adamw":
+            raise ValueError(
+                f"optimizer.name = adamw contradicts memory.strategy = {self.memory.strategy}: leave one of them out"
+            )
+        return self
 
 
 def preset_names() -> list[str]:

@@ -96,6 +96,29 @@ def bench_ablation(
     emit(result, json_)
 
 
+@bench.command("parity")
+def bench_parity(
+    data: Annotated[Path, typer.Option("--data", help="A prepared directory.")],
+    work: Annotated[Path, typer.Option("--work", help="Where the runs are kept; finished ones are not repeated.")],
+    preset: Preset = "local",
+    set_: Set = None,
+    steps: Annotated[int, typer.Option("--steps", min=10)] = 2000,
+    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A .json file for the curves, with a .png beside it.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Dev loss after the same steps with fp32 and with 8-bit optimizer states on the host, over several seeds."""
+    from redheart.bench.parity import bench_parity as run
+    from redheart.bench.parity import show
+
+    result = run(data, work, preset, set_ or (), steps, seeds, jobs, out)
+    show(result)
+    emit(result, json_)
+
+
 def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:
     from redheart.console import console, table
 

@@ -76,9 +76,17 @@ class CPUAdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, copies: dict[torch.Tensor, torch.Tensor] | None = None
+        self,
+        closure: Callable[[], float] | None = None,
+        copies: dict[torch.Tensor, torch.Tensor] | None = None,
+        on_written: Callable[[int, int], None] | None = None,
+        check_finite: bool = True,
     ) -> float | None:
-        """One update of every parameter that has a gradient; `copies[p]` (bfloat16, as many elements) is rewritten in the same pass."""
+        """One update of every parameter that has a gradient; `copies[p]` (bfloat16, as many elements) is rewritten in the same pass.
+
+        `on_written(start, stop)` is told of every stretch of a copy that is finished. `check_finite=False`: the gradients
+        have been looked at already.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,7 +94,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in parameters:
             _check(p)
-        if not all(self._kernel.all_finite(p.grad) for p in parameters):
+        if check_finite and not all(self._kernel.all_finite(p.grad) for p in parameters):
             raise FloatingPointError("a gradient is not finite: the optimizer has changed nothing")
         number = 0
         for group in self.param_groups:
@@ -95,6 +103,8 @@ class CPUAdamW8bit(torch.optim.Optimizer):
                 if p.grad is not None:
                     copy = (copies or {}).get(p, torch.empty(0, dtype=torch.bfloat16))
                     self._update(p, group, number, copy)
+                    if on_written is not None:
+                        on_written(0, p.numel())
         return loss
 
     def _update(self, p: torch.Tensor, group: dict[str, Any], number: int, copy: torch.Tensor) -> None:
@@ -113,6 +123,13 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"], self.seed * 1_000_003 + number,
         )  # fmt: skip
 
+    def adopt_moments(self) -> None:
+        """Codes `exp_avg` and `exp_avg_sq` that DeepSpeed has put into the state into 8 bits; `step` stays."""
+        for p, state in self.state.items():
+            if "exp_avg" in state:
+                state["step"] = int(state["step"])
+                self.set_moments(p, state.pop("exp_avg"), state.pop("exp_avg_sq"))
+
     def moments(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and second moments of a parameter as fp32 tensors of its shape."""
         state = self.state[p]
@@ -127,6 +144,14 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         for index, saved in state_dict["state"].items():
             for name in STATES:
                 self.state[order[index]][name] = saved[name].clone()
+
+
+def expand_states(state: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(first, second) moments of a parameter's 8-bit state as flat fp32 tensors."""
+    n = state[STATES[0]].numel()
+    m, v = torch.empty(n), torch.empty(n)
+    kernel().expand(*(state[name] for name in STATES), m, v)
+    return m, v
 
 
 def _check(p: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,6 @@ def train(
         raise RedHeartError(f"training.best_metric must be loss or one of {', '.join(TASKS)}")
     source = checkpoint.find(resume, run) if resume else None
     state = checkpoint.read_progress(source) if source else Progress()
-    if source and state.world_size != launched_world_size():
-        raise RedHeartError(
-            f"{source} was saved by {state.world_size} processes and this run has {launched_world_size()}: "
-            "resume with as many (a change of the world size is not built yet)"
-        )
     if source and state.encoder != streams[0].encoder:
         raise RedHeartError(f"{source} was trained on features of another encoder ({state.encoder}) than {data} holds")
     state.encoder, state.sources = streams[0].encoder, streams[0].index["sources"]
@@ -78,10 +74,9 @@ def train(
     _claim(run, config, bool(source), overwrite)
 
     torch.manual_seed(config.training.seed)
-    model = build_model(config, streams[0].encoder)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
-    engine = make_engine(model, config, accumulation, micro)
+    engine = make_engine(partial(build_model, config, streams[0].encoder), config, accumulation, micro)
     if is_main() and isinstance(engine, DeepSpeedEngine):
         write_json(run / "ds_config.json", engine.settings)
     if source:

@@ -1,6 +1,7 @@
 """The arithmetic of a step: schedule, window sizes, and what a non-finite gradient does."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_biases_and_norms_are_not_decayed():
 
 def test_the_plain_engine_skips_a_gradient_that_is_not_finite():
     config = load_config("local", ["memory.strategy=plain"])
-    engine = PlainEngine(build_model(config, None), config, 1)
+    engine = PlainEngine(partial(build_model, config, None), config, 1)
     before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
     engine.backward(sum(p.sum() for p in engine.model.heads["regret"].parameters()) * float("nan"), True)
     assert engine.non_finite()

@@ -13,44 +13,11 @@ from redheart.config import load_config
 from redheart.losses.combine import combine
 from redheart.model.build import build_model
 from redheart.ranks import is_main
-from redheart.schema import LABELS, ORIGINS, Batch
+from redheart.schema import LABELS, Batch
 from redheart.tasks import loss_counts, task_losses, task_weights
 from redheart.train.engine import make_engine
 from redheart.train.stages import compute, forward, open_window
-
-SETTINGS = [
-    *(
-        "model.width=24",
-        "model.heads=2",
-        "model.layers=1",
-        "model.task_width=16",
-        "model.task_heads=2",
-        "model.dropout=0",
-    ),
-    *("memory.strategy=zero2_offload", "training.global_batch_size=8", "training.micro_batch_size=2"),
-]
-
-
-def make_batch(rows: range) -> Batch:
-    """Rows of a fixed batch of 8; every second one has a contrast text."""
-    generator = torch.Generator().manual_seed(3)
-    features = torch.randn(8, 5, 768, generator=generator)
-    labels = {n: torch.rand(8, label.size, generator=generator) for n, label in LABELS.items()}
-    weights = {n: (torch.rand(8, label.size, generator=generator) > 0.3).float() for n, label in LABELS.items()}
-    index = torch.tensor(list(rows))
-    paired = torch.tensor([i for i, row in enumerate(rows) if row % 2 == 0], dtype=torch.int64)
-    mask = torch.ones(len(rows), 5, dtype=torch.bool)
-    return Batch(
-        features=features[index],
-        mask=mask,
-        contrast_features=features[index].flip(-1)[paired],
-        contrast_mask=mask[paired],
-        contrast_rows=paired,
-        labels={n: v[index] for n, v in labels.items()},
-        weights={n: v[index] for n, v in weights.items()},
-        keys=index,
-        origins=torch.full((len(rows), len(LABELS)), ORIGINS.index("human"), dtype=torch.int8),
-    )
+from tests.train.tiny import SETTINGS, make_batch
 
 
 def without(batch: Batch, label: str) -> Batch:
@@ -72,7 +39,7 @@ def main() -> None:
     losses = task_losses(outputs, whole.labels, whole.weights, config.loss)
     combine({n: v for n, (v, _) in losses.items()}, loss_counts(whole.weights, 8), factors, 1).backward()
 
-    engine = make_engine(model, config, accumulation=2, micro_batch_size=2)
+    engine = make_engine(lambda place: model, config, accumulation=2, micro_batch_size=2)
     mine = [make_batch(range(start, start + 2)) for start in (4 * engine.rank, 4 * engine.rank + 2)]
 
     def step(batches: list[Batch]) -> dict[str, float]:

@@ -1,0 +1,113 @@
+"""Do 8-bit states train as well as fp32 ones? The same runs with both optimizers, several seeds, curves kept.
+
+    redheart bench parity --data DIR --steps 2000 --seeds 3 --out tests/benchmarks/results/parity.json
+
+Every run is a `redheart train` in a process of its own (memory.strategy zero2_offload against zero2_offload_8bit); the curve
+is the dev loss that TensorBoard holds. Seeds draw initial weights, order, dropout and rounding, the same ones for both.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from redheart.console import console, progress, table
+from redheart.files import write_json
+from redheart.schema import RedHeartError
+
+STRATEGIES = {"adamw": "zero2_offload", "adamw_8bit": "zero2_offload_8bit"}
+
+
+def bench_parity(
+    data: Path, work: Path, preset: str, overrides: Sequence[str], steps: int, seeds: int, jobs: int, out: Path | None
+) -> dict[str, Any]:
+    """Runs what is missing under `work`, `jobs` at a time on one thread each, and compares final dev losses."""
+    every = max(1, steps // 10)
+    wanted = [(name, seed) for seed in range(seeds) for name in STRATEGIES]
+
+    def run(name: str, seed: int) -> dict[int, float]:
+        directory = work / f"{name}-seed{seed}"
+        settings = [
+            *(f"memory.strategy={STRATEGIES[name]}", f"training.seed={seed}", f"training.max_steps={steps}"),
+            *(
+                f"training.evaluate_every={every}",
+                f"training.checkpoint_every={steps}",
+                "training.evaluate_rows=1000000",
+            ),
+            *(f"training.synergy_every={10 * steps}", "training.log_every=50", *overrides),
+        ]
+        if len(curve := _curve(directory)) < 11:
+            command = [sys.executable, "-m", "redheart", "train", "--preset", preset, "--data", str(data)]
+            command += ["--out", str(directory), "--overwrite", *(x for s in settings for x in ("--set", s))]
+            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+            done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
+            if done.returncode:
+                raise RedHeartError(f"{directory} failed: {done.stderr.strip().splitlines()[-1:]}")
+            curve = _curve(directory)
+        return curve
+
+    curves: dict[tuple[str, int], dict[int, float]] = {}
+    with progress("parity", len(wanted), 0) as (bar, task), ThreadPoolExecutor(jobs) as pool:
+        for key, curve in zip(wanted, pool.map(lambda k: run(*k), wanted), strict=True):
+            curves[key] = curve
+            bar.update(task, advance=1, note=f"{key[0]} seed {key[1]}: {curve[max(curve)]:.5f}")
+    final = {name: [curves[name, s][steps] for s in range(seeds)] for name in STRATEGIES}
+    by_seed = [b / a - 1 for a, b in zip(final["adamw"], final["adamw_8bit"], strict=True)]
+    result = {
+        "preset": preset,
+        "data": data.name,
+        "settings": list(overrides),
+        "steps": steps,
+        "final_dev_loss": final,
+        "relative_difference": statistics.mean(final["adamw_8bit"]) / statistics.mean(final["adamw"]) - 1,
+        "relative_difference_by_seed": by_seed,
+        "curves": {f"{name} seed {seed}": curve for (name, seed), curve in curves.items()},
+    }
+    if out:
+        write_json(out, result)
+        _draw(curves, out.with_suffix(".png"))
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = [
+        (str(s), f"{a:.5f}", f"{b:.5f}", f"{b / a - 1:+.3%}")
+        for s, (a, b) in enumerate(zip(*result["final_dev_loss"].values(), strict=True))
+    ]
+    rows.append(("mean", "", "", f"{result['relative_difference']:+.3%}"))
+    title = f"dev loss after {result['steps']} steps of {result['preset']} on {result['data']}"
+    console.print(table(title, ("seed", "fp32 states", "8-bit states", "difference"), rows))
+
+
+def _curve(run: Path) -> dict[int, float]:
+    """Dev loss by step; empty where there is no run."""
+    if not (run / "tensorboard").is_dir():
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tag = "dev_loss/total"
+    return {e.step: e.value for e in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+
+
+def _draw(curves: dict[tuple[str, int], dict[int, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for (name, seed), curve in curves.items():
+        style = "C0-" if name == "adamw" else "C1--"
+        axes.plot(list(curve), list(curve.values()), style, lw=1.2, label=f"{name}, seed {seed}")
+    axes.set(xlabel="optimizer steps", ylabel="dev loss", yscale="log", title="fp32 against 8-bit optimizer states")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

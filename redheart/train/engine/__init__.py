@@ -1,0 +1,51 @@
+"""The seam between the trainer and the machinery. The only room that imports accelerate and deepspeed.
+
+An Engine holds the model and its optimizer and knows eight verbs: forward, backward, non_finite, grad_norms, step,
+set_learning_rate, save, load. `plain` is torch alone on one process; the others are DeepSpeed ZeRO through Accelerate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import torch
+
+from redheart.config import RunConfig
+from redheart.train.engine.base import Build, Engine, parameter_groups
+from redheart.train.engine.machinery import compile_kernels, import_machinery
+from redheart.train.engine.plain import PLAIN_STATE, PlainEngine
+from redheart.train.engine.zero import DeepSpeedEngine
+
+__all__ = [
+    "Build",
+    "DeepSpeedEngine",
+    "Engine",
+    "PlainEngine",
+    "compile_kernels",
+    "consolidated_weights",
+    "make_engine",
+    "parameter_groups",
+]
+
+
+def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
+    """The engine that `memory.strategy` names, around the network that `build` makes (model/build.py)."""
+    if config.memory.strategy == "plain":
+        return PlainEngine(build, config, accumulation)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout, which is kept for results
+        return DeepSpeedEngine(build, config, accumulation, micro_batch_size)
+
+
+def consolidated_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights in a checkpoint of any engine and world size, on the CPU."""
+    if (directory / PLAIN_STATE).is_file():
+        return torch.load(directory / PLAIN_STATE, map_location="cpu", weights_only=True)["model"]
+    import_machinery()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress on stdout, which is ours
+        state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="pytorch_model")
+    return {name: tensor.clone() for name, tensor in state.items()}

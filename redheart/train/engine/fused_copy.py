@@ -1,0 +1,54 @@
+"""The 16-bit weights written by the optimizer's own pass instead of by a cast of DeepSpeed's afterwards.
+
+DeepSpeed 0.19.8 (stage_1_and_2.py, `step`) calls `_optimizer_step(group)`, then casts the fp32 master weights into a host
+buffer and copies that into the model's weights. Here `_optimizer_step` hands the optimizer the place of the 16-bit weights,
+and the buffer is one that ignores being written to. tests/train/test_fused_copy.py pins the version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from redheart.optim.adam8bit import CPUAdamW8bit
+
+
+class Written(torch.Tensor):
+    """A buffer that the optimizer has filled already: copies into it, and from it into the weights, are left out."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def fuse_the_copy(zero: Any, optimizer: CPUAdamW8bit) -> None:
+    """Changes a DeepSpeedZeroOptimizer (stage 1 or 2, optimizer on the host) as the module's docstring says.
+
+    On a GPU the optimizer fills the pinned host buffer and each finished chunk travels while the next one is computed; on
+    the CPU it writes into the weights themselves, and the buffer's memory is given back.
+    """
+    buffers, targets = zero.param_buffer_of_bit16_for_cpu_offload_groups, []
+    for i, buffer in enumerate(buffers):
+        rank = torch.distributed.get_rank(group=zero.real_dp_process_group[i])
+        weights = zero.parallel_partitioned_bit16_groups[i][rank].detach()
+        host = buffer if weights.device.type == "cuda" else weights
+        targets.append((host, weights))
+        buffers[i] = host.as_subclass(Written)
+
+    def step(i: int) -> None:
+        host, weights = targets[i]
+        master, groups = zero.single_partition_of_fp32_groups[i], optimizer.param_groups
+
+        def send(start: int, stop: int) -> None:
+            if weights is not host:
+                weights[start:stop].copy_(host[start:stop], non_blocking=True)
+
+        optimizer.param_groups = [groups[i]]
+        optimizer.step(copies={master: host}, on_written=send, check_finite=False)  # ZeRO has looked at the norm
+        optimizer.param_groups = groups
+        zero._lazy_init_hp_params_optimizer_state()
+
+    zero._optimizer_step = step

@@ -1,0 +1,74 @@
+"""accelerate and deepspeed: imported once they know where they run, configured from ds_configs/, kernels compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redheart.config import RunConfig
+from redheart.files import read_json
+from redheart.optim.adam8bit import kernel as adam8bit_kernel
+
+FILES = {"gpu_8bit": "zero2"}  # strategies that share the file of another
+
+
+def import_machinery() -> tuple[Any, Any]:
+    """accelerate and deepspeed, told about the CPU and about a run without a launcher before they look around."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:  # no launcher: a world of one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update(world)
+    # DeepSpeed compiles its kernels with ninja, which lies beside this interpreter
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    import accelerate
+    import deepspeed
+
+    return accelerate, deepspeed
+
+
+def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int, world_size: int) -> dict[str, Any]:
+    """ds_configs/STRATEGY.json with the sizes and precision of this run."""
+    settings: dict[str, Any] = read_json(ds_config_path(config.memory.strategy), "reinstall Red Heart")
+    settings["train_micro_batch_size_per_gpu"] = micro_batch_size
+    settings["gradient_accumulation_steps"] = accumulation
+    settings["train_batch_size"] = micro_batch_size * accumulation * world_size
+    settings["gradient_clipping"] = config.optimizer.max_grad_norm
+    settings["bf16"]["enabled"] = config.training.precision == "bf16"
+    if "offload_optimizer" in settings["zero_optimization"] and not torch.cuda.is_available():
+        settings["zero_optimization"]["offload_optimizer"]["pin_memory"] = False  # pinning serves copies to a GPU
+    return settings
+
+
+def ds_config_path(strategy: str) -> Path:
+    """ds_configs/ of the checkout, or of the installed package."""
+    package = Path(__file__).parents[2]
+    folder = next(p for p in (package.parent / "ds_configs", package / "ds_configs") if p.is_dir())
+    return folder / f"{FILES.get(strategy, strategy)}.json"
+
+
+def compile_kernels() -> None:
+    """Compiles (once, then cached) the kernels that training here needs: DeepSpeed's and our own."""
+    import_machinery()
+    from deepspeed.accelerator import get_accelerator
+
+    names = ["CPUAdamBuilder"] if torch.cuda.is_available() else ["CPUAdamBuilder", "ShareMemCommBuilder"]
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in names:
+            get_accelerator().create_op_builder(name).load(verbose=False)
+        adam8bit_kernel()

@@ -1,0 +1,73 @@
+"""torch alone on one process: the reference that the other engines are tested against."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from redheart.config import RunConfig
+from redheart.ranks import launched_world_size
+from redheart.schema import RedHeartError
+from redheart.train.engine.base import Build, Engine, adamw_arguments, parameter_groups, squared_by_module
+
+PLAIN_STATE = "plain_state.pt"
+
+
+class PlainEngine(Engine):
+    """torch.optim.AdamW on one process, fp32 weights, bf16 through autocast."""
+
+    def __init__(self, build: Build, config: RunConfig, accumulation: int):
+        if launched_world_size() > 1:
+            raise RedHeartError("memory.strategy=plain runs on one process: choose zero2_offload for several")
+        if config.optimizer_name != "adamw":
+            raise RedHeartError(
+                f"memory.strategy=plain has no {config.optimizer_name}: choose zero2_offload_8bit, or gpu_8bit on a GPU"
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.rank, self.world_size = build(lambda module: None), 0, 1
+        nn.Module.to(self.model, self.device)
+        self.dtype = torch.float32
+        self._accumulation, self._max_norm = accumulation, config.optimizer.max_grad_norm
+        self._autocast = config.training.precision == "bf16"
+        groups = parameter_groups(self.model, config.optimizer.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, **adamw_arguments(config.optimizer))
+
+    def __call__(self, **inputs: Any) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.model(**inputs)
+
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        (loss / self._accumulation).backward()
+
+    def non_finite(self) -> bool:
+        return not all(math.isfinite(v) for v in self.squared_norms().values())
+
+    def squared_norms(self) -> dict[str, float]:
+        return squared_by_module(self.model.built, ((n, p.grad) for n, p in self.model.named_parameters()))
+
+    def step(self) -> tuple[bool, float]:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm))
+        if math.isfinite(norm):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return math.isfinite(norm), norm
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def save(self, directory: Path) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, directory / PLAIN_STATE)
+
+    def load(self, directory: Path) -> None:
+        if not (directory / PLAIN_STATE).is_file():
+            raise RedHeartError(
+                f"{directory} was not saved with memory.strategy=plain: resume with the strategy it names"
+            )
+        state = torch.load(directory / PLAIN_STATE, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,82 @@
+"""A ZeRO checkpoint of any world size as DeepSpeed's universal checkpoint, 8-bit states included.
+
+DeepSpeed's converter knows the moments as fp32 `exp_avg` and `exp_avg_sq`. Shards that hold our 8-bit states are rewritten
+with those first, one shard at a time; what is loaded is coded into 8 bits again (CPUAdamW8bit.adopt_moments). Weights, step
+and fp32 moments survive bit for bit; 8-bit moments are coded anew over other blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redheart.console import console
+from redheart.optim.adam8bit import STATES, expand_states
+from redheart.ranks import barrier, is_main
+
+STATE_OF = {False: "base_optimizer_state", True: "optimizer_state_dict"}  # where a shard has them: ZeRO-1/2, ZeRO-3
+
+
+def num_ranks_of(checkpoint: Path) -> int:
+    """The number of processes that saved a ZeRO checkpoint."""
+    return len(list(checkpoint.glob("*_optim_states.pt")))
+
+
+@contextlib.contextmanager
+def universal_checkpoint(checkpoint: Path) -> Iterator[Path]:
+    """A universal checkpoint made of `checkpoint`, there until the context ends. Collective: the main process makes it."""
+    work = checkpoint.parent.with_name(checkpoint.parent.name + ".universal")
+    if is_main():
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "plain").mkdir(parents=True)
+        console.print(f"{checkpoint.parent.name} was saved by {num_ranks_of(checkpoint)} processes: converting it …")
+        for file in sorted(checkpoint.glob("*.pt")):
+            if file.name.endswith("_optim_states.pt"):
+                torch.save(_with_plain_moments(file), work / "plain" / file.name)
+            else:
+                os.link(file, work / "plain" / file.name)
+        _convert(work / "plain", work / "universal")
+        shutil.rmtree(work / "plain")
+    barrier()
+    try:
+        yield work / "universal"
+        barrier()
+    finally:
+        if is_main():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _with_plain_moments(file: Path) -> dict[str, Any]:
+    """A shard's content, 8-bit moments as fp32."""
+    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    optimizer = content["optimizer_state_dict"]
+    for state in optimizer[STATE_OF["optimizer_state_dict" in optimizer]]["state"].values():
+        if STATES[0] in state:
+            state["exp_avg"], state["exp_avg_sq"] = expand_states(state)
+            for name in STATES:
+                del state[name]
+    return content
+
+
+def _convert(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)

@@ -1,0 +1,188 @@
+"""DeepSpeed ZeRO-1, -2 and -3 through Accelerate, on GPUs (nccl) or on the CPU (gloo).
+
+DeepSpeed steps inside Accelerate's `backward`; here backward and step stand apart, so gradients can be looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from redheart.config import RunConfig
+from redheart.optim.adam8bit import CPUAdamW8bit
+from redheart.ranks import launched_world_size
+from redheart.schema import RedHeartError
+from redheart.train.engine.base import Build, Engine, Place, adamw_arguments, parameter_groups, squared_by_module
+from redheart.train.engine.fused_copy import fuse_the_copy
+from redheart.train.engine.machinery import deepspeed_config, import_machinery
+from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
+
+TAG = "pytorch_model"  # Accelerate's name for a DeepSpeed checkpoint
+
+
+class DeepSpeedEngine(Engine):
+    """See the module's docstring. The network is built inside, so that ZeRO-3 can take its part of each module at once."""
+
+    def __init__(self, build: Build, config: RunConfig, accumulation: int, micro_batch_size: int):
+        accelerate, self._deepspeed = import_machinery()
+        world_size = launched_world_size()
+        settings = deepspeed_config(config, accumulation, micro_batch_size, world_size)
+        self.settings = settings
+        self._stage = settings["zero_optimization"]["stage"]
+        timeout = timedelta(seconds=config.training.collective_timeout_s)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        bf16 = config.training.precision == "bf16"
+        self._accelerator = accelerate.Accelerator(
+            deepspeed_plugin=accelerate.utils.DeepSpeedPlugin(
+                hf_ds_config=settings, gradient_accumulation_steps=accumulation, zero3_init_flag=False
+            ),
+            gradient_accumulation_steps=accumulation,
+            mixed_precision="bf16" if bf16 else "no",
+            kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+        )
+        self.device = self._accelerator.device
+        self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
+        if self.world_size != world_size:
+            raise RedHeartError(f"the launcher started {world_size} processes but {self.world_size} found each other")
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        model = build(self._place())
+        if self._stage == 3:
+            self._gather_together(model)
+        self._names = {id(p): n for n, p in model.named_parameters()}
+        optimizer = self._optimizer(model, config)
+        self._engine, _ = self._accelerator.prepare(model, optimizer)
+        self._zero = self._engine.optimizer
+        inner = self._zero.optimizer
+        if type(inner) is not type(optimizer):
+            raise RedHeartError(
+                f"the optimizer became {type(inner).__name__} instead of {type(optimizer).__name__}: check ds_configs/"
+            )
+        if isinstance(inner, CPUAdamW8bit) and self._stage < 3 and bf16:
+            fuse_the_copy(self._zero, inner)
+        self.model = self._engine.module
+
+    def _place(self) -> Place:
+        """What happens to a module once it is built: cast to what the engine computes in, under ZeRO-3 partitioned too.
+
+        So the network never exists as a whole in fp32, under ZeRO-3 not even in bf16.
+        """
+        if self._stage < 3:
+            return lambda module: None if self.dtype == torch.float32 else _cast(module, self.dtype)
+
+        def partition(module: nn.Module) -> None:
+            _cast(module, self.dtype)
+            self._deepspeed.zero.Init(module=module, config_dict_or_path=self.settings, mem_efficient_linear=False)
+
+        return partition
+
+    def _gather_together(self, model: nn.Module) -> None:
+        """Modules that read their children's weights without calling the children: ZeRO-3 gathers each as a whole."""
+        from redheart.model.fusion import Utility
+        from redheart.model.layers import FoldedAttention
+
+        classes = [c for c in (FoldedAttention, Utility) if any(isinstance(m, c) for m in model.modules())]
+        self._deepspeed.utils.set_z3_leaf_modules(model, classes)
+
+    def _optimizer(self, model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+        """The optimizer that `optimizer.name` and `memory.strategy` mean; asserted again after `prepare`."""
+        groups, arguments = parameter_groups(model, config.optimizer.weight_decay), adamw_arguments(config.optimizer)
+        on_host = "offload_optimizer" in self.settings["zero_optimization"]
+        if config.optimizer_name == "adamw_8bit" and on_host:
+            return CPUAdamW8bit(groups, seed=config.training.seed, **arguments)
+        if config.optimizer_name == "adamw_8bit":
+            if not torch.cuda.is_available():
+                raise RedHeartError(
+                    f"memory.strategy={config.memory.strategy} keeps 8-bit states on a GPU and none is visible: choose zero2_offload_8bit"
+                )
+            import bitsandbytes
+
+            return bitsandbytes.optim.AdamW8bit(groups, **arguments)
+        if on_host:
+            return self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+        return torch.optim.AdamW(groups, **arguments)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
+        self._engine.backward(loss)
+
+    def non_finite(self) -> bool:
+        return bool(self._zero.has_overflow())
+
+    def squared_norms(self) -> dict[str, float]:
+        return squared_by_module(self.model.built, self._gradient_fragments())
+
+    def _gradient_fragments(self) -> Iterable[tuple[str, torch.Tensor | None]]:
+        """(parameter name, this rank's part of its averaged gradient); ZeRO keeps each element on one rank."""
+        if self._stage == 3:
+            partitions = self._zero.get_fp32_grad_partitions()
+            for i, group in enumerate(self._zero.fp16_groups):
+                yield from ((self._names[id(p)], partitions[i][j]) for j, p in enumerate(group))
+            return
+        for parameter in self.model.parameters():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined] # DeepSpeed's link from a parameter to its partition; None on other ranks
+            if mapping is not None:
+                yield self._names[id(parameter)], mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
+
+    def step(self) -> tuple[bool, float]:
+        if self._stage == 3 and self.device.type == "cpu":
+            for (
+                parameter
+            ) in self.model.parameters():  # partitioned already; DeepSpeed 0.19.8 would wait for a stream on them
+                parameter.grad = None
+        self._engine.step()
+        return self._engine.was_step_applied(), float(self._engine.get_global_grad_norm())
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        return self._zero.param_groups
+
+    def save(self, directory: Path) -> None:
+        self._accelerator.save_state(str(directory), safe_serialization=True)
+
+    def load(self, directory: Path) -> None:
+        if not (directory / TAG).is_dir():
+            raise RedHeartError(f"{directory} was not saved by DeepSpeed: resume with the memory.strategy it names")
+        saved_ranks = num_ranks_of(directory / TAG)
+        if saved_ranks == self.world_size:
+            self._accelerator.load_state(str(directory))
+        else:
+            with universal_checkpoint(directory / TAG) as converted:
+                self._load_universal(converted)
+        if isinstance(self._zero.optimizer, self._deepspeed.ops.adam.DeepSpeedCPUAdam):
+            self._replay_bias_correction()
+
+    def _load_universal(self, converted: Path) -> None:
+        settings = self._engine._config
+        settings.load_universal_checkpoint = True
+        path, _ = self._engine.load_checkpoint(str(converted.parent), tag=converted.name)
+        settings.load_universal_checkpoint = False
+        if path is None:
+            raise RedHeartError(f"DeepSpeed could not read the universal checkpoint {converted}")
+        if isinstance(self._zero.optimizer, CPUAdamW8bit):
+            self._zero.optimizer.adopt_moments()
+
+    def _replay_bias_correction(self) -> None:
+        """Brings DeepSpeedCPUAdam's hidden β^t to where an uninterrupted run has it, to the last bit.
+
+        Its C++ object multiplies β into a running product at every step but, after a resume, starts from pow(β, t), which
+        rounds differently. One element stepped from 1 to t with the same object repeats the product.
+        """
+        adam = self._zero.optimizer
+        group = adam.param_groups[0]
+        last = max((int(state["step"]) for state in adam.state.values()), default=0)
+        p, g, m, v = torch.zeros(4, 1)
+        for step in range(1, last + 1):
+            adam.ds_opt_adam.adam_update(
+                adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], p, g, m, v
+            )
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    nn.Module.to(module, dtype=dtype)

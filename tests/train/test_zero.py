@@ -1,0 +1,47 @@
+"""ZeRO-2 and ZeRO-3 with 8-bit states: resumed bit by bit, on another number of ranks too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import BIN, redheart
+
+
+def run(ranks: int, **wanted: Any) -> dict[str, Any]:
+    launcher = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"]
+    launcher += ["--num_processes", str(ranks), "--main_process_port", "0", "-m", "tests.train.tiny_run"]
+    done = redheart(json.dumps({"precision": "bf16", **wanted}), launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("strategy", ["zero2_offload_8bit", "zero3_offload_8bit"])
+def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
+    whole = run(2, strategy=strategy, steps=14, save_at=2, save=str(tmp_path / "a"), twice=True)
+    assert whole["optimizer"] == "CPUAdamW8bit"
+    assert whole["bitwise"]  # as many ranks: native states
+    assert whole["losses"][-1] < whole["losses"][0]
+    one = run(1, strategy=strategy, steps=6, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    two = run(2, strategy=strategy, steps=6, load=str(tmp_path / "b"), save=str(tmp_path / "c"))
+    assert one["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-4)  # bf16 rows in another micro-batch
+    assert one["losses"] + two["losses"] == pytest.approx(whole["losses"][2:], rel=1e-3)
+    assert not list(tmp_path.glob("*.universal"))
+
+
+def test_one_rank_resumes_bitwise_under_zero_3_and_its_losses_are_zero_2s(tmp_path: Path):
+    three = run(1, strategy="zero3_offload_8bit", steps=6, save_at=3, save=str(tmp_path / "a"), twice=True)
+    two = run(1, strategy="zero2_offload_8bit", steps=6, save=str(tmp_path / "b"))
+    assert three["bitwise"]
+    assert three["losses"] == pytest.approx(two["losses"], rel=2e-3)
+
+
+def test_fp32_states_change_their_world_size_too(tmp_path: Path):
+    whole = run(1, strategy="zero2_offload", precision="fp32", steps=6, save_at=2, save=str(tmp_path / "a"), twice=True)
+    assert whole["optimizer"] == "DeepSpeedCPUAdam"
+    assert whole["bitwise"]
+    two = run(
+        2, strategy="zero2_offload", precision="fp32", steps=4, load=str(tmp_path / "a"), save=str(tmp_path / "b")
+    )
+    assert two["losses"] == pytest.approx(whole["losses"][2:], rel=1e-4)

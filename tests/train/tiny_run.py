@@ -1,0 +1,98 @@
+"""Run by test_zero.py under a launcher: steps of the tiny network, saved, loaded, and compared bit by bit.
+
+    accelerate launch … -m tests.train.tiny_run '{"strategy": …, "steps": 6, "save_at": 3, "save": DIR, "load": DIR or null, "twice": true}'
+
+Prints JSON on rank 0: the loss of every step, and with `twice` whether a second engine that loaded the checkpoint of
+`save_at` ended with the same bits (master weights, optimizer states and model) on every rank.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from redheart.config import load_config
+from redheart.model.build import build_model
+from redheart.ranks import barrier, is_main
+from redheart.tasks import task_weights
+from redheart.train.engine import Engine, make_engine
+from redheart.train.stages import compute, forward, open_window, update
+from tests.train.tiny import SETTINGS, make_batch
+
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+ROWS = 4 // WORLD  # of a micro-batch; two of them on every rank
+
+
+def start(wanted: dict[str, Any]) -> tuple[Engine, Any]:
+    settings = [*SETTINGS, f"memory.strategy={wanted['strategy']}", f"training.precision={wanted['precision']}"]
+    config = load_config("local", [*settings, "training.micro_batch_size=4", *wanted.get("set", [])])
+    torch.manual_seed(0)
+    return make_engine(partial(build_model, config, None), config, 2, ROWS), config
+
+
+def step(engine: Engine, config: Any, number: int) -> float:
+    factors = task_weights(config.loss)
+    starts = [k * 4 + engine.rank * ROWS for k in range(2)]
+    batches = [make_batch(range(s, s + ROWS)).to("cpu", engine.dtype) for s in starts]
+    window, total = open_window(batches, False), 0.0
+    for i, batch in enumerate(window.batches):
+        loss, _ = compute(forward(engine, batch), batch, window.counts, factors, 2 * WORLD, config.loss)
+        engine.backward(loss, i == 1)
+        total += float(loss) / 2 / WORLD
+    done = update(engine, 1e-3, number % 2 == 0)
+    assert done.applied
+    assert (
+        done.module_norms is None
+        or abs(sum(v * v for v in done.module_norms.values()) ** 0.5 / done.grad_norm - 1) < 2e-2
+    )
+    mean = torch.tensor(total, dtype=torch.float64)
+    dist.all_reduce(mean)
+    return mean.item()
+
+
+def digest(engine: Engine) -> str:
+    """Of all bits that this rank holds."""
+    zero = engine._zero
+    masters = zero.fp32_partitioned_groups_flat if engine._stage == 3 else zero.single_partition_of_fp32_groups
+    models = zero.fp16_partitioned_groups_flat if engine._stage == 3 else zero.bit16_groups_flat
+    states = [v for s in zero.optimizer.state.values() for _, v in sorted(s.items()) if isinstance(v, torch.Tensor)]
+    found = hashlib.sha256()
+    for tensor in [*masters, *models, *states]:
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    engine, config = start(wanted)
+    if wanted.get("load"):
+        engine.load(Path(wanted["load"]))
+    losses, bitwise = [], None
+    for number in range(wanted["steps"]):
+        losses.append(step(engine, config, number))
+        if number + 1 == wanted.get("save_at", wanted["steps"]):
+            Path(wanted["save"]).mkdir(parents=True, exist_ok=True)
+            engine.save(Path(wanted["save"]))
+            barrier()
+    if wanted.get("twice"):
+        expected = digest(engine)
+        again, config = start(wanted)
+        assert digest(again) != expected
+        again.load(Path(wanted["save"]))
+        replayed = [step(again, config, n) for n in range(wanted["save_at"], wanted["steps"])]
+        same = digest(again) == expected and replayed == losses[wanted["save_at"] :]
+        everyone: list[Any] = [None] * WORLD
+        dist.all_gather_object(everyone, same)
+        bitwise = all(everyone)
+    if is_main():
+        print(json.dumps({"losses": losses, "bitwise": bitwise, "optimizer": type(engine._zero.optimizer).__name__}))
+
+
+if __name__ == "__main__":
+    main()
