@@ -166,7 +166,8 @@ def parameters_of(config: RunConfig) -> Parameters:
     """Every parameter of the real network, grouped as the optimizer does: matrices with weight decay, the rest without."""
     with torch.device("meta"):
         model = build_model(config, None)
-    decayed, free = [], []
+    decayed: list[int] = []
+    free: list[int] = []
     for name, p in model.named_parameters():
         (free if p.dim() < 2 or name.endswith("bias") or ".scale." in name else decayed).append(p.numel())
     return Parameters((tuple(decayed), tuple(free)))

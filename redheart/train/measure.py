@@ -7,6 +7,7 @@ resident memory (VmHWM), which starts at what the interpreter and the libraries 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(config.training.seed)
-    engine = make_engine(build_model(config, None), config, accumulation, micro)
+    engine = make_engine(partial(build_model, config, None), config, accumulation, micro)
     marks = {"engine": resident()}
     scale = factors(task_weights(config.loss), dict.fromkeys((*TASKS, *GATES), 1.0), config.loss.constant_floor)
     batches = [synthetic_batch(micro, tokens, config.model.encoder_width, i) for i in range(accumulation)]
