@@ -18,6 +18,7 @@ from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
 from redheart.files import write_json, write_text
+from redheart.memory.refuse import check_memory
 from redheart.model.build import build_model
 from redheart.ranks import barrier, is_main, launched_rank, launched_world_size
 from redheart.schema import RedHeartError
@@ -74,6 +75,8 @@ def train(
     _claim(run, config, bool(source), overwrite)
 
     torch.manual_seed(config.training.seed)
+    if is_main():
+        check_memory(config, micro, accumulation, config.data.encoder.max_tokens)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
     engine = make_engine(partial(build_model, config, streams[0].encoder), config, accumulation, micro)

@@ -45,8 +45,8 @@ def test_zero3_agrees_with_deepspeeds_estimator(world_size):
     _, gpu, layer = estimate_zero3_model_states_mem_needs(n, largest, world_size, 1, cpu_offload=False)
     ours = states("zero3", EVEN, world_size)
     mine = sum(ours.gpu[k] for k in ("weights", "master", "gradients", "states"))
-    assert mine + 2 * n // world_size == gpu - layer - 4 * n // world_size + 2 * n // world_size
-    # theirs: 18 = 2 weights + 4 master + 8 moments + 4 fp32 gradients; ours has bf16 ones (2), the fp32 of a sub-group in `step`
+    # theirs, 18: 2 weights, 4 master, 8 moments and 4 fp32 gradients, where ours has 2: those in fp32 are a sub-group's, in `step`
+    assert mine == gpu - layer - 2 * n // world_size
 
 
 def test_eight_bit_states_take_two_bytes_and_scales():
