@@ -72,11 +72,11 @@ def train(
     state.encoder, state.sources = streams[0].encoder, streams[0].index["sources"]
     state.data = str(data) if "://" in str(data) else str(Path(data).resolve())
     total_steps = steps_of(config, streams[0].rows_per_epoch)
+    if launched_rank() == 0:
+        check_memory(config, micro, accumulation, config.data.encoder.max_tokens)
     _claim(run, config, bool(source), overwrite)
 
     torch.manual_seed(config.training.seed)
-    if is_main():
-        check_memory(config, micro, accumulation, config.data.encoder.max_tokens)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
     engine = make_engine(partial(build_model, config, streams[0].encoder), config, accumulation, micro)
