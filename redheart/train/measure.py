@@ -6,6 +6,8 @@ resident memory (VmHWM), which starts at what the interpreter and the libraries 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -46,7 +48,8 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
     step = measured(config, micro, tokens, config.model.activation_checkpointing, config.memory.strategy == "plain")
     parameters = parameters_of(config)
     if config.memory.strategy != "plain":
-        compile_kernels()  # imports the libraries, too: they belong to the base
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log keeps the stdout it is imported with
+            compile_kernels()  # imports the libraries, too: they belong to the base
     base = resident()
     predicted = predict(
         config, config.memory.strategy, micro, accumulation, config.model.activation_checkpointing, step, parameters,
