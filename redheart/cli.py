@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -144,6 +144,51 @@ def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> No
 
 
 @app.command()
+def plan(
+    preset: Preset = "330m",
+    set_: Set = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="For instance 8GiB. [default: what is free, or the preset's]")
+    ] = None,
+    host_memory: Annotated[str | None, typer.Option("--host-memory", help="For instance 16GiB, of a node.")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 1,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=512, help="Tokens of a sample.")] = 64,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Plan a run on this machine's CPU instead of a GPU.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run one real step as configured: predicted beside observed.")
+    ] = False,
+    write_ds_configs: Annotated[
+        Path | None, typer.Option("--write-ds-configs", hidden=True, help="Write ds_configs/ and launch/accelerate/.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Predict the memory and time of every strategy without running it, and choose the fastest that fits."""
+    from redheart.config import load_config
+    from redheart.memory.budget import budgets
+    from redheart.memory.ds_files import write_ds_configs as write
+    from redheart.memory.plan import plan as run
+    from redheart.memory.show import show_plan
+    from redheart.train.measure import measure_step, show_measured
+
+    if write_ds_configs is not None:
+        emit([str(path) for path in write(write_ds_configs)], json_)
+        return
+    config = load_config(preset, set_ or ())
+    if measure:
+        measured = measure_step(config, tokens)
+        show_measured(measured)
+        emit(measured, json_)
+        return
+    gpu, host = budgets(config, gpu_memory, host_memory, cpu)
+    found = run(config, gpu, host, nodes, gpus_per_node, tokens)
+    result = found.to_json()
+    if not json_:
+        show_plan(found)
+    emit(result, json_)
+
+
+@app.command()
 def train(
     data: Data,
     preset: Preset = "local",
@@ -219,7 +264,7 @@ def predict(
     json_: Json = False,
 ) -> None:
     """Read texts and answer for each of them."""
-    from redheart.console import console
+    from redheart.console import console, show_answers
     from redheart.infer import RedHeartPipeline
 
     pipeline = RedHeartPipeline.from_pretrained(checkpoint, device=device, swap=swap or ())
@@ -228,7 +273,7 @@ def predict(
         console.print(str(pipeline.swap.report()))
     if not json_:
         for one, answer in zip(text, answers, strict=True):
-            _show(one, answer)
+            show_answers(one, answer)
     emit([{"text": t, **a} for t, a in zip(text, answers, strict=True)], json_)
 
 
@@ -320,18 +365,6 @@ def doctor(
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _show(text: str, answer: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from redheart.console import table
-
-    rows: list[tuple[str, str, str]] = []
-    for name, value in answer.items():
-        entries = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [(name, entry, f"{v:.3f}") for entry, v in entries]
-    Console().print(table(text, ("answer", "entry", "value"), rows))
 
 
 def _with_optional_path(arguments: list[str], option: str, alone: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -55,3 +56,12 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def show_answers(text: str, answers: dict[str, Any]) -> None:
+    """What the network says of a text, as a table on stdout."""
+    rows: list[tuple[str, str, str]] = []
+    for name, value in answers.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(name, entry, f"{v:.3f}") for entry, v in entries]
+    Console().print(table(text, ("answer", "entry", "value"), rows))

@@ -15,6 +15,7 @@ from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
 from redheart.files import write_text
+from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
 from redheart.ranks import barrier, launched_rank, launched_world_size
 from redheart.schema import RedHeartError
@@ -78,6 +79,8 @@ def train(
     total_steps = steps_of(config, streams[0].rows_per_epoch)
     if init and source:
         raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
+    if launched_rank() == 0:
+        check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
 
     if init:
         fitting(model_config(config, state.encoder), init)

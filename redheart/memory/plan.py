@@ -1,0 +1,334 @@
+"""Which strategy, micro-batch and accumulation fit a budget, and which of them is the fastest: without running anything.
+
+    plan(config, gpu_memory_gib, host_memory_gib, nodes, gpus_per_node, tokens) -> Plan
+    plan(config, None, host_memory_gib)    a run on the CPU, where the device's memory is the host's
+
+Bytes come from states.py (arithmetic) and activations.py (measured on fake tensors), times from the constants below: they rank
+candidates, and are stated with every plan. Host figures of several ranks are those of a whole node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from redheart.config import RunConfig, Strategy
+from redheart.memory.activations import MicroStep, activations
+from redheart.memory.states import STRATEGIES, TRAITS, Parameters, States, partition_sizes, states
+from redheart.model.build import build_model
+from redheart.schema import RedHeartError
+
+GIB = 2**30
+MIB = 2**20
+CONTEXT = 450 * MIB  # CUDA context and loaded kernels, outside torch's allocator; 300 to 550 MiB by card and driver
+WORKSPACE = 40 * MIB  # cuBLAS: 8 MiB a handle and stream (32 MiB on Hopper)
+FRAGMENTATION = 0.05  # of activations and buckets: blocks the allocator cannot reuse
+RESERVE = 64 * MIB  # half-used segments of the allocator
+HOST_BASE_GPU = 2200 * MIB  # resident libraries of a CUDA build, and what the driver keeps on the host
+HOST_BASE_CPU = 700 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
+HOST_SLACK = 0.10  # of activations: freed pieces below 32 MiB that glibc keeps
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a step's time is estimated with: sustained, not advertised, figures of an ordinary 8 GB card and its host."""
+
+    flops: float = 20e12  # FLOP/s in bf16 matrix products of this size; fp32 (TF32): half
+    kernel_s: float = 6e-6  # s to launch one kernel from Python: what bounds small micro-batches
+    gpu_bytes: float = 250e9  # B/s of the card's memory
+    pcie_bytes: float = 12e9  # B/s, pinned, one direction
+    host_bytes: float = 20e9  # B/s that all cores of the host reach in the optimizer
+    node_bytes: float = 10e9  # B/s between cards of a node (PCIe)
+    network_bytes: float = 3e9  # B/s between nodes (25 Gbit/s)
+    cpu_flops: float = 60e9  # FLOP/s of a run on the CPU in fp32; bf16 without hardware for it: a third
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train. Bytes by term; peaks are the worst moment's, not the terms' sum: start, micro-step or update."""
+
+    strategy: Strategy
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    activation_checkpointing: bool
+    gpu: dict[str, int]
+    host: dict[str, int]
+    gpu_peak: int
+    host_peak: int
+    times_s: dict[str, float]
+    samples_per_s: float
+    fits: bool = False
+
+    @property
+    def step_s(self) -> float:
+        t = self.times_s
+        return max(t["compute"], t["launches"]) + sum(v for k, v in t.items() if k not in ("compute", "launches"))
+
+    @property
+    def bound(self) -> str:
+        return max(self.times_s, key=lambda name: self.times_s[name])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "strategy": self.strategy,
+            "micro_batch_size": self.micro_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "activation_checkpointing": self.activation_checkpointing,
+            "gpu_peak_gib": round(self.gpu_peak / GIB, 3),
+            "host_peak_gib": round(self.host_peak / GIB, 3),
+            "samples_per_s": round(self.samples_per_s, 2),
+        }
+
+    def details(self) -> dict[str, Any]:
+        breakdown = {
+            where: {k: round(v / GIB, 4) for k, v in terms.items()}
+            for where, terms in (("gpu", self.gpu), ("host", self.host))
+        }
+        times = {name: round(value, 5) for name, value in self.times_s.items()}
+        return {
+            **self.to_json(),
+            "fits": self.fits,
+            "step_s": round(self.step_s, 4),
+            "bound": self.bound,
+            "times_s": times,
+            "breakdown_gib": breakdown,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All candidates, the fastest that fits first in `chosen`, and what was assumed."""
+
+    preset: str
+    tokens: int
+    gpu_memory: int | None  # bytes; None: a run on the CPU
+    host_memory: int
+    nodes: int
+    gpus_per_node: int
+    flops_per_sample: int
+    card: Card
+    candidates: list[Candidate]
+
+    @property
+    def chosen(self) -> Candidate:
+        fitting = [c for c in self.candidates if c.fits]
+        if not fitting:
+            raise RedHeartError(self.no_fit())
+        return min(fitting, key=lambda c: (c.step_s, c.gpu_peak))
+
+    def no_fit(self) -> str:
+        """What is too small, and the smallest budget that works."""
+        if self.gpu_memory is None:
+            least = min(self.candidates, key=lambda c: c.host_peak)
+            return (
+                f"{self.preset} does not fit into {self.host_memory / GIB:.2f} GiB of host memory: the smallest budget that works is "
+                f"--host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}"
+            )
+        by_gpu = [c for c in self.candidates if c.host_peak <= self.host_memory]
+        by_host = [c for c in self.candidates if c.gpu_peak <= self.gpu_memory]
+        ways = []
+        if by_gpu:
+            least = min(by_gpu, key=lambda c: c.gpu_peak)
+            ways.append(f"--gpu-memory {least.gpu_peak / GIB:.2f}GiB, {_named(least)}")
+        if by_host:
+            least = min(by_host, key=lambda c: c.host_peak)
+            ways.append(f"--host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}")
+        if not ways:
+            least = min(self.candidates, key=lambda c: (c.gpu_peak, c.host_peak))
+            ways.append(
+                f"--gpu-memory {least.gpu_peak / GIB:.2f}GiB --host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}"
+            )
+        return (
+            f"{self.preset} does not fit into {self.gpu_memory / GIB:.2f} GiB of GPU and {self.host_memory / GIB:.2f} GiB of host memory: "
+            f"the smallest budget that works is {'; or '.join(ways)}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "chosen": self.chosen.to_json(),
+            "candidates": [c.details() for c in self.candidates],
+            "preset": self.preset,
+            "tokens": self.tokens,
+            "flops_per_sample": self.flops_per_sample,
+            "assumed": asdict(self.card),
+        }
+
+
+def _named(c: Candidate) -> str:
+    return f"with {c.strategy}, micro-batch {c.micro_batch_size}" + (
+        ", recomputing" if c.activation_checkpointing else ""
+    )
+
+
+def parameters_of(config: RunConfig) -> Parameters:
+    """Every parameter of the real network, grouped as the optimizer does: matrices with weight decay, the rest without."""
+    with torch.device("meta"):
+        model = build_model(config, None)
+    decayed: list[int] = []
+    free: list[int] = []
+    for name, p in model.named_parameters():
+        (free if p.dim() < 2 or name.endswith("bias") or ".scale." in name else decayed).append(p.numel())
+    return Parameters((tuple(decayed), tuple(free)))
+
+
+def plan(
+    config: RunConfig,
+    gpu_memory_gib: float | None,
+    host_memory_gib: float,
+    nodes: int = 1,
+    gpus_per_node: int = 1,
+    tokens: int = 64,
+    strategies: tuple[Strategy, ...] = STRATEGIES,
+    base: int | None = None,
+) -> Plan:
+    """Every strategy × micro-batch × checkpointing. Nothing raises here: ask `chosen`. `base`: bytes of the process before a network."""
+    on_cpu, ranks = gpu_memory_gib is None, nodes * gpus_per_node
+    share = config.training.global_batch_size // ranks
+    if share * ranks != config.training.global_batch_size:
+        raise RedHeartError(
+            f"training.global_batch_size = {config.training.global_batch_size} cannot be shared by {ranks} ranks: "
+            f"choose a multiple of {ranks}"
+        )
+    parameters, card = parameters_of(config), Card()
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    found: list[Candidate] = []
+    flops = 0
+    for checkpointing in (False, True):
+        usual = activations(config, tokens, checkpointing, dtype)
+        flops = flops or usual.at(1).flops
+        for strategy in strategies:
+            if not _offered(strategy, on_cpu, ranks, checkpointing):
+                continue
+            autocast = strategy == "plain" and dtype == torch.bfloat16
+            measured = activations(config, tokens, checkpointing, torch.float32, True) if autocast else usual
+            for micro in (m for m in range(1, share + 1) if share % m == 0):
+                candidate = predict(
+                    config,
+                    strategy,
+                    micro,
+                    share // micro,
+                    checkpointing,
+                    measured.at(micro),
+                    parameters,
+                    card,
+                    on_cpu,
+                    nodes,
+                    gpus_per_node,
+                    base,
+                )
+                fits = candidate.host_peak <= host_memory_gib * GIB and (
+                    on_cpu or candidate.gpu_peak <= float(gpu_memory_gib or 0) * GIB
+                )
+                found.append(Candidate(**{**candidate.__dict__, "fits": fits}))
+    memory = None if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
+    return Plan(config.preset, tokens, memory, int(host_memory_gib * GIB), nodes, gpus_per_node, flops, card, found)
+
+
+def predict(
+    config: RunConfig,
+    strategy: Strategy,
+    micro: int,
+    accumulation: int,
+    checkpointing: bool,
+    step: MicroStep,
+    parameters: Parameters,
+    card: Card | None = None,
+    on_cpu: bool = False,
+    nodes: int = 1,
+    gpus_per_node: int = 1,
+    base: int | None = None,
+) -> Candidate:
+    """One candidate: bytes by term, peaks, times."""
+    card = card or Card()
+    ranks = nodes * gpus_per_node
+    s = states(strategy, parameters, ranks, config.training.precision, accumulation, on_cpu)
+    gpu, host = dict(s.gpu), dict(s.host)
+    kept = 0
+    if strategy == "plain" and accumulation == 1:  # gradients grow while activations shrink
+        kept = gpu["gradients"] - min(gpu["gradients"], max(0, step.peak_with_gradients - step.peak))
+        gpu["gradients"] -= kept
+    gpu["activations"], gpu["inputs"] = step.peak, step.inputs
+    if on_cpu:
+        gpu["allocator"] = int(HOST_SLACK * step.peak)
+    else:
+        gpu["workspace"] = WORKSPACE
+        gpu["allocator"] = (step.peak_rounded - step.peak if step.peak_rounded > step.peak else 0) + RESERVE
+        gpu["allocator"] += int(FRAGMENTATION * (step.peak + gpu.get("buckets", 0)))
+        gpu["context"] = CONTEXT
+    passing = sum(gpu[k] for k in ("activations", "inputs"))
+    fixed = sum(gpu.get(k, 0) for k in ("workspace", "allocator", "context"))
+    during = sum(gpu.values())
+    gpu_peak = max(during, during - passing + s.step + kept, s.gpu_start + fixed)
+    if on_cpu:
+        host = {**host, **{k: host.get(k, 0) + v for k, v in gpu.items()}}
+        host["base"] = HOST_BASE_CPU if base is None else base
+        both = sum(host.values())
+        host_peak = max(both, both - passing + s.step + kept, s.gpu_start + s.host_start + host["base"])
+        gpu, gpu_peak = {}, 0
+    else:
+        host["base"] = HOST_BASE_GPU if base is None else base
+        host_peak = gpus_per_node * max(sum(host.values()), s.host_start + host["base"])
+    times = _times(
+        config, strategy, parameters, step.flops, step.kernels, accumulation, s, card, on_cpu, nodes, gpus_per_node
+    )
+    made = Candidate(strategy, micro, accumulation, checkpointing, gpu, host, gpu_peak, host_peak, times, 0.0)
+    return Candidate(**{**made.__dict__, "samples_per_s": config.training.global_batch_size / made.step_s})
+
+
+def _offered(strategy: Strategy, on_cpu: bool, ranks: int, checkpointing: bool) -> bool:
+    """Strategies that can run at all; the reference `plain` is not looked at with recomputation."""
+    if strategy == "plain":
+        return ranks == 1 and not checkpointing
+    return not (strategy == "gpu_8bit" and on_cpu)
+
+
+def _times(
+    config: RunConfig,
+    strategy: Strategy,
+    parameters: Parameters,
+    flops: int,
+    kernels: int,
+    accumulation: int,
+    s: States,
+    card: Card,
+    on_cpu: bool,
+    nodes: int,
+    gpus_per_node: int,
+) -> dict[str, float]:
+    """Seconds of one optimizer step by what takes them."""
+    t, n, part = TRAITS[strategy], parameters.total, s.partition
+    bf16 = config.training.precision == "bf16"
+    b = 2 if bf16 and t.stage else 4
+    rate = (card.cpu_flops / (3 if bf16 else 1)) if on_cpu else card.flops / (1 if bf16 else 2)
+    optimizer = (
+        18 if t.eight_bit else 34 if t.offload else 32
+    ) * part  # bytes read and written, the 16-bit copy included
+    times = {
+        "compute": accumulation * flops / rate,
+        "launches": 0.0 if on_cpu else accumulation * kernels * card.kernel_s,
+    }
+    times["optimizer"] = optimizer / (card.host_bytes if t.offload or on_cpu else card.gpu_bytes)
+    if t.offload and not on_cpu:
+        sums_there = t.fp32_accumulation and bf16 and t.stage == 2
+        traffic = 4 * part + b * part  # the fp32 gradient down, weights up
+        if accumulation > 1 and not sums_there:
+            traffic += (2 * accumulation - 1) * b * part  # partial sums down, and up again
+        times["pcie"] = traffic / (card.pcie_bytes if t.pinned else card.pcie_bytes / 3)
+    ranks = nodes * gpus_per_node
+    if ranks > 1:
+        sent = b * n * (ranks - 1) // ranks
+        times_sent = 2 + (accumulation - 1) * (
+            t.stage >= 2
+        )  # gradients (every micro-step where they are partitioned), weights
+        if t.stage == 3:
+            times_sent = 3 * accumulation  # weights forward and backward, gradients
+        times["network"] = times_sent * sent / (card.network_bytes * gpus_per_node if nodes > 1 else card.node_bytes)
+    return times
+
+
+def ranks_hold(config: RunConfig, ranks: int) -> dict[str, int]:
+    """Elements of the fp32 partition of one rank under ZeRO-2 and ZeRO-3."""
+    parameters = parameters_of(config)
+    return {f"zero{stage}": sum(partition_sizes(parameters, ranks, stage)) for stage in (2, 3)}

@@ -1,0 +1,62 @@
+"""Before a run: what it will take, and a refusal where that is more than there is."""
+
+from __future__ import annotations
+
+import torch
+
+from redheart.config import RunConfig
+from redheart.console import console
+from redheart.memory.activations import MicroStep, measured
+from redheart.memory.budget import free_host_gib, resident
+from redheart.memory.plan import GIB, Candidate, parameters_of, plan, predict
+from redheart.memory.show import plan_table, show_memory
+from redheart.memory.states import states
+from redheart.ranks import launched_world_size
+from redheart.schema import RedHeartError
+
+SMALL = 0.1  # of the memory that is free: a network whose states take less is not worth measuring
+
+
+def check_memory(
+    config: RunConfig, micro_batch_size: int, accumulation: int, tokens: int, ranks_per_node: int | None = None
+) -> Candidate:
+    """Prints the memory the run as configured will take; raises RedHeartError, naming what would fit, where it cannot."""
+    world_size = launched_world_size()
+    here = min(world_size, ranks_per_node or world_size)
+    nodes = max(1, world_size // here)
+    on_cpu = not torch.cuda.is_available()
+    gpu = None if on_cpu else torch.cuda.mem_get_info()[0] / GIB
+    host = free_host_gib()
+    strategy, parameters = config.memory.strategy, parameters_of(config)
+    base = resident() if on_cpu else None
+    step = MicroStep(0, 0, 0, 0, 0, 0)
+    s = states(strategy, parameters, world_size, config.training.precision, accumulation, on_cpu)
+    small = here * (sum(s.gpu.values()) + sum(s.host.values())) < SMALL * min(host, host if gpu is None else gpu) * GIB
+    if not small:
+        step = measured(config, micro_batch_size, tokens, config.model.activation_checkpointing, strategy == "plain")
+    found = predict(
+        config, strategy, micro_batch_size, accumulation, config.model.activation_checkpointing, step, parameters,
+        on_cpu=on_cpu, nodes=nodes, gpus_per_node=here, base=base,
+    )  # fmt: skip
+    gpu_bytes = None if gpu is None else int(gpu * GIB)
+    if found.host_peak <= host * GIB and (gpu_bytes is None or found.gpu_peak <= gpu_bytes):
+        show_memory(found, gpu_bytes, int(host * GIB))
+        if small:
+            console.print("(activations not measured: the network is small beside this machine's memory)")
+        return found
+    others = plan(config, gpu, host, nodes, here, tokens, base=base)
+    console.print(plan_table(others))
+    show_memory(found, gpu_bytes, int(host * GIB))
+    need = (
+        f"{found.gpu_peak / GIB:.2f} GiB on the GPU and " * (not on_cpu)
+        + f"{found.host_peak / GIB:.2f} GiB on the host"
+    )
+    fitting = [c for c in others.candidates if c.fits]
+    if not fitting:
+        raise RedHeartError(f"{strategy} with micro-batch {micro_batch_size} needs {need}; {others.no_fit()}")
+    best = others.chosen
+    raise RedHeartError(
+        f"{strategy} with micro-batch {micro_batch_size} needs {need}, more than is free: choose "
+        f"--set memory.strategy={best.strategy} --set training.micro_batch_size={best.micro_batch_size} "
+        f"--set model.activation_checkpointing={str(best.activation_checkpointing).lower()}"
+    )

@@ -1,0 +1,224 @@
+"""Bytes of weights, gradients, buckets and optimizer states of every strategy, on the GPU and on the host: integer arithmetic.
+
+    states(strategy, parameters, world_size, precision, accumulation) -> States
+
+Read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py). n: parameters, p = ⌈n / ranks⌉ of each group: what one rank
+updates, b: bytes of a weight in training (2 in bf16, 4 in fp32).
+
+ZeRO-1 and -2, `DeepSpeedZeroOptimizer`
+  __init__          one flat copy of a group's weights (b·n) while the old ones live, then a clone of the own part (b·p) and its
+                    fp32 master (4·p, on the host with offload) with a 16-bit buffer beside it (b·p, offload only)
+  initialize_optimizer_states   an fp32 gradient of the own part (4·p, offload only; zeros, which cost memory once written)
+  setup_buckets     the whole reduce_bucket_size per micro-step; allreduce_bucket copies a full one, or one larger gradient
+  async_accumulate_grad_in_cpu_via_gpu   offload and accumulation > 1: a buffer per parameter on the host (b·p), kept
+  _build_compact_grad_partition_buffer   grad_accum_dtype fp32 on bf16: 4·p on the GPU from the first reduction to the step
+  copy_grads_in_partition, independent_gradient_partition_epilogue   no offload: b·p per micro-step, and with accumulation > 1
+                    the sum so far (b·p) beside it
+  step              no offload: a flat fp32 gradient (4·p); the optimizer makes its states in the first step
+ZeRO-3, `DeepSpeedZeroOptimizer_Stage3`
+  weights b·p, fp32 master 4·p and, with offload, its gradient 4·p; grad_partitions_flat_buffer b·p beside them; one bucket;
+  gathered weights: at most max_live_parameters, the prefetched ones and what stays below param_persistence_threshold
+Pinned buffers go through torch's CachingHostAllocator, which rounds every one up to a power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from redheart.config import Strategy
+
+REDUCE_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 1 GB in bf16
+ZERO3_PREFETCH = 20_000_000  # elements gathered ahead
+ZERO3_MAX_LIVE = 200_000_000  # elements gathered at once
+ZERO3_SUB_GROUP = 100_000_000  # elements the optimizer steps at once
+ZERO3_PERSISTENCE = 100_000  # parameters smaller than this stay gathered
+ADAM_8BIT_BLOCK = 256  # elements that share two fp32 scales
+STRATEGIES: tuple[Strategy, ...] = (
+    "plain",
+    "gpu_8bit",
+    "zero1",
+    "zero2",
+    "zero2_offload",
+    "zero2_offload_8bit",
+    "zero3",
+    "zero3_offload_8bit",
+)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a strategy does; its file in ds_configs/ says the same (memory/ds_files.py writes it from here)."""
+
+    stage: int
+    offload: bool = False  # master weights, their gradients and optimizer states on the host
+    eight_bit: bool = False
+    fp32_accumulation: bool = False  # gradients of micro-steps are summed in fp32 on the GPU, where weights are 16-bit
+    pinned: bool = False
+
+
+TRAITS: dict[Strategy, Traits] = {
+    "plain": Traits(0),
+    "gpu_8bit": Traits(2, eight_bit=True, fp32_accumulation=True),
+    "zero1": Traits(1),
+    "zero2": Traits(2, fp32_accumulation=True),
+    "zero2_offload": Traits(2, offload=True, fp32_accumulation=True, pinned=True),
+    "zero2_offload_8bit": Traits(2, offload=True, eight_bit=True, pinned=True),
+    "zero3": Traits(3),
+    "zero3_offload_8bit": Traits(3, offload=True, eight_bit=True, pinned=True),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of every parameter, in the optimizer's two groups (with weight decay and without)."""
+
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @property
+    def largest(self) -> int:
+        return max(n for group in self.groups for n in group)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes by term while a micro-step runs (`gpu`, `host`), and what other moments hold.
+
+    `step`: on the device, beyond the terms, while the optimizer steps (no activations then). `gpu_start`, `host_start`: in all
+    while DeepSpeed sets up (no activations, buckets, gradients or moments then); on the CPU `gpu_start` is both.
+    """
+
+    gpu: dict[str, int]
+    host: dict[str, int]
+    step: int
+    gpu_start: int
+    host_start: int
+    partition: int  # elements that one rank updates
+    weights: int  # elements of weights that one rank keeps
+
+
+def partition_sizes(parameters: Parameters, world_size: int, stage: int) -> list[int]:
+    """Elements of each group that one rank updates: padded to 2 × ranks as a whole (ZeRO-1, -2) or parameter by parameter (-3)."""
+    if stage == 3:
+        return [sum(-(-n // world_size) for n in group) for group in parameters.groups]
+    unit = 2 * world_size  # nccl_start_alignment_factor × ranks
+    return [-(-sum(group) // unit) * unit // world_size for group in parameters.groups]
+
+
+def states(
+    strategy: Strategy,
+    parameters: Parameters,
+    world_size: int = 1,
+    precision: str = "bf16",
+    accumulation: int = 1,
+    on_cpu: bool = False,
+    bucket: int = REDUCE_BUCKET,
+) -> States:
+    """The bytes of one rank. `on_cpu`: the run has no GPU: nothing is pinned, and the 16-bit copy is written in place."""
+    t = TRAITS[strategy]
+    if t.stage == 0:
+        return _plain(parameters)
+    b = 2 if precision == "bf16" else 4
+    parts = partition_sizes(parameters, world_size, t.stage)
+    if t.stage == 3:
+        return _zero3(t, parameters, sum(parts), b, world_size, bucket, t.pinned and not on_cpu)
+    return _zero12(t, parameters, parts, b, world_size, accumulation, on_cpu, bucket)
+
+
+def _zero12(
+    t: Traits,
+    parameters: Parameters,
+    parts: list[int],
+    b: int,
+    world_size: int,
+    accumulation: int,
+    on_cpu: bool,
+    bucket: int,
+) -> States:
+    part, most, pinned = sum(parts), max(parts), t.pinned and not on_cpu
+    weights = b * part * world_size
+    sums_in_fp32 = t.fp32_accumulation and b == 2
+    gpu = {"weights": weights, "buckets": 2 * b * max(min(bucket, parameters.total), parameters.largest)}
+    host: dict[str, int] = {}
+    start = weights + max(weights, (4 + b) * part)  # old weights beside flat ones, then the clone and its fp32 master
+    if t.offload:
+        gpu["buckets"] += (b + 4) * parameters.largest  # temp_grad_buffer_for_gpu_offload, and a gradient cast to fp32
+        gpu["gradients"] = 4 * part if sums_in_fp32 else 0
+        host["master"] = sum(_pinned(4 * size, pinned) for size in parts)
+        host["gradients"] = host["master"]
+        host["states"] = adam_bytes(parts, t.eight_bit)
+        if not (t.eight_bit and b == 2 and on_cpu):  # there train/engine writes the 16-bit weights in place
+            host["copies"] = sum(_pinned(b * size, pinned) for size in parts)
+        if accumulation > 1 and not sums_in_fp32:
+            sizes = [_pinned(b * n, pinned) for group in parameters.groups for n in group]
+            host["accumulation"] = -(-sum(sizes) // world_size)
+        if on_cpu:
+            return States(gpu, host, 0, start, 0, part, part * world_size)
+        host["buckets"] = _pinned(b * parameters.largest, pinned)  # temp_grad_buffer_for_cpu_offload
+        # pin_memory copies: while a master is pinned, the one it came from is there too
+        host_start = max(b * parameters.total, 4 * most + host["master"], 2 * host["master"] + host.get("copies", 0))
+        return States(gpu, host, 0, weights + max(weights, b * most), host_start, part, part * world_size)
+    gpu["master"] = 4 * part
+    gpu["states"] = adam_bytes(parts, t.eight_bit)
+    flat = 0  # the step's flat gradient and its fp32 copy, beside the averaged ones
+    if sums_in_fp32:
+        gpu["gradients"] = 4 * part
+    else:
+        gpu["gradients"] = b * (part + (parameters.total if t.stage == 1 else part * (accumulation > 1)))
+        flat = 4 * most + b * most * (b == 2)
+    step = flat + (0 if t.eight_bit else 4 * most)  # torch's AdamW takes the square root of all of v at once
+    return States(gpu, host, step, start, 0 if on_cpu else b * parameters.total, part, part * world_size)
+
+
+def adam_bytes(parts: Iterable[int], eight_bit: bool) -> int:
+    """Both moments of parameters with so many elements each: fp32, or a byte each and two fp32 scales per block of 256."""
+    if eight_bit:
+        return sum(2 * n + 8 * -(-n // ADAM_8BIT_BLOCK) for n in parts)
+    return sum(8 * n for n in parts)
+
+
+def _plain(parameters: Parameters) -> States:
+    """torch.optim.AdamW on fp32 weights, as first described; on a GPU its foreach step makes another n in fp32."""
+    n = parameters.total
+    gpu = {"weights": 4 * n, "gradients": 4 * n, "states": 8 * n}
+    return States(gpu, {}, 4 * n, 4 * n, 0, n, n)
+
+
+def _zero3(t: Traits, parameters: Parameters, part: int, b: int, world_size: int, bucket: int, pinned: bool) -> States:
+    sizes = [n for group in parameters.groups for n in group]
+    kept = sum(n for n in sizes if n < ZERO3_PERSISTENCE)
+    gathered = min(parameters.total, max(ZERO3_MAX_LIVE, parameters.largest) + ZERO3_PREFETCH + kept)
+    sub_groups = [-(-n // world_size) for n in sub_group_sizes(parameters, world_size)]
+    gpu = {"weights": b * part, "gathered": b * gathered}
+    gpu["buckets"] = 2 * b * min(bucket, parameters.total) + 4 * parameters.largest
+    host: dict[str, int] = {}
+    where = host if t.offload else gpu
+    where["master"] = 0 if b == 4 and not t.offload else 4 * part
+    where["gradients"] = _pinned(b * part, pinned)
+    if t.offload:
+        where["gradients"] += sum(_pinned(4 * n, pinned) for n in sub_groups)
+    where["states"] = adam_bytes([part], t.eight_bit)
+    step = 0 if t.offload else 8 * max(sub_groups)  # a sub-group's fp32 gradient, and torch's AdamW
+    host_start = 4 * part + 4 * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
+    return States(gpu, host, step, 2 * b * part, host_start, part, part)
+
+
+def sub_group_sizes(parameters: Parameters, world_size: int) -> list[int]:
+    """Elements over all ranks of ZeRO-3's sub-groups: a group's parameters in turn, until ZERO3_SUB_GROUP of a rank's are full."""
+    sizes = []
+    for group in parameters.groups:
+        filled = whole = 0
+        for i, n in enumerate(group):
+            filled, whole = filled + -(-n // world_size), whole + n
+            if filled >= ZERO3_SUB_GROUP or i == len(group) - 1:
+                sizes.append(whole)
+                filled = whole = 0
+    return sizes
+
+
+def _pinned(size: int, pinned: bool) -> int:
+    return 1 << (size - 1).bit_length() if pinned and size else size

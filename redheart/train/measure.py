@@ -1,0 +1,125 @@
+"""`redheart plan --measure`: real optimizer steps as configured, with predicted beside observed memory.
+
+On a GPU: what torch's allocator had allocated and reserved at most, DeepSpeed's start included. On the CPU: the process's peak
+resident memory (VmHWM), which starts at what the interpreter and the libraries hold before a network exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from redheart.config import RunConfig
+from redheart.console import console, table
+from redheart.losses.combine import factors
+from redheart.memory.activations import measured
+from redheart.memory.budget import resident, resident_peak
+from redheart.memory.plan import CONTEXT, GIB, parameters_of, predict
+from redheart.model.build import build_model
+from redheart.ranks import launched_world_size
+from redheart.schema import LABELS, Batch
+from redheart.tasks import GATES, TASKS, task_weights
+from redheart.train import stages
+from redheart.train.engine import compile_kernels, make_engine
+
+
+def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0) -> Batch:
+    """Random features of full length, every label, and a contrast text for every sample: the most a micro-batch can hold."""
+    draw = torch.Generator().manual_seed(seed)
+    features, others = (torch.randn(rows, tokens, width, generator=draw) for _ in range(2))
+    mask, each = torch.ones(rows, tokens, dtype=torch.bool), torch.arange(rows)
+    labels = {name: torch.rand(rows, label.size, generator=draw) for name, label in LABELS.items()}
+    weights = {name: torch.ones_like(value) for name, value in labels.items()}
+    origins = torch.zeros(rows, len(LABELS), dtype=torch.int8)
+    return Batch(features, mask, others, mask, each, labels, weights, each, origins)
+
+
+def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str, Any]:
+    """Runs `num_steps` optimizer steps (the second has everything resident); bytes as GiB, predicted and observed."""
+    on_gpu = torch.cuda.is_available()
+    micro, accumulation = stages.split_global_batch(
+        config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
+    )
+    step = measured(config, micro, tokens, config.model.activation_checkpointing, config.memory.strategy == "plain")
+    parameters = parameters_of(config)
+    if config.memory.strategy != "plain":
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log keeps the stdout it is imported with
+            compile_kernels()  # imports the libraries, too: they belong to the base
+    base = resident()
+    predicted = predict(
+        config, config.memory.strategy, micro, accumulation, config.model.activation_checkpointing, step, parameters,
+        on_cpu=not on_gpu, nodes=1, gpus_per_node=launched_world_size(), base=None if on_gpu else base,
+    )  # fmt: skip
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(config.training.seed)
+    engine = make_engine(partial(build_model, config, None), config, accumulation, micro)
+    marks = {"engine": resident()}
+    scale = factors(task_weights(config.loss), dict.fromkeys((*TASKS, *GATES), 1.0), config.loss.constant_floor)
+    batches = [synthetic_batch(micro, tokens, config.model.encoder_width, i) for i in range(accumulation)]
+    losses, seconds = [], []
+    for number in range(num_steps):
+        started = time.perf_counter()
+        window = stages.open_window([b.to(engine.device, engine.dtype) for b in batches], False)
+        total = 0.0
+        for i, batch in enumerate(window.batches):
+            outputs = stages.forward(engine, batch)
+            ranks = window.num_micro_batches * engine.world_size
+            loss, _ = stages.compute(outputs, batch, window.counts, scale, ranks, config.loss)
+            engine.backward(loss, is_last=i == accumulation - 1)
+            total += float(loss.detach()) / accumulation
+            del outputs, loss
+            marks[f"backward {number}.{i}"] = resident()
+        stages.update(engine, config.optimizer.learning_rate, False)
+        if on_gpu:
+            torch.cuda.synchronize()
+        marks[f"step {number}"] = resident()
+        losses.append(total)
+        seconds.append(time.perf_counter() - started)
+    observed = {"host_peak_gib": resident_peak() / GIB}
+    if on_gpu:
+        observed |= {
+            "gpu_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+            "gpu_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        }
+    allocated = predicted.gpu_peak - sum(predicted.gpu.get(k, 0) for k in ("allocator", "context"))
+    told = {"host_peak_gib": predicted.host_peak / GIB}
+    if on_gpu:
+        told |= {"gpu_allocated_gib": allocated / GIB, "gpu_reserved_gib": (predicted.gpu_peak - CONTEXT) / GIB}
+    return {
+        "preset": config.preset,
+        "tokens": tokens,
+        "precision": config.training.precision,
+        **predicted.details(),
+        "predicted": told,
+        "observed": observed,
+        "ratio": {name: told[name] / observed[name] for name in told},
+        "base_gib": base / GIB,
+        "resident_gib": {name: value / GIB for name, value in marks.items()},
+        "step_seconds": seconds,
+        "losses": losses,
+    }
+
+
+def show_measured(result: dict[str, Any]) -> None:
+    rows = [
+        (
+            name.removesuffix("_gib").replace("_", " "),
+            f"{told:.3f}",
+            f"{result['observed'][name]:.3f}",
+            f"{result['ratio'][name]:.3f}",
+        )
+        for name, told in result["predicted"].items()
+    ]
+    load = (
+        f"micro-batch {result['micro_batch_size']} × {result['gradient_accumulation_steps']}, {result['tokens']} tokens"
+    )
+    title = f"{result['preset']}, {result['strategy']}, {result['precision']}, {load}"
+    console.print(table(title, ("GiB", "predicted", "observed", "ratio"), rows))
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in result["resident_gib"].items())
+    console.print(f"resident GiB: {result['base_gib']:.2f} before, {shown}")
