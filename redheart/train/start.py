@@ -17,7 +17,7 @@ from redheart.data.stream import SampleStream
 from redheart.files import write_text
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
-from redheart.ranks import barrier, launched_rank, launched_world_size
+from redheart.ranks import barrier, bf16_is_fast, launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_losses
 from redheart.train import checkpoint
@@ -138,6 +138,10 @@ def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps
         + (f", ablation without {', '.join(config.model.ablate)}" if config.model.ablate else "")
         + (f", resumed at step {state.step}" if state.step else "")
     )
+    if config.training.precision == "bf16" and not bf16_is_fast():
+        console.print(
+            "this processor has no bf16 arithmetic: bf16 is some 60 times slower on it than --set training.precision=fp32"
+        )
     console.print(
         f"constant-predictor losses: {json.dumps({k: round(v, 4) for k, v in state.scales.items() if k in TASKS and TASKS[k].final})}"
     )

@@ -18,7 +18,7 @@ def run(ranks: int, **wanted: Any) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("strategy", ["zero2_offload_8bit", "zero3_offload_8bit"])
+@pytest.mark.parametrize("strategy", ["zero2_offload_8bit", pytest.param("zero3_offload_8bit", marks=pytest.mark.slow)])
 def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
     whole = run(2, strategy=strategy, steps=14, save_at=2, save=str(tmp_path / "a"), twice=True)
     assert whole["optimizer"] == "CPUAdamW8bit"
@@ -42,6 +42,7 @@ def test_one_rank_resumes_bitwise_under_zero_3_and_its_losses_are_zero_2s(tmp_pa
     assert three["norms"] == pytest.approx(two["norms"], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_fp32_states_change_their_world_size_too(tmp_path: Path):
     whole = run(1, strategy="zero2_offload", steps=6, save_at=2, save=str(tmp_path / "a"), twice=True)
     assert whole["optimizer"] == "DeepSpeedCPUAdam"
