@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from redheart.bench.commands import bench, emit
-from redheart.options import Checkpoint, Data, Json, Preset, Set
+from redheart.options import Checkpoint, Data, Device, Json, Preset, Set, Swap
 from redheart.schema import RedHeartError
 from redheart.version import VERSION
 
@@ -198,6 +198,12 @@ def train(
         str | None,
         typer.Option("--resume", metavar="[PATH]", help="Go on from a checkpoint; alone: the last one of the run."),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            "--init", metavar="PATH", help="Start from the weights of an export (of `grow`), a checkpoint or a run."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old run in the run directory.")] = False,
     no_param_update: Annotated[
         bool, typer.Option("--no-param-update", help="A dry run: every stage, learning rate 0, no checkpoint.")
@@ -211,7 +217,7 @@ def train(
     from redheart.train.start import train as start
 
     config = load_config(preset, set_ or ())
-    result = start(config, data, out or Path("runs") / config.preset, resume, overwrite, not no_param_update)
+    result = start(config, data, out or Path("runs") / config.preset, resume, overwrite, not no_param_update, init)
     state = result.state
     console.print(
         f"{'stopped' if result.signal else 'finished'} at step {state.step} of {result.total_steps} after {result.seconds:.0f} s; "
@@ -233,6 +239,8 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")
     ] = None,
+    device: Device = "cpu",
+    swap: Swap = None,
     json_: Json = False,
 ) -> None:
     """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
@@ -240,7 +248,7 @@ def evaluate(
     from redheart.evaluation.report import FOOTNOTE
     from redheart.train.validate import validate
 
-    result, path = validate(checkpoint, data, split, report)
+    result, path = validate(checkpoint, data, split, report, device, swap)
     for one in result.terminal_tables():
         console.print(one)
     console.print(FOOTNOTE + (f"\nreport: {path}" if path else ""))
@@ -249,12 +257,20 @@ def evaluate(
 
 @app.command()
 def predict(
-    text: Annotated[list[str], typer.Argument(help="One or more texts.")], checkpoint: Checkpoint, json_: Json = False
+    text: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    checkpoint: Checkpoint,
+    device: Device = "cpu",
+    swap: Swap = None,
+    json_: Json = False,
 ) -> None:
     """Read texts and answer for each of them."""
+    from redheart.console import console
     from redheart.infer import RedHeartPipeline
 
-    answers = RedHeartPipeline.from_pretrained(checkpoint)(text)
+    pipeline = RedHeartPipeline.from_pretrained(checkpoint, device=device, swap=swap or ())
+    answers = pipeline(text)
+    if swap:
+        console.print(str(pipeline.swap.report()))
     if not json_:
         for one, answer in zip(text, answers, strict=True):
             _show(one, answer)
@@ -274,6 +290,49 @@ def export(
     counts = run(checkpoint, out)
     console.print(f"exported {sum(counts.values()):,} parameters to {out}")
     emit({"out": str(out), "modules": counts}, json_)
+
+
+@app.command()
+def grow(
+    checkpoint: Checkpoint,
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="PRESET|FILE.yaml", help="The size to grow to: 1b3, base, 330m, or a .yaml file."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="New directory for the grown model; `train --init` starts from it.")
+    ],
+    set_: Set = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Whose dev rows --verify looks at. [default: the data it was trained on]"),
+    ] = None,
+    noise_snr_db: Annotated[
+        float, typer.Option("--noise-snr-db", help="How far the noise that parts the copies lies beneath the weights.")
+    ] = 10.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of that noise.")] = 0,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare all outputs and the dev loss on real rows; write only if they agree."),
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Make a wider or deeper network with the same function out of a trained one: 330m to 1b3, for instance."""
+    from redheart.config import load_config
+    from redheart.console import console
+    from redheart.train.grow import grow as run
+
+    report = run(checkpoint, load_config(to, set_ or ()), out, data, noise_snr_db, seed, verify)
+    console.print(
+        f"grew {report.params_before:,} to {report.params_after:,} parameters, host peak {report.host_peak_gib:.2f} GiB: {out}"
+    )
+    if verify:
+        console.print(
+            f"largest difference {report.max_abs_difference:.1e} of an output's scale; "
+            f"dev loss {report.loss_before:.6f} before, {report.loss_after:.6f} after"
+        )
+    console.print(f"train it with: redheart train --preset {to} --init {out} --data DIR")
+    emit(asdict(report), json_)
 
 
 @app.command()

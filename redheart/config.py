@@ -182,6 +182,10 @@ class MemoryConfig(Section):
     strategy: Strategy = "zero2_offload"
     gpu_memory_gib: float = Field(8.0, gt=0)
     host_memory_gib: float = Field(16.0, gt=0)
+    swap: tuple[str, ...] = Field(
+        (),
+        description="modules that stay on the host and visit the device for their turn; training: strategy plain only",
+    )
 
 
 class RunConfig(Section):

@@ -12,6 +12,7 @@ from redheart.config import EncoderConfig
 from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
 from redheart.evaluation.evaluate import predict_all
+from redheart.memory.swap import place
 from redheart.model.redheart import RedHeartModel
 from redheart.model.select import MODULES, ExecutionMode
 from redheart.schema import CULTURE_HANGUL, LABELS, RedHeartError
@@ -23,11 +24,19 @@ class RedHeartPipeline:
     """`pipeline(text)` -> dict, `pipeline([texts])` -> list of dicts; every answer with its named entries in its label's range,
     utility unbounded.
 
-    `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they do not need stays idle, and
-    answers are their own instead of the fused ones.
+    The network computes on `device`; modules named in `swap` stay on the host and visit it for their turn (memory/swap.py,
+    `pipeline.swap.report()`). `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they
+    do not need stays idle, and answers are their own instead of the fused ones.
     """
 
-    def __init__(self, model: RedHeartModel, encoder: TextEncoder, modules: Collection[str] = MODULES):
+    def __init__(
+        self,
+        model: RedHeartModel,
+        encoder: TextEncoder,
+        modules: Collection[str] = MODULES,
+        device: torch.device | str = "cpu",
+        swap: Collection[str] = (),
+    ):
         made_with = model.config.encoder
         if made_with is None or made_with["revision"] != encoder.fingerprint["revision"]:
             raise RedHeartError(
@@ -35,14 +44,21 @@ class RedHeartPipeline:
             )
         self.model, self.encoder = model, encoder
         model.set_mode(ExecutionMode.INFERENCE, modules)
+        self.swap = place(model, device, swap)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, modules: Collection[str] = MODULES) -> RedHeartPipeline:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        modules: Collection[str] = MODULES,
+        device: torch.device | str = "cpu",
+        swap: Collection[str] = (),
+    ) -> RedHeartPipeline:
         """`path`: an export, a checkpoint, or a run directory (its best checkpoint). Loads the encoder it was trained with."""
         model = load_model(Path(path)).model
         made_with = model.config.encoder
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
-        return cls(model, TextEncoder(config), modules)
+        return cls(model, TextEncoder(config), modules, device, swap)
 
     @overload
     def __call__(self, text: str) -> dict[str, Any]: ...

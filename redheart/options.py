@@ -15,6 +15,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Data = Annotated[
     str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
 ]
+Device = Annotated[str, typer.Option("--device", help="Where the network computes: cpu, cuda, cuda:1 …")]
+Swap = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--swap",
+        metavar="MODULE",
+        help="Keep a module on the host but for its turn, e.g. analyzers.emotion; may be repeated.",
+    ),
+]
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
 ]

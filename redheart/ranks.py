@@ -1,8 +1,14 @@
-"""What the processes of one run ask each other. On a single process every function is a no-op."""
+"""What the processes of one run ask each other. On a single process every function is a no-op.
+
+Also how they run out of memory: together (`together`), so that all of them can do something about it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from redheart.schema import RedHeartError
 
 
 def _group() -> bool:
@@ -34,16 +40,57 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(values: Sequence[float], device: str = "cpu") -> list[float]:
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Element-wise sums over all ranks, in float64. Collective: every rank calls it with as many values."""
     if not _group():
         return [float(v) for v in values]
     import torch
     import torch.distributed as dist
 
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # each backend moves tensors of one kind
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def any_rank(mine: bool) -> bool:
+    """Whether it is true on any rank. Collective."""
+    return sum_over_ranks([float(mine)])[0] > 0
+
+
+class OutOfMemory(Exception):
+    """Some rank ran out of memory, and all of them know: raised on every rank, outside of any collective."""
+
+
+@contextmanager
+def together(has_collectives: bool = False) -> Iterator[None]:
+    """Where the block runs out of memory on any rank, OutOfMemory follows on every rank. Collective.
+
+    `has_collectives`: the block holds collectives, inside of which the others would wait for a rank that left it. On several
+    ranks such a rank cannot call the others out, and ends the run with a RedHeartError instead.
+    """
+    reason = None
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    if has_collectives and _group():
+        if reason is not None:
+            raise RedHeartError(
+                f"rank {rank()} ran out of memory where the other ranks cannot follow ({reason}): "
+                "go on with --resume and half of training.micro_batch_size"
+            )
+    elif any_rank(reason is not None):
+        raise OutOfMemory(reason or "on another rank")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of the device, or of the host where torch's allocator says so."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def launched_world_size() -> int:

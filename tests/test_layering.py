@@ -38,8 +38,8 @@ HEAVY = [
 ]
 OWNERS = {  # who may import a heavy library; a name that ends in / stands for a folder
     "accelerate": ("train/engine/",),
-    "deepspeed": ("train/engine/", "optim/"),
-    "bitsandbytes": ("data/llm_labels.py", "train/engine/zero.py"),
+    "deepspeed": ("train/engine/", "optim/", "bench/optimizer.py"),
+    "bitsandbytes": ("data/llm_labels.py", "train/engine/zero.py", "bench/optimizer.py"),
     "BitsAndBytesConfig": ("data/llm_labels.py",),
 }
 MAX_LINES = 400

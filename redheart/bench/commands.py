@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from redheart.options import Checkpoint, Json, Preset, Set
+from redheart.options import Checkpoint, Data, Json, Preset, Set
 
 bench = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Measure speed, side by side with what others offer."
@@ -72,6 +72,25 @@ def bench_model(
     emit(result, json_)
 
 
+@bench.command("optimizer")
+def bench_optimizer(
+    params: Annotated[
+        int, typer.Option("--params", min=1024, help="fp32 parameters that every step updates.")
+    ] = 64_000_000,
+    threads: Annotated[int, typer.Option("--threads", min=1)] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds whose median is taken.")] = 9,
+    json_: Json = False,
+) -> None:
+    """A step of the 8-bit Adam on the CPU, beside DeepSpeed's, torch's and bitsandbytes', in turns."""
+    from redheart.bench.optimizer import bench_optimizer as run
+    from redheart.bench.optimizer import show
+
+    result = run(params, threads, rounds)
+    if not json_:
+        show(result)
+    emit(result, json_)
+
+
 @bench.command("ablation")
 def bench_ablation(
     checkpoint: Checkpoint,
@@ -115,6 +134,36 @@ def bench_parity(
     from redheart.bench.parity import show
 
     result = run(data, work, preset, set_ or (), steps, seeds, jobs, out)
+    show(result)
+    emit(result, json_)
+
+
+@bench.command("transfer")
+def bench_transfer(
+    data: Data,
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory of the runs and of transfer.json; a finished run is kept.")
+    ],
+    small: Annotated[str, typer.Option("--small", help="Preset that is trained first.")] = "local",
+    large: Annotated[
+        str, typer.Option("--large", help="Preset it grows to; its settings are those of all runs.")
+    ] = "base",
+    source_steps: Annotated[int, typer.Option("--source-steps", min=1)] = 400,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of every run after the source.")] = 400,
+    evaluate_every: Annotated[int, typer.Option("--evaluate-every", min=1)] = 20,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="May be repeated. [default: 0, 1, 2]")] = None,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option("--learning-rate", help="May be repeated. [default: 1e-4, 3e-4, 1e-3]")
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Does growth pay? Steps to a dev loss: grown, from scratch, and the small network trained on."""
+    from redheart.bench.transfer import bench_transfer as run
+    from redheart.bench.transfer import show
+
+    seeds, rates = seed or (0, 1, 2), learning_rate or (1e-4, 3e-4, 1e-3)
+    result = run(data, out, small, large, source_steps, steps, evaluate_every, seeds, rates, set_ or ())
     show(result)
     emit(result, json_)
 

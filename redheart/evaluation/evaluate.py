@@ -15,7 +15,7 @@ from redheart.config import LossConfig
 from redheart.data.stream import SampleStream
 from redheart.metrics import FIELDS, Tally, empty_tally, summarise, tally
 from redheart.model.redheart import RedHeartModel, RedHeartOutput
-from redheart.ranks import sum_over_ranks
+from redheart.ranks import sum_over_ranks, together
 from redheart.schema import LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS, task_losses
 
@@ -43,23 +43,28 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     max_rows: int | None = None,
+    forward_has_collectives: bool = False,
 ) -> Evaluation:
-    """Evaluates on the whole split, or on `max_rows` rows evenly spread over it. Collective; the model's mode is restored."""
+    """Evaluates on the whole split, or on `max_rows` rows evenly spread over it. Collective; the model's mode is restored.
+
+    Raises ranks.OutOfMemory on every rank where `batch_size` rows are too many for one of them.
+    """
     sums = dict.fromkeys(TASKS, 0.0)
     counts = dict.fromkeys(TASKS, 0.0)  # stays 0 for tasks of modules that are left out
     tallies = {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in _rows()}
     seen = 0
     was_training = model.training
     model.eval()
-    for batch in stream.in_order(batch_size, rank, world_size, max_rows):
-        seen += len(batch)
-        on_device = batch.to(device, dtype)
-        outputs = forward(model, on_device)
-        for name, (value, count) in task_losses(outputs, on_device.labels, on_device.weights, config).items():
-            if name in TASKS:
-                sums[name] += float(value)
-                counts[name] += float(count)
-        add_tallies(tallies, predict_all(outputs), batch)
+    with together(forward_has_collectives):
+        for batch in stream.in_order(batch_size, rank, world_size, max_rows):
+            seen += len(batch)
+            on_device = batch.to(device, dtype)
+            outputs = forward(model, on_device)
+            for name, (value, count) in task_losses(outputs, on_device.labels, on_device.weights, config).items():
+                if name in TASKS:
+                    sums[name] += float(value)
+                    counts[name] += float(count)
+            add_tallies(tallies, predict_all(outputs), batch)
     model.train(was_training)
     return _merge(seen, sums, counts, tallies, factors)
 

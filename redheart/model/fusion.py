@@ -54,7 +54,7 @@ class Utility(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.correction = nn.ModuleDict({n: nn.Linear(width, LABELS[n].size) for n in FINAL})
         self.weights = nn.ModuleDict({n: nn.Linear(width, len(m)) for n, m in self.sources.items() if len(m) > 1})
-        self.scale = nn.ParameterDict({n: torch.ones(len(m), LABELS[n].size) for n, m in self.sources.items() if m})
+        self.scale = nn.ModuleDict({n: Scale(len(m), LABELS[n].size) for n, m in self.sources.items() if m})
         for module in (*self.correction.values(), *self.weights.values()):
             nn.init.normal_(
                 module.get_parameter("weight"), std=0.01
@@ -87,7 +87,7 @@ class Utility(nn.Module):
         if not present:
             return answer
         values = torch.stack([full_precision(readings[self.sources[name][i]]) for i in present], 1)  # [B, R, size]
-        values = values * full_precision(self.scale[name])[present]
+        values = self.scale[name](values, present)
         if name not in self.weights:
             return answer + values[:, 0]
         weight = full_precision(self.weights[name](x))[:, present].softmax(-1)
@@ -99,6 +99,17 @@ class Utility(nn.Module):
         scale = full_precision(self.utility_scale)
         parts = [scale[i] * full_precision(readings[m]) for i, m in enumerate(self.utilities) if m in readings]
         return torch.stack(parts).sum(0)
+
+
+class Scale(nn.Module):
+    """Every entry of every reading times a number of its own: [B, R, size], of the readings `present` -> the same shape."""
+
+    def __init__(self, readings: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(readings, size))
+
+    def forward(self, values: torch.Tensor, present: list[int]) -> torch.Tensor:
+        return values * full_precision(self.weight)[present]
 
 
 def plain_mean(readings: Readings) -> dict[str, torch.Tensor]:

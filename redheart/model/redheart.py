@@ -100,8 +100,8 @@ class RedHeartModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def __init__(self, config: RedHeartConfig, place: Callable[[nn.Module], None] = lambda module: None):
-        """`place` is called with every module as soon as it is built: ZeRO-3 takes its partition and frees the rest."""
+    def __init__(self, config: RedHeartConfig, place: Callable[[str, nn.Module], None] = lambda name, module: None):
+        """`place` is called with every module, its name first, as soon as it is built: ZeRO-3 takes its partition and frees the rest."""
         super().__init__(config)
         c = config
         d, h, k, kh, p = c.width, c.heads, c.task_width, c.task_heads, c.dropout
@@ -122,12 +122,12 @@ class RedHeartModel(PreTrainedModel):
             "aux.utility": lambda: Utility(k, kh, LAYERS["aux.utility"], widths, p),
         }
         self.backbone = Backbone(c.encoder_width, d, h, c.layers, k, kh, p)
-        place(self.backbone)
+        place("backbone", self.backbone)
         for room in ("heads", "analyzers", "aux"):
             setattr(self, room, nn.ModuleDict())
             for name in (m for m in self.built if m.startswith(room + ".")):
                 module = builders[name]()
-                place(module)
+                place(name, module)
                 getattr(self, room)[name.split(".")[1]] = module
         self.idle: frozenset[str] = frozenset()  # modules that set_mode has put aside
         number_dropout_sites(self)

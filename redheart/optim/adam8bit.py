@@ -8,54 +8,56 @@ The kernel is compiled once by DeepSpeed's op builder, and cached.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from redheart.optim.building import built_alone
 from redheart.schema import RedHeartError
 
 BLOCK = 256
 STATES = ("exp_avg_8bit", "exp_avg_sq_8bit", "exp_avg_scale", "exp_avg_sq_scale")
-_kernel: Any = None
 
 
-def kernel() -> Any:
-    """The compiled extension; the first call on a machine compiles it (about half a minute)."""
-    global _kernel
-    if _kernel is None:
-        from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+@cache
+def kernel(lanes: int = 0) -> Any:
+    """The compiled extension; the first call on a machine compiles it. `lanes`: other vectors than this processor's, for tests."""
+    from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
-        class Adam8bitBuilder(CPUOpBuilder):
-            BUILD_VAR = "DS_BUILD_REDHEART_ADAM8BIT"
-            NAME = "redheart_adam8bit"
+    source = Path(__file__).parent / "csrc" / "adam8bit.cpp"
+    version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]  # two checkouts share a cache, not a kernel
 
-            def __init__(self) -> None:
-                super().__init__(name=self.NAME)
+    class Adam8bitBuilder(CPUOpBuilder):
+        BUILD_VAR = "DS_BUILD_REDHEART_ADAM8BIT"
+        NAME = f"redheart_adam8bit_{version}" + (f"_{lanes}" if lanes else "")
 
-            def absolute_name(self) -> str:
-                return f"redheart.optim.{self.NAME}_op"
+        def __init__(self) -> None:
+            super().__init__(name=self.NAME)
 
-            def sources(self) -> list[str]:
-                return [str(Path(__file__).parent / "csrc" / "adam8bit.cpp")]
+        def absolute_name(self) -> str:
+            return f"redheart.optim.{self.NAME}_op"
 
-            def include_paths(self) -> list[str]:
-                return []
+        def sources(self) -> list[str]:
+            return [str(source)]
 
-            def cxx_args(self) -> list[str]:
-                # without these two gcc keeps scalar square roots and comparisons; neither changes a result
-                return [*super().cxx_args(), "-fno-math-errno", "-fno-trapping-math"]
+        def include_paths(self) -> list[str]:
+            return []
 
-        _kernel = Adam8bitBuilder().load(verbose=False)
-    return _kernel
+        def cxx_args(self) -> list[str]:
+            # without the first two gcc keeps scalar square roots and comparisons; neither changes a result
+            extra = ["-fno-math-errno", "-fno-trapping-math", *([f"-DREDHEART_LANES={lanes}"] if lanes else [])]
+            return [*super().cxx_args(), *extra]
+
+    builder = Adam8bitBuilder()
+    return built_alone(builder.NAME, lambda: builder.load(verbose=False))
 
 
 class CPUAdamW8bit(torch.optim.Optimizer):
-    """AdamW for fp32 parameters in host memory. `seed` draws the rounding noise: same seed, same run, bit for bit.
-
-    A step with a gradient that is not finite changes nothing and raises FloatingPointError.
-    """
+    """AdamW for fp32 parameters in host memory. `seed` draws the rounding noise: same seed, same run, bit for bit."""
 
     def __init__(
         self,
@@ -84,44 +86,51 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     ) -> float | None:
         """One update of every parameter that has a gradient; `copies[p]` (bfloat16, as many elements) is rewritten in the same pass.
 
-        `on_written(start, stop)` is told of every stretch of a copy that is finished. `check_finite=False`: the gradients
-        have been looked at already.
+        `on_written(start, stop)` is told of every stretch of a copy that is finished. A gradient that is not finite raises
+        FloatingPointError. By default all gradients are looked at first and nothing has changed then. A caller that has looked
+        already saves that pass with `check_finite=False`; the step then still leaves every block of 256 with such a gradient as
+        it was, and raises, but has updated the other blocks.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p in parameters:
-            _check(p)
-        if check_finite and not all(self._kernel.all_finite(p.grad) for p in parameters):
+        copies = copies or {}
+        given = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for _, p in given:
+            _check(p, copies.get(p))
+        if check_finite and not all(self._kernel.all_finite(p.grad.data_ptr(), p.numel()) for _, p in given):
             raise FloatingPointError("a gradient is not finite: the optimizer has changed nothing")
-        number = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                number += 1
-                if p.grad is not None:
-                    copy = (copies or {}).get(p, torch.empty(0, dtype=torch.bfloat16))
-                    self._update(p, group, number, copy)
-                    if on_written is not None:
-                        on_written(0, p.numel())
+        left = 0
+        for group, p in given:
+            left += self._update(p, group, copies.get(p))
+            if on_written is not None:
+                on_written(0, p.numel())
+        if left:
+            raise FloatingPointError(
+                f"gradients of {left} blocks of {BLOCK} are not finite: these were left as they were"
+            )
         return loss
 
-    def _update(self, p: torch.Tensor, group: dict[str, Any], number: int, copy: torch.Tensor) -> None:
+    def _update(self, p: torch.Tensor, group: dict[str, Any], copy: torch.Tensor | None) -> int:
+        """How many blocks were left alone, for their gradient is not finite."""
         state = self.state[p]
-        if not state:
-            state["step"] = 0
-            blocks = -(-p.numel() // BLOCK)
-            for name in STATES[:2]:
-                state[name] = torch.zeros(p.numel(), dtype=torch.uint8)
-            for name in STATES[2:]:
-                state[name] = torch.zeros(blocks, dtype=torch.float32)
+        state.setdefault("step", 0)
+        if STATES[0] not in state:
+            state.update(_empty_states(p.numel()))
+        # which noise it draws: ZeRO shows one group at a time, so a place in param_groups would not tell them apart
+        state.setdefault("number", 1 + max(other.get("number", 0) for other in self.state.values()))
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        self._kernel.step(
-            p.data, p.grad, *(state[name] for name in STATES), copy,
-            group["lr"], beta1, beta2, group["eps"], group["weight_decay"], state["step"], self.seed * 1_000_003 + number,
+        gradient, address = p.grad, 0 if copy is None else copy.data_ptr()
+        assert gradient is not None
+        left: int = self._kernel.step(
+            p.data_ptr(), gradient.data_ptr(), self._pointers(state), address, p.numel(), group["lr"], *group["betas"],
+            group["eps"], group["weight_decay"], int(state["step"]), self.seed * 1_000_003 + state["number"],
         )  # fmt: skip
+        return left
+
+    def _pointers(self, state: dict[str, Any]) -> Any:
+        return self._kernel.States(*(state[name].data_ptr() for name in STATES))
 
     def adopt_moments(self) -> None:
         """Codes `exp_avg` and `exp_avg_sq` that DeepSpeed has put into the state into 8 bits; `step` stays."""
@@ -132,10 +141,28 @@ class CPUAdamW8bit(torch.optim.Optimizer):
 
     def moments(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and second moments of a parameter as fp32 tensors of its shape."""
+        m, v = torch.empty(p.shape), torch.empty(p.shape)
+        self._kernel.expand(self._pointers(self.state[p]), m.data_ptr(), v.data_ptr(), p.numel())
+        return m, v
+
+    def set_moments(self, p: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> None:
+        """The inverse of `moments`: the nearest codes. What `moments` gave comes back bit for bit; `state["step"]` stays.
+
+        m, v: fp32, as many elements as p, finite, v not negative. A v above zero stays above zero.
+        """
+        m, v = m.detach().contiguous(), v.detach().contiguous()
+        for x in (m, v):
+            if x.numel() != p.numel() or x.dtype != torch.float32 or x.device.type != "cpu" or not x.isfinite().all():
+                raise RedHeartError(
+                    f"CPUAdamW8bit: moments must be {p.numel()} finite float32 numbers in host memory, "
+                    f"these are {x.numel()} of {x.dtype} on {x.device}: check the checkpoint"
+                )
+        if (v < 0).any():
+            raise RedHeartError("CPUAdamW8bit: a second moment is negative: check the checkpoint")
         state = self.state[p]
-        m, v = torch.empty(p.numel()), torch.empty(p.numel())
-        self._kernel.expand(*(state[name] for name in STATES), m, v)
-        return m.view_as(p), v.view_as(p)
+        if STATES[0] not in state:
+            state.update(_empty_states(p.numel()))
+        self._kernel.compress(self._pointers(state), m.data_ptr(), v.data_ptr(), p.numel())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would turn the codes into floats: types and values stay as they were saved."""
@@ -150,16 +177,33 @@ def expand_states(state: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(first, second) moments of a parameter's 8-bit state as flat fp32 tensors."""
     n = state[STATES[0]].numel()
     m, v = torch.empty(n), torch.empty(n)
-    kernel().expand(*(state[name] for name in STATES), m, v)
+    states = kernel().States(*(state[name].data_ptr() for name in STATES))
+    kernel().expand(states, m.data_ptr(), v.data_ptr(), n)
     return m, v
 
 
-def _check(p: torch.Tensor) -> None:
+def _empty_states(n: int) -> dict[str, torch.Tensor]:
+    blocks = -(-n // BLOCK)
+    sizes, kinds = (n, n, blocks, blocks), (torch.int8, torch.uint8, torch.float32, torch.float32)
+    return {name: torch.zeros(s, dtype=k) for name, s, k in zip(STATES, sizes, kinds, strict=True)}
+
+
+def _check(p: torch.Tensor, copy: torch.Tensor | None) -> None:
     gradient = p.grad
     assert gradient is not None
     for what, x in (("parameter", p), ("gradient", gradient)):
         if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
             raise RedHeartError(
-                f"CPUAdamW8bit needs contiguous float32 tensors in host memory, this {what} is {x.dtype} on {x.device}: "
-                "use it under ZeRO with the optimizer offloaded, or bitsandbytes' AdamW8bit on a GPU"
+                f"CPUAdamW8bit needs contiguous float32 tensors in host memory, this {what} is {x.dtype} on {x.device}, "
+                f"strides {x.stride()}: use it under ZeRO with the optimizer offloaded, or bitsandbytes' AdamW8bit on a GPU"
             )
+    if copy is not None and (
+        copy.device.type != "cpu"
+        or copy.dtype != torch.bfloat16
+        or not copy.is_contiguous()
+        or copy.numel() != p.numel()
+    ):
+        raise RedHeartError(
+            f"CPUAdamW8bit writes copies as contiguous bfloat16 in host memory, {p.numel()} elements here: this one is "
+            f"{copy.dtype} on {copy.device}, {copy.numel()} elements"
+        )

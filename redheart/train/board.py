@@ -1,7 +1,8 @@
 """What a run shows while it runs: TensorBoard scalars, from the main process.
 
 loss/TASK, loss/total, dev_loss/…, dev/TASK/ORIGIN/METRIC, learning_rate, grad_norm/MODULE, grad_norm/total, samples_per_s,
-memory/host_rss_gib, memory/gpu_allocated_gib, memory/gpu_reserved_gib, skipped_steps, synergy/… (train/synergy.py).
+memory/host_rss_gib, memory/gpu_allocated_gib, memory/gpu_reserved_gib, skipped_steps, synergy/… (train/synergy.py);
+micro_batch_size, with a text under `out_of_memory`, wherever it had to shrink (train/oom.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -59,6 +61,14 @@ class Board:
 
     def synergy(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, {f"synergy/{name}": value for name, value in values.items()})
+
+    def out_of_memory(self, event: Mapping[str, Any]) -> None:
+        """An entry of Progress.out_of_memory."""
+        if self._writer:
+            text = "\n".join(f"- {key}: {value}" for key, value in event.items())
+            self._writer.add_text("out_of_memory", text, event["step"])
+            self._write(event["step"], {"micro_batch_size": event["micro_batch_size"]})
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves time spent on evaluation and checkpoints out of samples_per_s."""

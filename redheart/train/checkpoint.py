@@ -48,6 +48,23 @@ class Progress:
     last_loss: float | None = None
     last_dev_loss: float | None = None
     skipped_steps: int = 0
+    micro_batch_size: int = 0  # what a rank runs at once now; less than the configured one after out_of_memory
+    out_of_memory: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # when the micro-batch had to shrink: train/oom.py
+
+    def improves(self, value: float) -> bool:
+        """Whether `value` (lower is better) is the best so far; it is kept if so."""
+        if self.best_value is not None and value >= self.best_value:
+            return False
+        self.best_value, self.best_step = value, self.step
+        return True
+
+    def note(self) -> str:
+        """The last losses, for the progress bar."""
+        parts = [f"loss {self.last_loss:.4f}"] if self.last_loss is not None else []
+        parts += [f"dev {self.last_dev_loss:.4f}"] if self.last_dev_loss is not None else []
+        return "  ".join(parts)
 
 
 def save(engine: Engine, run: Path, config: RunConfig, state: Progress, is_best: bool, keep: int) -> Path:

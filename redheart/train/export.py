@@ -63,10 +63,15 @@ def export(checkpoint: Path, out: Path) -> dict[str, Any]:
     model, config, progress = load_model(checkpoint)
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)
-        kept = {"config": config.model_dump(mode="json"), "progress": asdict(progress)}
-        write_text(temporary / SETTINGS, json.dumps(kept, indent=2) + "\n")
-        write_text(temporary / "README.md", _card(model, config, progress.sources))
+        write_card(temporary, model, config, progress)
     return parameter_counts(model)
+
+
+def write_card(directory: Path, model: RedHeartModel, config: RunConfig, progress: Progress) -> None:
+    """What an export holds beside weights and config.json: its run's settings, and the model card."""
+    kept = {"config": config.model_dump(mode="json"), "progress": asdict(progress)}
+    write_text(directory / SETTINGS, json.dumps(kept, indent=2) + "\n")
+    write_text(directory / "README.md", _card(model, config, progress.sources))
 
 
 def _card(model: RedHeartModel, config: RunConfig, sources: dict[str, Any]) -> str:

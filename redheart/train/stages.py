@@ -13,20 +13,22 @@ import torch
 
 from redheart.config import LossConfig, OptimizerConfig
 from redheart.losses.combine import combine
-from redheart.model.redheart import RedHeartOutput
-from redheart.ranks import sum_over_ranks
+from redheart.model.redheart import RedHeartModel, RedHeartOutput
+from redheart.ranks import is_out_of_memory, sum_over_ranks, together
 from redheart.schema import Batch, RedHeartError
 from redheart.tasks import loss_counts, task_losses
 from redheart.train.engine import Engine
+from redheart.train.synergy import predictions
 
 
 @dataclass(frozen=True)
 class Window:
     """The micro-batches of one optimizer step on this rank, and what all ranks know about the whole step."""
 
-    batches: list[Batch]
+    batches: list[Batch]  # not on the device yet
     counts: dict[str, float]  # per loss, over all ranks and micro-batches: the divisors
     stop: bool  # some rank was asked to stop
+    rehearse: bool  # some rank has a micro-batch of a shape that is new to it
 
     @property
     def num_micro_batches(self) -> int:
@@ -40,15 +42,48 @@ class Update:
     module_norms: dict[str, float] | None  # where they were asked for, or where something is not finite
 
 
-def open_window(batches: list[Batch], stop: bool) -> Window:
-    """One collective per step: the sums of label weights over all ranks, and whether anyone wants to stop."""
+def open_window(batches: list[Batch], stop: bool, rehearse: bool = False) -> Window:
+    """One collective per step: the sums of label weights over all ranks, and whether anyone wants to stop or to rehearse."""
     parts = [loss_counts(b.weights, len(b)) for b in batches]
     names = list(parts[0])
-    *totals, stops = sum_over_ranks([*(sum(p[n] for p in parts) for n in names), float(stop)])
-    return Window(batches, dict(zip(names, totals, strict=True)), stops > 0)
+    *totals, stops, new = sum_over_ranks([*(sum(p[n] for p in parts) for n in names), float(stop), float(rehearse)])
+    return Window(batches, dict(zip(names, totals, strict=True)), stops > 0, new > 0)
 
 
-def forward(engine: Engine, batch: Batch) -> RedHeartOutput:
+def accumulate(
+    engine: Engine, window: Window, factors: Mapping[str, float], config: LossConfig
+) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """FORWARD, COMPUTE and backward of a window's micro-batches: Σ loss per task on this rank, and what was predicted.
+
+    Raises OutOfMemory on every rank where the micro-batch is too large for one of them (train/oom.py).
+    """
+    sums, predicted = dict.fromkeys(window.counts, 0.0), []
+    for i, batch in enumerate(window.batches):
+        with together(engine.forward_has_collectives):
+            outputs, loss, parts = loss_of(engine, engine, batch, window, factors, config)
+        with together(has_collectives=True):
+            engine.backward(loss, is_last=i == window.num_micro_batches - 1)
+        predicted += predictions(outputs)
+        sums = {name: sums[name] + value for name, value in parts.items()}
+    return sums, predicted
+
+
+def loss_of(
+    model: Engine | RedHeartModel,
+    engine: Engine,
+    batch: Batch,
+    window: Window,
+    factors: Mapping[str, float],
+    config: LossConfig,
+) -> tuple[RedHeartOutput, torch.Tensor, dict[str, float]]:
+    """FORWARD and COMPUTE of one micro-batch by `model`: the engine, or its bare model. See `compute` for what is returned."""
+    on_device = batch.to(engine.device, engine.dtype)
+    outputs = forward(model, on_device)
+    shares = window.num_micro_batches * engine.world_size
+    return outputs, *compute(outputs, on_device, window.counts, factors, shares, config)
+
+
+def forward(engine: Engine | RedHeartModel, batch: Batch) -> RedHeartOutput:
     """FORWARD: the training pass of one micro-batch (already on the engine's device)."""
     return engine(
         features=batch.features,
@@ -83,9 +118,23 @@ def compute(
 def update(engine: Engine, learning_rate: float, want_norms: bool) -> Update:
     """UPDATE: after the last backward of a window. A non-finite gradient is not applied, and its modules' norms are read."""
     engine.set_learning_rate(learning_rate)
-    norms = engine.grad_norms() if engine.non_finite() or want_norms else None
-    applied, grad_norm = engine.step()
+    try:
+        norms = engine.grad_norms() if engine.non_finite() or want_norms else None
+        applied, grad_norm = engine.step()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RedHeartError(  # half of the parameters may be updated, and the micro-batch has no part in it
+            f"out of memory in the optimizer's step ({str(error).splitlines()[0]}): choose a memory.strategy that keeps "
+            "more on the host (redheart plan names those that fit), and go on with --resume"
+        ) from None
     return Update(applied, grad_norm, norms)
+
+
+def global_losses(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """Loss per label over the whole global batch, for the tasks that had labels in it. Collective."""
+    totals = dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True))
+    return {name: totals[name] / counts[name] for name in totals if counts[name] > 0}
 
 
 def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -7,26 +7,25 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from redheart.config import RunConfig, dump_config
 from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
-from redheart.files import write_json, write_text
+from redheart.files import write_text
 from redheart.memory.refuse import check_memory
-from redheart.model.build import build_model
-from redheart.ranks import barrier, is_main, launched_rank, launched_world_size
+from redheart.model.build import model_config
+from redheart.ranks import barrier, launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_losses
 from redheart.train import checkpoint
 from redheart.train.checkpoint import Progress
-from redheart.train.engine import DeepSpeedEngine, make_engine
+from redheart.train.engine import PlainEngine
+from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.stages import split_global_batch
+from redheart.train.stored import fitting
 from redheart.train.trainer import Trainer
 
 
@@ -47,6 +46,7 @@ class TrainResult:
             "world_size": state.world_size, "initial_dev_loss": state.initial_dev_loss, "last_dev_loss": state.last_dev_loss,
             "best_value": state.best_value, "best_step": state.best_step, "last_loss": state.last_loss,
             "skipped_steps": state.skipped_steps, "signal": self.signal,
+            "micro_batch_size": state.micro_batch_size, "out_of_memory": state.out_of_memory,
         }  # fmt: skip
 
 
@@ -57,12 +57,14 @@ def train(
     resume: str | None = None,
     overwrite: bool = False,
     update_parameters: bool = True,
+    init: Path | None = None,
 ) -> TrainResult:
-    """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot."""
+    """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot.
+
+    `init`: an export, a checkpoint or a run whose weights the run starts from, instead of random ones.
+    """
     streams = _open_streams(data, config)
-    micro, accumulation = split_global_batch(
-        config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
-    )
+    split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     if config.training.best_metric not in ("loss", *TASKS):
         raise RedHeartError(f"training.best_metric must be loss or one of {', '.join(TASKS)}")
     source = checkpoint.find(resume, run) if resume else None
@@ -71,26 +73,32 @@ def train(
         raise RedHeartError(f"{source} was trained on features of another encoder ({state.encoder}) than {data} holds")
     state.encoder, state.sources = streams[0].encoder, streams[0].index["sources"]
     state.data = str(data) if "://" in str(data) else str(Path(data).resolve())
+    state.micro_batch_size, accumulation = split_global_batch(
+        config.training.global_batch_size, wanted_micro_batch_size(config, state), launched_world_size()
+    )
     total_steps = steps_of(config, streams[0].rows_per_epoch)
-    if launched_rank() == 0:
-        check_memory(config, micro, accumulation, config.data.encoder.max_tokens)
-    _claim(run, config, bool(source), overwrite)
+    if init and source:
+        raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
 
-    torch.manual_seed(config.training.seed)
+    if init:
+        fitting(model_config(config, state.encoder), init)
+    if launched_rank() == 0:
+        check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
+    _claim(run, config, bool(source), overwrite)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
-    engine = make_engine(partial(build_model, config, streams[0].encoder), config, accumulation, micro)
-    if is_main() and isinstance(engine, DeepSpeedEngine):
-        write_json(run / "ds_config.json", engine.settings)
+    engine = build_engine(config, state.encoder, run, state.micro_batch_size, init)
     if source:
         engine.load(source)
     else:
         state.scales = constant_losses(*streams[0].label_sample(), config.loss)
-    _announce(config, engine.world_size, micro, accumulation, total_steps, state)
-    trainer = Trainer(config, run, engine, streams, state, total_steps, micro, update_parameters)
+    _announce(config, engine.world_size, accumulation, total_steps, state)
+    trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters)
     started = time.perf_counter()
     stop = trainer.run()
     barrier()
+    if isinstance(trainer.engine, PlainEngine) and trainer.engine.swap.names:
+        console.print(str(trainer.engine.swap.report()))
     return TrainResult(run, state, total_steps, time.perf_counter() - started, stop.signal)
 
 
@@ -122,12 +130,10 @@ def _claim(run: Path, config: RunConfig, resuming: bool, overwrite: bool) -> Non
         write_text(run / "config.yaml", dump_config(config))
 
 
-def _announce(
-    config: RunConfig, world_size: int, micro: int, accumulation: int, total_steps: int, state: Progress
-) -> None:
+def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps: int, state: Progress) -> None:
     console.print(
         f"training {config.preset}: {total_steps} steps of {config.training.global_batch_size} samples "
-        f"(micro-batch {micro} × accumulation {accumulation} × ranks {world_size}), {config.memory.strategy}, "
+        f"(micro-batch {state.micro_batch_size} × accumulation {accumulation} × ranks {world_size}), {config.memory.strategy}, "
         f"{config.training.precision}"
         + (f", ablation without {', '.join(config.model.ablate)}" if config.model.ablate else "")
         + (f", resumed at step {state.step}" if state.step else "")

@@ -8,7 +8,7 @@ emotion (valence), Bentham (net value) and acceptability. Few rows and a bare fo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -24,6 +24,17 @@ LEAST = 128
 NEGATIVE = [EMOTIONS.index(e) for e in ("sadness", "anger", "fear", "disgust")]
 
 
+def predictions(outputs: RedHeartOutput) -> list[torch.Tensor]:
+    """A micro-batch's predictions [B, 4] on their device (reading them would wait for it); nothing where an answer is missing."""
+    found = [TASKS[name].predict(outputs) for name in ("regret", "emotion", "bentham", "acceptability")]
+    known = [p.detach() for p in found if p is not None]
+    if len(known) < len(found):
+        return []
+    regret, emotion, bentham, acceptability = known
+    valence = emotion[:, EMOTIONS.index("joy")] - emotion[:, NEGATIVE].amax(-1)
+    return [torch.stack([regret[:, 0], valence, bentham.mean(-1), acceptability[:, 0]], 1)]
+
+
 class Synergy:
     """Remembers recent predictions; `remember` every step, `analyse` now and then."""
 
@@ -31,16 +42,11 @@ class Synergy:
         self._config = config
         self._recent: deque[torch.Tensor] = deque()  # [B, 4]: regret, emotion, bentham, acceptability
 
-    def remember(self, outputs: RedHeartOutput) -> None:
-        """Keeps a micro-batch's predictions, on their device: reading them would wait for it."""
-        found = [TASKS[name].predict(outputs) for name in ("regret", "emotion", "bentham", "acceptability")]
-        known = [p.detach() for p in found if p is not None]
-        if len(known) == len(found):
-            regret, emotion, bentham, acceptability = known
-            valence = emotion[:, EMOTIONS.index("joy")] - emotion[:, NEGATIVE].amax(-1)
-            self._recent.append(torch.stack([regret[:, 0], valence, bentham.mean(-1), acceptability[:, 0]], 1))
-            while sum(map(len, self._recent)) - len(self._recent[0]) >= RECENT:
-                self._recent.popleft()
+    def remember(self, said: Iterable[torch.Tensor]) -> None:
+        """Keeps what `predictions` gave for the micro-batches of a step."""
+        self._recent.extend(said)
+        while self._recent and sum(map(len, self._recent)) - len(self._recent[0]) >= RECENT:
+            self._recent.popleft()
 
     def analyse(self, model: RedHeartModel, batch: Batch, factors: Mapping[str, float]) -> dict[str, float]:
         """Tags and values. The model's mode is kept; nothing is added to any parameter's gradient."""

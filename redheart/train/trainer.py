@@ -6,23 +6,27 @@ A run is its configuration, its data and one integer, the step: whatever dies re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from redheart.config import RunConfig
 from redheart.console import progress
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import Evaluation, evaluate
 from redheart.losses.combine import factors
-from redheart.ranks import sum_over_ranks
+from redheart.ranks import OutOfMemory
 from redheart.schema import Batch
 from redheart.tasks import task_weights
-from redheart.train import checkpoint, stages
+from redheart.train import checkpoint, oom, stages
 from redheart.train.board import Board
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
 from redheart.train.guard import NonFiniteGuard, StopRequest
 from redheart.train.sample_log import SampleLog
 from redheart.train.synergy import Synergy
+
+T = TypeVar("T")
 
 
 def every(step: int, n: int) -> bool:
@@ -40,17 +44,16 @@ class Trainer:
         streams: tuple[SampleStream, SampleStream],
         state: Progress,
         total_steps: int,
-        micro_batch_size: int,
         update_parameters: bool = True,
     ):
         self.config, self.run_directory, self.engine, self.state = config, run, engine, state
         self.train_stream, self.dev_stream = streams
-        self.total_steps, self.micro_batch_size = total_steps, micro_batch_size
-        self.update_parameters = update_parameters
+        self.total_steps, self.update_parameters = total_steps, update_parameters
         self.factors = factors(task_weights(config.loss), state.scales, config.loss.constant_floor)
         self.guard = NonFiniteGuard(run, config.training.max_bad_steps)
         self.guard.skipped = state.skipped_steps
         self.board, self.synergy = Board(run, state.step), Synergy(config.loss)
+        self.rehearsals = oom.Rehearsals(config)
         self.log = SampleLog(run, engine.rank, engine.world_size, state.step) if config.training.log_samples else None
 
     def run(self) -> StopRequest:
@@ -58,20 +61,18 @@ class Trainer:
         state, settings = self.state, self.config.training
         with StopRequest().listening() as stop, progress("training", self.total_steps, state.step) as (bar, task):
             if state.initial_dev_loss is None and self.dev_stream.num_rows:
-                before = self._evaluate()
+                before = self._fitting(self._evaluate)
                 state.initial_dev_loss, state.initial_dev_losses = before.total, before.losses
             self.board.restart_clock()
             while state.step < self.total_steps:
-                window = stages.open_window(self._batches(state.step), stop.wanted)
-                if window.stop:
+                if not self._fitting(lambda: self._step(stop.wanted)):
                     break
-                self._step(window, want_log=every(state.step + 1, settings.log_every))
                 state.step += 1
-                bar.update(task, completed=state.step, note=self._note())
+                bar.update(task, completed=state.step, note=state.note())
                 done = state.step == self.total_steps
                 improved = False
                 if self.dev_stream.num_rows and (done or every(state.step, settings.evaluate_every)):
-                    improved = self._is_best(self._evaluate())
+                    improved = self._is_best(self._fitting(self._evaluate))
                 if self.update_parameters and (improved or done or every(state.step, settings.checkpoint_every)):
                     self._save(improved)
                     self.board.restart_clock()
@@ -80,18 +81,26 @@ class Trainer:
         self.board.close()
         return stop
 
-    def _step(self, window: stages.Window, want_log: bool) -> None:
-        """One optimizer step."""
-        ranks, sums = self.engine.world_size, dict.fromkeys(window.counts, 0.0)
-        for i, batch in enumerate(window.batches):
-            outputs = stages.forward(self.engine, batch)
-            self.synergy.remember(outputs)
-            loss, parts = stages.compute(
-                outputs, batch, window.counts, self.factors, window.num_micro_batches * ranks, self.config.loss
-            )
-            self.engine.backward(loss, is_last=i == window.num_micro_batches - 1)
-            sums = {name: sums[name] + value for name, value in parts.items()}
-        step = self.state.step
+    def _fitting(self, work: Callable[[], T]) -> T:
+        """`work()`; where it runs out of memory, again on an engine that was rebuilt for a smaller micro-batch."""
+        while True:
+            try:
+                return work()
+            except OutOfMemory as error:
+                reason = str(error)  # what failed holds its activations until this block is left
+            self.engine = oom.shrink(self.engine, self.config, self.run_directory, self.state, reason)
+            self.board.out_of_memory(self.state.out_of_memory[-1])
+
+    def _step(self, stop: bool) -> bool:
+        """One optimizer step; False, and nothing done, where some rank was asked to stop."""
+        batches, step = self._batches(self.state.step), self.state.step
+        window = stages.open_window(batches, stop, self.rehearsals.wanted(self.engine, batches))
+        if window.stop:
+            return False
+        self.rehearsals.run(self.engine, window, self.factors, self.config.loss)
+        sums, said = stages.accumulate(self.engine, window, self.factors, self.config.loss)
+        self.synergy.remember(said)
+        want_log = every(step + 1, self.config.training.log_every)
         if self.log:
             self.log.write(step, window.batches)
         learning_rate = stages.learning_rate_at(step, self.total_steps, self.config.optimizer)
@@ -100,30 +109,27 @@ class Trainer:
         self.state.skipped_steps = self.guard.skipped
         self.board.count(self.config.training.global_batch_size)
         if every(step + 1, self.config.training.synergy_every):
-            self.board.synergy(step + 1, self.synergy.analyse(self.engine.model, window.batches[0], self.factors))
+            first = batches[0].to(self.engine.device, self.engine.dtype)
+            self.board.synergy(step + 1, self.synergy.analyse(self.engine.model, first, self.factors))
         if want_log:
-            losses = self._global_losses(sums, window.counts)
+            losses = stages.global_losses(sums, window.counts)
             total = sum(self.factors[n] * v for n, v in losses.items())
             self.state.last_loss = total
             self.board.train(step + 1, losses, total, update, learning_rate, self.guard.skipped)
-
-    def _global_losses(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """Loss per label over the whole global batch, for the tasks that had labels in it."""
-        totals = dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True))
-        return {name: totals[name] / counts[name] for name in totals if counts[name] > 0}
+        return True
 
     def _batches(self, step: int) -> list[Batch]:
-        settings, engine = self.config.training, self.engine
-        batches = self.train_stream.micro_batches(
-            step, settings.seed, settings.global_batch_size, self.micro_batch_size, engine.rank, engine.world_size
-        )
-        return [batch.to(engine.device, engine.dtype) for batch in batches]
+        settings, engine, micro = self.config.training, self.engine, self.state.micro_batch_size
+        return [*self.train_stream.micro_batches(
+            step, settings.seed, settings.global_batch_size, micro, engine.rank, engine.world_size
+        )]  # fmt: skip
 
     def _evaluate(self) -> Evaluation:
         engine, settings = self.engine, self.config.training
         result = evaluate(
             engine.model, self.dev_stream, self.config.loss, self.factors, engine.device, engine.dtype,
-            self.micro_batch_size, engine.rank, engine.world_size, settings.evaluate_rows,
+            self.state.micro_batch_size, engine.rank, engine.world_size, settings.evaluate_rows,
+            engine.forward_has_collectives,
         )  # fmt: skip
         self.state.last_dev_loss, self.state.dev_losses = result.total, result.losses
         self.board.dev(self.state.step, result)
@@ -131,19 +137,10 @@ class Trainer:
 
     def _is_best(self, result: Evaluation) -> bool:
         wanted = self.config.training.best_metric
-        value = result.total if wanted == "loss" else result.losses[wanted]
-        if self.state.best_value is not None and value >= self.state.best_value:
-            return False
-        self.state.best_value, self.state.best_step = value, self.state.step
-        return True
+        return self.state.improves(result.total if wanted == "loss" else result.losses[wanted])
 
     def _save(self, is_best: bool) -> None:
         self.state.world_size = self.engine.world_size
         is_best = is_best or not self.dev_stream.num_rows  # without dev rows the newest counts as the best
         keep = self.config.training.keep_checkpoints
         checkpoint.save(self.engine, self.run_directory, self.config, self.state, is_best, keep)
-
-    def _note(self) -> str:
-        parts = [f"loss {self.state.last_loss:.4f}"] if self.state.last_loss is not None else []
-        parts += [f"dev {self.state.last_dev_loss:.4f}"] if self.state.last_dev_loss is not None else []
-        return "  ".join(parts)

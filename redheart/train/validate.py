@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
+from redheart.console import console
 from redheart.data.stream import SampleStream
 from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.evaluate import evaluate
 from redheart.evaluation.report import Report, compare
 from redheart.losses.combine import factors
+from redheart.memory.swap import place
 from redheart.model.redheart import parameter_counts
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, task_weights
 from redheart.train.export import load_model, resolve
 
 
-def validate(checkpoint: Path, data: str | Path | None, split: str, out: Path | None) -> tuple[Report, Path | None]:
-    """(the report, where it was written). `data` defaults to what the checkpoint was trained on, `out` to its run directory."""
+def validate(
+    checkpoint: Path,
+    data: str | Path | None,
+    split: str,
+    out: Path | None,
+    device: str = "cpu",
+    swap: Collection[str] | None = None,
+) -> tuple[Report, Path | None]:
+    """(the report, where it was written). `data` defaults to what the checkpoint was trained on, `out` to its run directory,
+    `swap` (modules kept off `device` but for their turn) to its memory.swap."""
     directory = resolve(checkpoint)
     model, config, progress = load_model(directory)
     data = data or progress.data
@@ -28,7 +39,8 @@ def validate(checkpoint: Path, data: str | Path | None, split: str, out: Path | 
             f"{data} was encoded by {held_out.encoder}, but {directory} was trained on {progress.encoder}"
         )
     weights = factors(task_weights(config.loss), progress.scales, config.loss.constant_floor)
-    result = evaluate(model, held_out, config.loss, weights)
+    swapped = place(model, device, config.memory.swap if swap is None else swap)
+    result = evaluate(model, held_out, config.loss, weights, device)
     facts = {
         "preset": config.preset,
         "parameters": f"{sum(parameter_counts(model).values()):,}",
@@ -40,6 +52,8 @@ def validate(checkpoint: Path, data: str | Path | None, split: str, out: Path | 
     losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before and TASKS[n].final]
     lines, causes = compare(result, model, train, dev, held_out), causes_of_regret(model, held_out)
     report = Report(f"Red Heart: what {config.preset} learned", facts, split, result, lines, losses, causes)
+    if swapped.names:
+        console.print(str(swapped.report()))
     run = directory.parent.parent
     if out is None and (run / "config.yaml").is_file():
         out = run / "report.md"

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from redheart.model.select import MODULES
 from tests.runs import BIN, redheart
 
 
 def run(ranks: int, **wanted: Any) -> dict[str, Any]:
     launcher = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"]
     launcher += ["--num_processes", str(ranks), "--main_process_port", "0", "-m", "tests.train.tiny_run"]
-    done = redheart(json.dumps({"precision": "bf16", **wanted}), launcher=launcher)
+    done = redheart(json.dumps({"precision": "fp32", **wanted}), launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -25,23 +26,25 @@ def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
     assert whole["losses"][-1] < whole["losses"][0]
     one = run(1, strategy=strategy, steps=6, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
     two = run(2, strategy=strategy, steps=6, load=str(tmp_path / "b"), save=str(tmp_path / "c"))
-    assert one["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-4)  # bf16 rows in another micro-batch
+    assert one["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-5)
     assert one["losses"] + two["losses"] == pytest.approx(whole["losses"][2:], rel=1e-3)
     assert not list(tmp_path.glob("*.universal"))
 
 
 def test_one_rank_resumes_bitwise_under_zero_3_and_its_losses_are_zero_2s(tmp_path: Path):
-    three = run(1, strategy="zero3_offload_8bit", steps=6, save_at=3, save=str(tmp_path / "a"), twice=True)
-    two = run(1, strategy="zero2_offload_8bit", steps=6, save=str(tmp_path / "b"))
+    three = run(
+        1, strategy="zero3_offload_8bit", precision="bf16", steps=6, save_at=3, save=str(tmp_path / "a"), twice=True
+    )
+    two = run(1, strategy="zero2_offload_8bit", precision="bf16", steps=6, save=str(tmp_path / "b"))
     assert three["bitwise"]
     assert three["losses"] == pytest.approx(two["losses"], rel=2e-3)
+    assert len(three["norms"]) == len(MODULES)  # no module's gradient goes missing on its way into a partition
+    assert three["norms"] == pytest.approx(two["norms"], rel=2e-2)
 
 
 def test_fp32_states_change_their_world_size_too(tmp_path: Path):
-    whole = run(1, strategy="zero2_offload", precision="fp32", steps=6, save_at=2, save=str(tmp_path / "a"), twice=True)
+    whole = run(1, strategy="zero2_offload", steps=6, save_at=2, save=str(tmp_path / "a"), twice=True)
     assert whole["optimizer"] == "DeepSpeedCPUAdam"
     assert whole["bitwise"]
-    two = run(
-        2, strategy="zero2_offload", precision="fp32", steps=4, load=str(tmp_path / "a"), save=str(tmp_path / "b")
-    )
+    two = run(2, strategy="zero2_offload", steps=4, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
     assert two["losses"] == pytest.approx(whole["losses"][2:], rel=1e-4)

@@ -36,6 +36,9 @@ def start(wanted: dict[str, Any]) -> tuple[Engine, Any]:
     return make_engine(partial(build_model, config, None), config, 2, ROWS), config
 
 
+NORMS: dict[str, float] = {}  # of the first step's gradients, by module
+
+
 def step(engine: Engine, config: Any, number: int) -> float:
     factors = task_weights(config.loss)
     starts = [k * 4 + engine.rank * ROWS for k in range(2)]
@@ -51,6 +54,8 @@ def step(engine: Engine, config: Any, number: int) -> float:
         done.module_norms is None
         or abs(sum(v * v for v in done.module_norms.values()) ** 0.5 / done.grad_norm - 1) < 2e-2
     )
+    if not NORMS and done.module_norms is not None:
+        NORMS.update(done.module_norms)
     mean = torch.tensor(total, dtype=torch.float64)
     dist.all_reduce(mean)
     return mean.item()
@@ -82,16 +87,23 @@ def main() -> None:
             barrier()
     if wanted.get("twice"):
         expected = digest(engine)
-        again, config = start(wanted)
-        assert digest(again) != expected
-        again.load(Path(wanted["save"]))
-        replayed = [step(again, config, n) for n in range(wanted["save_at"], wanted["steps"])]
-        same = digest(again) == expected and replayed == losses[wanted["save_at"] :]
+        engine.close()
+        engine, config = start(wanted)
+        assert digest(engine) != expected
+        engine.load(Path(wanted["save"]))
+        replayed = [step(engine, config, n) for n in range(wanted["save_at"], wanted["steps"])]
+        same = digest(engine) == expected and replayed == losses[wanted["save_at"] :]
         everyone: list[Any] = [None] * WORLD
         dist.all_gather_object(everyone, same)
         bitwise = all(everyone)
     if is_main():
-        print(json.dumps({"losses": losses, "bitwise": bitwise, "optimizer": type(engine._zero.optimizer).__name__}))
+        told = {
+            "losses": losses,
+            "norms": NORMS,
+            "bitwise": bitwise,
+            "optimizer": type(engine._zero.optimizer).__name__,
+        }
+        print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from redheart.config import RunConfig
-from redheart.train.engine.base import Build, Engine, parameter_groups
+from redheart.schema import RedHeartError
+from redheart.train.engine.base import Build, Engine, free_memory, parameter_groups
 from redheart.train.engine.machinery import compile_kernels, import_machinery
 from redheart.train.engine.plain import PLAIN_STATE, PlainEngine
 from redheart.train.engine.zero import DeepSpeedEngine
@@ -26,6 +27,7 @@ __all__ = [
     "PlainEngine",
     "compile_kernels",
     "consolidated_weights",
+    "free_memory",
     "make_engine",
     "parameter_groups",
 ]
@@ -35,6 +37,11 @@ def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_
     """The engine that `memory.strategy` names, around the network that `build` makes (model/build.py)."""
     if config.memory.strategy == "plain":
         return PlainEngine(build, config, accumulation)
+    if config.memory.swap:
+        raise RedHeartError(
+            f"memory.swap in training needs memory.strategy=plain: {config.memory.strategy} places parameters itself; empty one of "
+            "them, or choose zero3_offload_8bit to keep parameters off the device"
+        )
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout, which is kept for results
         return DeepSpeedEngine(build, config, accumulation, micro_batch_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -12,10 +13,10 @@ import torch
 from torch import nn
 
 from redheart.config import OptimizerConfig
+from redheart.model.build import Place
 from redheart.model.redheart import RedHeartModel, module_of
 from redheart.ranks import sum_over_ranks
 
-Place = Callable[[nn.Module], None]
 Build = Callable[[Place], RedHeartModel]  # a fresh network, each of whose modules has gone through `place` once built
 
 
@@ -27,6 +28,7 @@ class Engine(ABC):
     dtype: torch.dtype
     rank: int
     world_size: int
+    forward_has_collectives = False  # ZeRO-3 gathers parameters in the forward pass
 
     @abstractmethod
     def __call__(self, **inputs: Any) -> Any:
@@ -59,6 +61,10 @@ class Engine(ABC):
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, on as many ranks or on another number of them. Collective."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the model, the optimizer and the memory of both; another engine may then be made in this process."""
+
     def set_learning_rate(self, value: float) -> None:
         for group in self.optimizer_groups():
             group["lr"] = value
@@ -68,6 +74,13 @@ class Engine(ABC):
         mine = self.squared_norms()
         total = sum_over_ranks([mine[m] for m in self.model.built])
         return {m: math.sqrt(v) if v >= 0 else math.nan for m, v in zip(self.model.built, total, strict=True)}
+
+
+def free_memory() -> None:
+    """Returns what nobody holds any more to the device; engines and their models are full of reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from redheart.config import RunConfig
+from redheart.memory.swap import place
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
-from redheart.train.engine.base import Build, Engine, adamw_arguments, parameter_groups, squared_by_module
+from redheart.train.engine.base import Build, Engine, adamw_arguments, free_memory, parameter_groups, squared_by_module
 
 PLAIN_STATE = "plain_state.pt"
 
 
 class PlainEngine(Engine):
-    """torch.optim.AdamW on one process, fp32 weights, bf16 through autocast."""
+    """torch.optim.AdamW on one process, fp32 weights, bf16 through autocast.
+
+    Modules of `memory.swap` have their weights, gradients and optimizer states on the host, and are computed on the device.
+    """
 
     def __init__(self, build: Build, config: RunConfig, accumulation: int):
         if launched_world_size() > 1:
@@ -28,8 +31,8 @@ class PlainEngine(Engine):
                 f"memory.strategy=plain has no {config.optimizer_name}: choose zero2_offload_8bit, or gpu_8bit on a GPU"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.rank, self.world_size = build(lambda module: None), 0, 1
-        nn.Module.to(self.model, self.device)
+        self.model, self.rank, self.world_size = build(lambda name, module: None), 0, 1
+        self.swap = place(self.model, self.device, config.memory.swap)
         self.dtype = torch.float32
         self._accumulation, self._max_norm = accumulation, config.optimizer.max_grad_norm
         self._autocast = config.training.precision == "bf16"
@@ -71,3 +74,7 @@ class PlainEngine(Engine):
         state = torch.load(directory / PLAIN_STATE, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def close(self) -> None:
+        del self.model, self.swap, self._optimizer
+        free_memory()

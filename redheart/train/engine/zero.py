@@ -14,10 +14,19 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
+from redheart.model.build import Place
+from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
-from redheart.train.engine.base import Build, Engine, Place, adamw_arguments, parameter_groups, squared_by_module
+from redheart.train.engine.base import (
+    Build,
+    Engine,
+    adamw_arguments,
+    free_memory,
+    parameter_groups,
+    squared_by_module,
+)
 from redheart.train.engine.fused_copy import fuse_the_copy
 from redheart.train.engine.machinery import deepspeed_config, import_machinery
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
@@ -29,11 +38,12 @@ class DeepSpeedEngine(Engine):
     """See the module's docstring. The network is built inside, so that ZeRO-3 can take its part of each module at once."""
 
     def __init__(self, build: Build, config: RunConfig, accumulation: int, micro_batch_size: int):
-        accelerate, self._deepspeed = import_machinery()
+        accelerate, self._deepspeed = self._accelerate, _ = import_machinery()
         world_size = launched_world_size()
         settings = deepspeed_config(config, accumulation, micro_batch_size, world_size)
         self.settings = settings
         self._stage = settings["zero_optimization"]["stage"]
+        self.forward_has_collectives = self._stage == 3
         timeout = timedelta(seconds=config.training.collective_timeout_s)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         bf16 = config.training.precision == "bf16"
@@ -72,21 +82,17 @@ class DeepSpeedEngine(Engine):
         So the network never exists as a whole in fp32, under ZeRO-3 not even in bf16.
         """
         if self._stage < 3:
-            return lambda module: None if self.dtype == torch.float32 else _cast(module, self.dtype)
+            return lambda name, module: None if self.dtype == torch.float32 else _cast(module, self.dtype)
 
-        def partition(module: nn.Module) -> None:
+        def partition(name: str, module: nn.Module) -> None:
             _cast(module, self.dtype)
             self._deepspeed.zero.Init(module=module, config_dict_or_path=self.settings, mem_efficient_linear=False)
 
         return partition
 
     def _gather_together(self, model: nn.Module) -> None:
-        """Modules that read their children's weights without calling the children: ZeRO-3 gathers each as a whole."""
-        from redheart.model.fusion import Utility
-        from redheart.model.layers import FoldedAttention
-
-        classes = [c for c in (FoldedAttention, Utility) if any(isinstance(m, c) for m in model.modules())]
-        self._deepspeed.utils.set_z3_leaf_modules(model, classes)
+        """FoldedAttention reads its children's weights without calling the children: ZeRO-3 gathers it as a whole."""
+        self._deepspeed.utils.set_z3_leaf_modules(model, [FoldedAttention])
 
     def _optimizer(self, model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         """The optimizer that `optimizer.name` and `memory.strategy` mean; asserted again after `prepare`."""
@@ -157,6 +163,14 @@ class DeepSpeedEngine(Engine):
                 self._load_universal(converted)
         if isinstance(self._zero.optimizer, self._deepspeed.ops.adam.DeepSpeedCPUAdam):
             self._replay_bias_correction()
+
+    def close(self) -> None:
+        self._accelerator.free_memory()
+        self._engine.destroy()
+        del self.model, self._engine, self._zero, self._accelerator
+        # Accelerate refuses a second DeepSpeed plugin while this is set; the process group, in PartialState, stays
+        self._accelerate.state.AcceleratorState._reset_state()
+        free_memory()
 
     def _load_universal(self, converted: Path) -> None:
         settings = self._engine._config

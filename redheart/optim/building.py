@@ -1,0 +1,31 @@
+"""Compiling an extension once on a machine, by one process at a time, and after a process that died over it.
+
+torch marks a build under way by a file that nobody removes if the builder is killed: everyone after it waits for ever. Here the
+builder holds a lock that ends with the process, and whoever has it next removes what a dead one left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.cpp_extension import get_default_build_root
+
+
+def build_root() -> Path:
+    """Where torch keeps compiled extensions."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def built_alone(name: str, build: Callable[[], Any]) -> Any:
+    """What `build` returns, which compiles or loads torch's extension `name`; other processes that call this wait their turn."""
+    root = build_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{name}.flock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):
+            left.unlink(missing_ok=True)
+        return build()

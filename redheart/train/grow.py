@@ -1,0 +1,154 @@
+"""`redheart grow`: weights on the disk -> an export of a larger network with the same function, tensor by tensor.
+
+At no time is more than one shard of the result in memory. Verification then runs the old network and the new one, one after
+the other, on real samples, and compares every answer, latent and reading.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from redheart.config import RunConfig
+from redheart.console import console
+from redheart.data.stream import SampleStream
+from redheart.evaluation.evaluate import evaluate, forward
+from redheart.files import committed_directory, write_json
+from redheart.losses.combine import factors
+from redheart.model.growth import grown_tensors, reachable, relative_differences, tensors_of
+from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.model.select import ExecutionMode
+from redheart.schema import RedHeartError
+from redheart.tasks import task_weights
+from redheart.train.checkpoint import Progress
+from redheart.train.export import write_card
+from redheart.train.stored import INDEX, SINGLE, Stored, load_stored, open_stored
+
+SHARD_SIZE = 512 * 2**20  # bytes of one safetensors file
+VERIFY_ROWS = 48
+MAX_RELATIVE_DIFFERENCE = 1e-5  # over each output's scale, fp32
+MAX_LOSS_DIFFERENCE = 1e-4
+
+
+@dataclass(frozen=True)
+class GrowReport:
+    """`max_abs_difference`: the largest |after - before| of any output, each divided by the output's largest absolute value."""
+
+    params_before: int
+    params_after: int
+    max_abs_difference: float | None  # None without verification, as the losses
+    loss_before: float | None
+    loss_after: float | None
+    host_peak_gib: float
+
+
+def grow(
+    checkpoint: Path,
+    target: RunConfig,
+    out: Path,
+    data: str | None = None,
+    noise_snr_db: float = 10.0,
+    seed: int = 0,
+    verify: bool = False,
+) -> GrowReport:
+    """Writes the grown network to `out`, an export from which `train --init` goes on. With `verify` only if nothing changed.
+
+    `data` defaults to what the checkpoint was trained on. Raises RedHeartError where growth cannot reach the target.
+    """
+    if out.exists():
+        raise RedHeartError(f"{out} exists already: name another --out")
+    source = open_stored(checkpoint)
+    sizes = reachable(source.sizes, target)
+    stream = _samples(source, data) if verify else None
+    before = _look(source, stream) if stream else None
+    # what the weights were trained on, and by which losses they are judged, stays
+    config = target.model_copy(update={"data": source.config.data, "loss": source.config.loss})
+    progress = Progress(
+        scales=source.progress.scales, data=source.progress.data, encoder=source.progress.encoder, sources=source.progress.sources
+    )  # fmt: skip
+    difference = loss_before = loss_after = None
+    with committed_directory(out) as temporary:
+        console.print(f"growing {source.config.preset} to {config.preset} …")
+        with torch.device("meta"):
+            empty = RedHeartModel(sizes)
+        _write_weights(source, empty, temporary, noise_snr_db, seed)
+        empty.config.architectures, empty.config.dtype = [type(empty).__name__], torch.float32
+        empty.config.save_pretrained(temporary)
+        write_card(temporary, empty, config, progress)
+        if stream is not None and before is not None:
+            after = _look(open_stored(temporary), stream)
+            loss_before, loss_after = before[1], after[1]
+            differences = relative_differences(before[0], after[0])
+            worst = max(differences, key=lambda name: differences[name])
+            difference = differences[worst]
+            # written as `not … <=` so that a NaN does not pass
+            if not difference <= MAX_RELATIVE_DIFFERENCE or not abs(loss_after - loss_before) <= MAX_LOSS_DIFFERENCE:
+                shutil.rmtree(temporary)
+                raise RedHeartError(
+                    f"the grown network is not the same function: {worst} differs by {difference:.1e} of its scale (at "
+                    f"most {MAX_RELATIVE_DIFFERENCE:.0e}), dev loss {loss_before:.6f} before and {loss_after:.6f} after; "
+                    "nothing was written. An answer of a network that was hardly trained can be as small as its rounding: "
+                    "train it further, or grow without --verify"
+                )
+    return GrowReport(_count(source.sizes), _count(sizes), difference, loss_before, loss_after, peak_host_gib())
+
+
+def peak_host_gib() -> float:
+    """The most memory this process has held so far (VmHWM), mapped files included."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kib) / 2**20
+
+
+def _count(sizes: RedHeartConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in RedHeartModel(sizes).parameters())
+
+
+def _write_weights(source: Stored, empty: RedHeartModel, directory: Path, noise_snr_db: float, seed: int) -> None:
+    """Safetensors files in Transformers' layout, each written as soon as its last tensor is grown."""
+    pattern = SINGLE.replace(".safetensors", "{suffix}.safetensors")
+    plan = split_torch_state_dict_into_shards(empty.state_dict(), filename_pattern=pattern, max_shard_size=SHARD_SIZE)
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in grown_tensors(source.read, source.sizes, empty, noise_snr_db, seed):
+        file = plan.tensor_to_filename[name]
+        waiting.setdefault(file, {})[name] = tensor
+        if len(waiting[file]) == len(plan.filename_to_tensors[file]):
+            save_file(waiting.pop(file), directory / file, metadata={"format": "pt"})
+    assert not waiting
+    if plan.is_sharded:
+        write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def _samples(source: Stored, data: str | None) -> SampleStream:
+    stream = SampleStream(data or source.progress.data, "dev", source.config.data.remote)
+    if not stream.num_rows:
+        raise RedHeartError("--verify needs dev rows, and the data has none: name other data with --data")
+    if stream.encoder != source.sizes.encoder:
+        raise RedHeartError(
+            f"--verify: the data was encoded by {stream.encoder}, and the network reads features of {source.sizes.encoder}"
+        )
+    return stream
+
+
+def _look(stored: Stored, stream: SampleStream) -> tuple[dict[str, torch.Tensor], float]:
+    """(every output on some dev rows, spread evenly, one row after the other; the weighted dev loss over them)."""
+    model = load_stored(stored)
+    model.set_mode(ExecutionMode.EVALUATION)
+    weights = factors(task_weights(stored.config.loss), stored.progress.scales, stored.config.loss.constant_floor)
+    loss = evaluate(model, stream, stored.config.loss, weights, max_rows=VERIFY_ROWS, batch_size=8).total
+    found: dict[str, list[torch.Tensor]] = {}
+    for batch in stream.in_order(8, max_rows=VERIFY_ROWS):
+        for name, value in tensors_of(forward(model, batch.to("cpu", torch.float32))).items():
+            found.setdefault(name, []).append(
+                value.flatten(0, -2) if value.dim() > 2 else value
+            )  # texts differ in length
+    del model
+    gc.collect()
+    return {name: torch.cat(values) for name, values in found.items()}, loss

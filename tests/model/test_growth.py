@@ -1,0 +1,251 @@
+"""Growth: the same function wider and deeper, copies that part as soon as they learn, and a rule for every parameter."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from redheart.config import load_config
+from redheart.model import growth
+from redheart.model.growth import axes_of, grow, grown_tensors, origin_of, relative_differences, tensors_of
+from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.schema import RedHeartError
+from tests.model.test_model import SMALL, inputs, loss_of, small
+
+WIDE = {"width": 48, "heads": 4, "layers": 2, "task_width": 32, "task_heads": 4}
+OFTEN = {"width": 72, "heads": 6, "layers": 2, "task_width": 32, "task_heads": 4}  # D ×3, K ×2
+DEEP = {**SMALL, "layers": 5}
+BOTH = {**WIDE, "layers": 3}
+
+
+def sizes(values: dict[str, int], **more) -> RedHeartConfig:
+    return RedHeartConfig(**values, **more)
+
+
+def outputs_of(model: RedHeartModel, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Everything the network says about a few texts, some of them with a contrast."""
+    features, mask, _ = inputs(dtype=dtype)
+    rows = torch.tensor([0, 3, 6])
+    with torch.no_grad():
+        return tensors_of(model.eval()(features, mask, features.flip(-1)[rows], mask[rows], rows))
+
+
+def moved(model: RedHeartModel) -> RedHeartModel:
+    """The network with every weight away from its initial value, so that no gain is 1 and no offset 0 by chance."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize("target", [WIDE, OFTEN, DEEP, BOTH], ids=["wide", "ratios 3 and 2", "deep", "both"])
+def test_the_grown_network_is_the_same_function(target):
+    model = moved(small())
+    differences = relative_differences(outputs_of(model), outputs_of(grow(model, sizes(target))))
+    assert len(differences) == 40
+    assert {"readings.preference.analyzers.bentham", "trajectory", "task_features", "utility_difference"} <= set(
+        differences
+    )
+    assert max(differences.values()) <= 1e-10, max(differences, key=lambda n: differences[n])
+
+
+def test_the_comparison_can_fail():
+    model = moved(small())
+    grown = grow(model, sizes(WIDE))
+    grown.analyzers["emotion"].place.weight.data[40, 3] *= 1.01
+    differences = relative_differences(outputs_of(model), outputs_of(grown))
+    assert differences["trajectory"] > 1e-6
+    assert differences["task_features"] <= 1e-10
+
+
+def test_local_grows_to_base_in_fp32():
+    model = moved(RedHeartModel(RedHeartConfig(**_sizes_of("local"))))
+    # fresh queries are nearly alike, so that the utility foregone minus the one had would be smaller than its rounding
+    model.analyzers["regret"].query.data *= 50
+    grown = grow(model, load_config("base"))
+    assert sum(p.numel() for p in grown.parameters()) == sum(p.numel() for p in _on_meta("base").parameters())
+    differences = relative_differences(outputs_of(model, torch.float32), outputs_of(grown, torch.float32))
+    assert max(differences.values()) <= 1e-5, max(differences, key=lambda n: differences[n])
+
+
+def _sizes_of(preset: str) -> dict:
+    values = load_config(preset).model.model_dump()
+    del values["activation_checkpointing"]
+    return values
+
+
+def _on_meta(preset: str) -> RedHeartModel:
+    with torch.device("meta"):
+        return RedHeartModel(RedHeartConfig(**_sizes_of(preset)))
+
+
+def test_330m_grows_to_1b3_with_exactly_its_parameters():
+    small_one, large = _on_meta("330m"), _on_meta("1b3")
+    state = small_one.state_dict()
+    grown = {n: t.shape for n, t in _grown_on_meta(state, small_one.config, large)}
+    assert grown == {n: t.shape for n, t in large.state_dict().items()}
+    assert sum(p.numel() for p in large.parameters()) == pytest.approx(1.32e9, rel=0.01)
+
+
+def _grown_on_meta(state, source, target):
+    """Shapes alone: the noise, which needs memory, is left out."""
+    return grown_tensors(state.__getitem__, source, target, math.inf)
+
+
+def test_copies_part_with_the_first_step():
+    """With dropout off it is the noise alone that parts them: in weight or in gradient, all copies differ by a good share."""
+    grown = grow(small(0.0), sizes(WIDE, dropout=0.0)).train()
+    loss_of(grown, *inputs(), slice(0, 8)).backward()
+    names = _grown_axes(grown)
+    assert len(names) > 300
+    for name in names:
+        p = grown.get_parameter(name)
+        assert (
+            max(_distance_of_copies(t, name) / t.abs().max().clamp(min=1e-12) for t in (p.detach(), p.grad)) > 1e-2
+        ), name
+    torch.optim.AdamW(grown.parameters(), lr=1e-3).step()
+    assert min(_distance_of_copies(grown.get_parameter(name).detach(), name) for name in names) > 0
+
+
+def test_without_noise_copies_stay_copies():
+    grown = grow(small(0.0), sizes(WIDE, dropout=0.0), math.inf).train()
+    loss_of(grown, *inputs(), slice(0, 8)).backward()
+    torch.optim.SGD(grown.parameters(), lr=1e-3).step()
+    assert max(_distance_of_copies(grown.get_parameter(n).detach(), n) for n in _grown_axes(grown)) < 1e-9
+
+
+def _grown_axes(model: RedHeartModel) -> list[str]:
+    return [n for n, _ in model.named_parameters() if any(a != growth.FIXED for a in axes_of(n))]
+
+
+def _distance_of_copies(parameter: torch.Tensor, name: str) -> float:
+    """The smallest distance between the two copies along any axis that was doubled."""
+    found = []
+    for axis, what in enumerate(axes_of(name)):
+        if what == growth.FIXED:
+            continue
+        segments = len(what.partition(" ")[2]) or 1
+        pieces = (
+            parameter.chunk(segments, axis) if "DK" not in what else parameter.split([96, 32][:0] or [48, 32], axis)
+        )
+        found += [(a - b).abs().max().item() for a, b in (piece.chunk(2, axis) for piece in pieces)]
+    return min(found)
+
+
+def test_noise_has_its_share_and_cancels():
+    model = moved(small())
+    quiet, noisy = (grow(model, sizes(WIDE), snr).state_dict() for snr in (math.inf, 10.0))
+    name = "backbone.layers.0.mlp.mlp.linears.0.weight"
+    noise = noisy[name] - quiet[name]
+    assert (noise[:, :24] + noise[:, 24:]).abs().max() < 1e-15
+    signal = quiet[name].square().mean().sqrt()
+    assert 20 * math.log10(signal / noise.square().mean().sqrt()) == pytest.approx(10.0, abs=0.3)
+    assert torch.equal(noisy["backbone.positions"], model.backbone.positions.repeat(1, 2))
+
+
+def test_growth_is_a_function_of_its_seed_and_leaves_the_source_alone():
+    model = small()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    first, again, other = (grow(model, sizes(BOTH), seed=s).state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not torch.equal(first["backbone.cross.out.weight"], other["backbone.cross.out.weight"])
+    grown = grow(model, sizes(DEEP))
+    with torch.no_grad():
+        for p in grown.parameters():
+            p.zero_()
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert grown.training == model.training
+
+
+def test_a_new_layer_gets_gradients_and_old_layers_keep_their_order():
+    assert [origin_of(f"backbone.layers.{i}.norm.bias", 2, 5) for i in range(5)] == [
+        ("backbone.layers.0.norm.bias", False),
+        ("backbone.layers.0.norm.bias", True),
+        ("backbone.layers.0.norm.bias", True),
+        ("backbone.layers.1.norm.bias", False),
+        ("backbone.layers.1.norm.bias", True),
+    ]
+    assert origin_of("analyzers.emotion.layers.3.norm.bias", 2, 5) == ("analyzers.emotion.layers.3.norm.bias", False)
+    grown = grow(small(0.0), sizes(DEEP, dropout=0.0)).train()
+    loss_of(grown, *inputs(), slice(0, 8)).backward()
+    new = grown.backbone.layers[1]
+    assert new.attention.out.weight.abs().max() == 0
+    assert new.attention.out.weight.grad.abs().max() > 0
+    assert new.mlp.mlp.linears[1].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("preset", ["local", "330m"])
+def test_every_parameter_and_buffer_has_one_rule_of_its_dimension(preset):
+    state = _on_meta(preset).state_dict()
+    for name, tensor in state.items():
+        assert len(axes_of(name)) == tensor.dim(), name
+    unused = [p for p, _ in growth.RULES if not any(re.fullmatch(p, name) for name in state)]
+    assert unused == []
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(RedHeartError, match=r"0 rules for heads\.emotion\.mystery"):
+        axes_of("heads.emotion.mystery")
+    model = small()
+    model.heads["emotion"].mystery = torch.nn.Parameter(torch.ones(16))
+    assert [n for n in model.state_dict() if _has_no_rule(n)] == ["heads.emotion.mystery"]
+
+
+def _has_no_rule(name: str) -> bool:
+    return not any(re.fullmatch(pattern, name) for pattern, _ in growth.RULES)
+
+
+def test_gradients_scale_by_the_copies_of_the_output():
+    """Without noise, dL/dW' of a grown weight is dL/dW repeated and divided by the copies of its rows (what moments would need)."""
+    model = small(0.0)
+    grown = grow(model, sizes(WIDE, dropout=0.0), math.inf)
+    for network in (model, grown.train()):
+        loss_of(network, *inputs(), slice(0, 8)).backward()
+    for name, copies in (
+        ("backbone.layers.1.mlp.mlp.linears.0.weight", 2),
+        ("heads.regret.views.neutral.linears.2.bias", 2),
+        ("heads.emotion.emotion.linears.1.weight", 1),
+    ):
+        old, new = (network.get_parameter(name).grad for network in (model, grown))
+        expected = old.repeat([n // o for n, o in zip(new.shape, old.shape)]) / copies
+        assert (new - expected).abs().max() <= 1e-10 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": 36, "heads": 3}, "no multiple of 24"),
+        ({"task_width": 24, "task_heads": 3}, "no multiple of 16"),
+        ({"heads": 2}, "choose heads = 4"),
+        ({"task_heads": 2}, "choose task_heads = 4"),
+        ({"layers": 1}, "only adds layers"),
+        ({"num_experts": 4}, "num_experts"),
+        ({"encoder_width": 384}, "encoder_width"),
+        ({"ablate": ["aux.dsp"]}, "model.ablate"),
+        (SMALL, "nothing would grow"),
+    ],
+)
+def test_what_growth_cannot_reach_is_named(change, words):
+    with pytest.raises(RedHeartError, match=re.escape(words)):
+        grow(small(), sizes({**WIDE, **change}))
+
+
+def test_noise_that_would_drown_the_weights_is_refused():
+    with pytest.raises(RedHeartError, match="above 0"):
+        grow(small(), sizes(WIDE), -10.0)
+
+
+def test_an_odd_hidden_width_is_refused_not_rounded():
+    odd = RedHeartModel(RedHeartConfig(width=24, heads=2, layers=1, task_width=15, task_heads=3))
+    with pytest.raises(RedHeartError, match="even widths"):
+        grow(odd, RedHeartConfig(width=24, heads=2, layers=1, task_width=30, task_heads=6))
+
+
+def test_an_ablated_network_grows_too():
+    left_out = ["analyzers.surd", "aux.kalman"]
+    torch.manual_seed(0)
+    model = RedHeartModel(sizes(SMALL, ablate=left_out, num_experts=1)).double()
+    grown = grow(model, sizes(WIDE, ablate=left_out, num_experts=1))
+    assert max(relative_differences(outputs_of(model), outputs_of(grown)).values()) <= 1e-10

@@ -1,0 +1,30 @@
+"""A build that was killed does not stop the next one."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from redheart.optim.building import built_alone
+
+HOLD = "from redheart.optim.building import built_alone; import time; built_alone('x', lambda: (print('in', flush=True), time.sleep(60)))"
+
+
+def test_a_dead_builders_mark_is_removed(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    mark = tmp_path / "x" / "lock"
+    mark.touch()
+    assert built_alone("x", lambda: mark.exists()) is False
+    builder = subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=os.environ
+    )
+    assert builder.stdout is not None
+    assert builder.stdout.readline() == "in\n"
+    mark.touch()
+    builder.kill()
+    builder.wait()
+    started = time.monotonic()
+    assert built_alone("x", lambda: mark.exists()) is False
+    assert time.monotonic() - started < 30

@@ -1,0 +1,123 @@
+"""`redheart grow` and `train --init`: tensor by tensor onto the disk, the same function on real rows, and training goes on from it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from redheart.config import load_config
+from redheart.model import growth
+from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.schema import RedHeartError
+from redheart.train import grow as door
+from redheart.train.checkpoint import Progress
+from redheart.train.export import load_model, write_card
+from redheart.train.stored import initialise, load_stored, open_stored
+from tests.runs import QUICK, redheart
+
+
+def sizes(width: int = 24, heads: int = 2, task_width: int = 16, **more) -> dict:
+    return {"width": width, "heads": heads, "layers": 2, "task_width": task_width, "task_heads": heads, **more}
+
+
+def run_config(**changes):
+    config = load_config("local")
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network that was never trained, as an export."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("export")
+    model = RedHeartModel(RedHeartConfig(**sizes(), encoder={"name": "some", "width": 768}))
+    model.save_pretrained(out)
+    write_card(out, model, run_config(**sizes()), Progress(encoder={"name": "some", "width": 768}))
+    return out
+
+
+def test_what_is_streamed_is_what_grows_in_memory(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(door, "SHARD_SIZE", 100_000)
+    larger = run_config(**sizes(48, 4, 32))
+    report = door.grow(export, larger, tmp_path / "grown", seed=7)
+    assert (report.max_abs_difference, report.loss_before, report.loss_after) == (None, None, None)
+    assert len(list((tmp_path / "grown").glob("model-0*-of-*.safetensors"))) > 3
+    expected = growth.grow(RedHeartModel.from_pretrained(export), larger, seed=7)
+    assert report.params_after == sum(p.numel() for p in expected.parameters())
+    for loaded in (RedHeartModel.from_pretrained(tmp_path / "grown"), load_stored(open_stored(tmp_path / "grown"))):
+        state = loaded.state_dict()
+        assert all(torch.equal(t, state[n]) for n, t in expected.state_dict().items())
+        assert loaded.config.encoder == {"name": "some", "width": 768}
+    assert load_model(tmp_path / "grown").config.model.width == 48
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_written(export: Path, tmp_path: Path):
+    for config, words in (
+        (run_config(**sizes(36, 3, 32)), "no multiple of 24"),
+        (run_config(**sizes(48, 4, 32, num_experts=2)), "num_experts"),
+    ):
+        with pytest.raises(RedHeartError, match=re.escape(words)):
+            door.grow(export, config, tmp_path / "grown")
+    with pytest.raises(RedHeartError, match="exists already"):
+        door.grow(export, run_config(**sizes(48, 4, 32)), tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text("{}")
+    assert list(tmp_path.iterdir()) == [tmp_path / "none"]
+
+
+def test_weights_to_start_from_must_fit(export: Path):
+    encoder = {"name": "some", "width": 768}
+    model = RedHeartModel(RedHeartConfig(**sizes(), encoder=encoder))
+    initialise(model, export)
+    expected = load_model(export).model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
+    for changes, words in (
+        ({**sizes(48, 4), "encoder": encoder}, "width = 24"),
+        ({**sizes(ablate=["aux.dsp"]), "encoder": encoder}, "model.ablate"),
+        ({**sizes(), "encoder": {"name": "other", "width": 768}}, "another encoder"),
+    ):
+        with pytest.raises(RedHeartError, match=words):
+            initialise(RedHeartModel(RedHeartConfig(**changes)), export)
+
+
+def test_a_changed_function_is_refused_and_nothing_stays(
+    data: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def damaged(*arguments):
+        for name, tensor in growth.grown_tensors(*arguments):
+            yield name, tensor * 1.001 if name == "heads.bentham.gate.weight" else tensor
+
+    monkeypatch.setattr(door, "grown_tensors", damaged)
+    with pytest.raises(RedHeartError, match=r"theory_gate_logits differs by .* nothing was written"):
+        door.grow(whole_run, load_config("base"), tmp_path / "base", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trained_network_grows_is_verified_and_trains_on(data: Path, whole_run: Path, tmp_path: Path):
+    out = tmp_path / "base"
+    grown = redheart("grow", "--checkpoint", whole_run, "--to", "base", "--out", out, "--verify", "--json")
+    assert grown.returncode == 0, grown.stderr
+    told = json.loads(grown.stdout)
+    expected = {"params_before", "params_after", "max_abs_difference", "loss_before", "loss_after", "host_peak_gib"}
+    assert set(told) == expected
+    assert told["params_after"] == pytest.approx(4 * told["params_before"], rel=0.02)
+    assert 0 < told["max_abs_difference"] <= 1e-5
+    assert told["loss_after"] == pytest.approx(told["loss_before"], abs=1e-4)
+
+    arguments = ["train", "--preset", "base", "--data", data, *QUICK, "--set", "training.max_steps=2", "--json"]
+    arguments += ["--set", "memory.strategy=plain", "--set", "training.global_batch_size=8"]
+    run = tmp_path / "run"
+    trained = redheart(*arguments, "--init", out, "--out", run)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["initial_dev_loss"] == pytest.approx(told["loss_after"], abs=1e-4)
+
+    for extra, words in (
+        (["--out", run, "--resume", "--init", out], "give only one of them"),
+        (["--out", tmp_path / "other", "--init", whole_run], "grow it first"),
+    ):
+        refused = redheart(*arguments, *extra)
+        assert refused.returncode == 1
+        assert words in refused.stderr
+    assert not (tmp_path / "other").exists()
