@@ -30,10 +30,11 @@ wrong() { echo "run_learning: $*" >&2; usage; exit 2; }
 [ $# -gt 0 ] || wrong "no mode given"
 mode=$1
 shift
+strategy=zero2_offload # that of the preset
 case "$mode" in
   train-local) samples=64 preset=local ;;
   train-test) samples=12 preset=local ;;
-  train-cloud) samples=64 preset=330m ;;
+  train-cloud) samples=64 preset=330m strategy=zero2_offload_8bit ;;
   train-validate) samples="" preset="" ;;
   -h | --help) usage; exit 0 ;;
   *) wrong "unknown mode '$mode'" ;;
@@ -86,7 +87,7 @@ gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | wc -l); fi
 if [ "$mode" = train-cloud ] && [ "$gpus" -eq 0 ]; then
   parameters=$(redheart params --preset "$preset" --json | python -c 'import json, sys; print(json.load(sys.stdin)["total"])')
-  needed=$((parameters * 29 / 1073741824 + 3)) # 29 bytes per parameter at the peak of fp32 Adam on the host, plus activations
+  needed=$((parameters * 18 / 1073741824 + 3)) # about 18 bytes per parameter with 8-bit states, plus activations
   free=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
   echo "run_learning: no NVIDIA GPU is visible; $preset is made for one. On the CPU it needs about ${needed} GiB of memory (${free} GiB are free) and much more time." >&2
   [ "$free" -ge "$needed" ] || { echo "run_learning: that is too little memory: use a machine with a GPU, or train-local" >&2; exit 1; }
@@ -100,7 +101,7 @@ if [ -n "$dataset" ]; then data="data/own-$(echo "$dataset" | sha256sum | cut -c
 run="$mode-$(date +%Y%m%d-%H%M%S)"
 
 redheart prepare --preset "$preset" --source "$source_name" --out "$data" ${samples:+--samples "$samples"}
-accelerate launch --config_file launch/accelerate/zero2_offload.yaml --num_processes $((gpus > 0 ? gpus : 1)) --main_process_port 0 \
+accelerate launch --config_file "launch/accelerate/$strategy.yaml" --num_processes $((gpus > 0 ? gpus : 1)) --main_process_port 0 \
   -m redheart train --preset "$preset" --data "$data" --out "runs/$run" ${settings[@]+"${settings[@]}"}
 echo "$run" >runs/last
 redheart evaluate --checkpoint "runs/$run" --data "$data"

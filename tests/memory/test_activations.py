@@ -20,6 +20,8 @@ TINY = [
     "model.task_width=16",
     "model.task_heads=1",
     "model.encoder_width=32",
+    # fewer modules, fewer operations to fake: a test is a test of the ruler, not of the network
+    "model.ablate=[analyzers.emotion, analyzers.regret, analyzers.surd, heads.surd, aux.dsp, aux.kalman]",
 ]
 
 
@@ -98,7 +100,7 @@ def test_recomputing_takes_less_memory_and_more_flops():
 def test_half_precision_takes_about_half():
     config = tiny()
     full, half = (measure(config, 8, 32, False, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert 0.45 < half.peak / full.peak < 0.75  # losses, Kalman filter and DSP stay in fp32
+    assert 0.45 < half.peak / full.peak < 0.75  # losses stay in fp32
     assert half.inputs < full.inputs
 
 

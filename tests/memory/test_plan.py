@@ -112,7 +112,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 
 
 def test_partitions_of_64_ranks_are_deepspeeds():
-    """Its own flattening, on fake tensors: pad to 2 × ranks, cut into equal parts; stage 3 pads every parameter."""
+    """The same rule written out again: pad to 2 × ranks, cut into equal parts; stage 3 pads every parameter."""
     parameters = parameters_of(load_config("1b3"))
     padded = [-(-sum(g) // 128) * 128 for g in parameters.groups]
     assert ranks_hold(load_config("1b3"), 64)["zero2"] * 64 == sum(padded)

@@ -1,0 +1,47 @@
+"""Every DeepSpeed file starts a real engine: a tiny network takes two steps, its optimizer the one that was asked for."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from redheart.config import load_config
+from redheart.memory.ds_files import FILES, ds_settings
+from redheart.model.build import build_model
+from redheart.tasks import task_weights
+from redheart.train.engine import make_engine, zero
+from redheart.train.stages import compute, forward, open_window, update
+from tests.train.tiny import SETTINGS, make_batch
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_starts_an_engine_that_steps(file: str, monkeypatch):
+    settings = [*SETTINGS, "training.precision=fp32", f"memory.strategy={FILES[file]}"]
+    config = load_config("local", settings)
+
+    def of_this_file(config, accumulation, micro_batch_size, world_size):
+        found = ds_settings(file)
+        found |= {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "train_batch_size": 8}
+        found["bf16"]["enabled"] = False
+        found["zero_optimization"].get("offload_optimizer", {})["pin_memory"] = False
+        return found
+
+    monkeypatch.setattr(zero, "deepspeed_config", of_this_file)
+    engine = make_engine(lambda place: build_model(config, None, place), config, 1, 8)
+    assert json.dumps(engine.settings)
+    batch, factors = make_batch(range(8)), task_weights(config.loss)
+    losses = []
+    for _ in range(2):
+        window = open_window([batch], False)
+        loss, _ = compute(forward(engine, batch), batch, window.counts, factors, 1, config.loss)
+        engine.backward(loss, True)
+        assert update(engine, 1e-3, False).applied
+        losses.append(float(loss))
+    expected = {"_offload_8bit": "CPUAdamW8bit", "_offload": "DeepSpeedCPUAdam"}
+    wanted = next((v for k, v in expected.items() if FILES[file].endswith(k)), "AdamW")
+    assert type(engine._zero.optimizer).__name__ == wanted
+    assert losses[1] < losses[0]
+    engine.close()
+    assert torch.distributed.is_initialized()
+    assert os.environ["WORLD_SIZE"] == "1"
