@@ -262,12 +262,14 @@ def tensors_of(outputs: RedHeartOutput) -> dict[str, torch.Tensor]:
 
 
 def relative_differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Per output: the largest absolute difference over the largest absolute value before. Grown vectors are compared copy by copy."""
+    """Per output: the largest absolute difference over its scale, the largest absolute value before. Grown vectors are compared
+    copy by copy. A difference of two utilities is as exact as they are, however near they lie: their scale is its own."""
     if before.keys() != after.keys():
         raise RedHeartError(f"the outputs differ in kind: {sorted(before.keys() ^ after.keys())}")
     found = {}
     for name, old in before.items():
-        new, scale = after[name], old.abs().max().item()
+        terms = name.replace("utility_difference", "utility").replace("readings.preference.", "readings.utility.")
+        new, scale = after[name], max(old.abs().max().item(), before[terms].abs().max().item())
         ratio = _ratio(old.shape[-1], new.shape[-1], COPY)
         distance = (new - torch.cat([old] * ratio, -1)).abs().max().item()
         found[name] = distance / scale if scale else math.inf * distance if distance else 0.0
