@@ -31,7 +31,7 @@ def test_a_run_with_swapped_modules_is_bitwise_the_run_without(data: Path, tmp_p
     texts = ["I broke the cup and told nobody.", "We laughed all evening."]
     answers = [RedHeartPipeline.from_pretrained(tmp_path / "plain", swap=swap)(texts) for swap in ((), MODULES)]
     assert answers[0] == answers[1]
-    told = [validate(tmp_path / run, None, "dev", tmp_path / "report.md")[0].result for run in ("plain", "swapped")]
+    told = [validate(tmp_path / run, None, "dev", tmp_path / "report.md")[0].evaluation for run in ("plain", "swapped")]
     assert "swap: heads.bentham" in capfd.readouterr().err  # as the run's own configuration says
     assert told[0] == told[1]
 
