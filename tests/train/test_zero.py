@@ -32,14 +32,12 @@ def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
 
 
 def test_one_rank_resumes_bitwise_under_zero_3_and_its_losses_are_zero_2s(tmp_path: Path):
-    three = run(
-        1, strategy="zero3_offload_8bit", precision="bf16", steps=6, save_at=3, save=str(tmp_path / "a"), twice=True
-    )
-    two = run(1, strategy="zero2_offload_8bit", precision="bf16", steps=6, save=str(tmp_path / "b"))
+    three = run(1, strategy="zero3_offload_8bit", steps=6, save_at=3, save=str(tmp_path / "a"), twice=True)
+    two = run(1, strategy="zero2_offload_8bit", steps=6, save=str(tmp_path / "b"))
     assert three["bitwise"]
     assert three["losses"] == pytest.approx(two["losses"], rel=2e-3)
     assert len(three["norms"]) == len(MODULES)  # no module's gradient goes missing on its way into a partition
-    assert three["norms"] == pytest.approx(two["norms"], rel=2e-2)
+    assert three["norms"] == pytest.approx(two["norms"], rel=1e-3)
 
 
 @pytest.mark.slow
