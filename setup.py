@@ -8,7 +8,7 @@ setup(
     package_data={
         "redheart": ["presets/*.yaml"],
         "redheart.data": ["corpus/*.json"],
-        "redheart.optim": ["csrc/*.cpp"],
+        "redheart.optim": ["csrc/*.cpp", "csrc/*.h"],
         "redheart.ds_configs": ["*.json"],
     },
 )

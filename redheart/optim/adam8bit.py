@@ -29,7 +29,8 @@ def kernel(lanes: int = 0) -> Any:
     from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
     source = Path(__file__).parent / "csrc" / "adam8bit.cpp"
-    version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]  # two checkouts share a cache, not a kernel
+    texts = b"".join(path.read_bytes() for path in sorted(source.parent.iterdir()))
+    version = hashlib.sha256(texts).hexdigest()[:8]  # two checkouts share a cache, not a kernel
 
     class Adam8bitBuilder(CPUOpBuilder):
         BUILD_VAR = "DS_BUILD_REDHEART_ADAM8BIT"
