@@ -175,8 +175,10 @@ class DeepSpeedEngine(Engine):
     def _load_universal(self, converted: Path) -> None:
         settings = self._engine._config
         settings.load_universal_checkpoint = True
-        path, _ = self._engine.load_checkpoint(str(converted.parent), tag=converted.name)
-        settings.load_universal_checkpoint = False
+        try:
+            path, _ = self._engine.load_checkpoint(str(converted.parent), tag=converted.name)
+        finally:
+            settings.load_universal_checkpoint = False
         if path is None:
             raise RedHeartError(f"DeepSpeed could not read the universal checkpoint {converted}")
         if isinstance(self._zero.optimizer, CPUAdamW8bit):
