@@ -6,7 +6,7 @@ import torch
 from redheart.config import LossConfig, load_config
 from redheart.model.build import build_model
 from redheart.tasks import TASKS, task_weights
-from redheart.train.synergy import RECENT, Synergy
+from redheart.train.synergy import RECENT, Synergy, predictions
 from tests.train.two_ranks import SETTINGS, make_batch
 
 
@@ -33,7 +33,7 @@ def test_recent_predictions_are_bounded_and_analysed(network):
     with torch.no_grad():
         outputs = network.eval()(batch.features, batch.mask)
     for _ in range(RECENT // 8 + 40):
-        synergy.remember(outputs)
+        synergy.remember(predictions(outputs))
     assert sum(map(len, synergy._recent)) == RECENT
     values = synergy.analyse(network, batch, task_weights(LossConfig()))
     assert 0 <= values["regret/leak"] <= 1
