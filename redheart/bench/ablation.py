@@ -19,6 +19,7 @@ from redheart.evaluation.answers import answers
 from redheart.evaluation.evaluate import forward
 from redheart.model.moe import usage
 from redheart.schema import RedHeartError
+from redheart.tasks import TASKS
 from redheart.train.export import Trained, load_model, resolve
 
 
@@ -32,15 +33,21 @@ def bench_ablation(
 ) -> dict[str, Any]:
     """Removes every head, analyzer and auxiliary module in turn, and compares with runs that were trained without one.
 
-    `single_expert`: a run of num_experts = 1, compared as the mixture of experts' absence.
+    `single_expert`: a run of num_experts = 1, compared as the mixture of experts' absence. Answers without a label in the
+    training split are left out: nobody taught them, and what moves them is chance.
     """
     whole = load_model(resolve(checkpoint))
-    streams = [SampleStream(data or whole.progress.data, s, whole.config.data.remote) for s in ("dev", split)]
+    train, *streams = [
+        SampleStream(data or whole.progress.data, s, whole.config.data.remote) for s in ("train", "dev", split)
+    ]
+    taught = {name for name, weight in train.label_sample()[1].items() if weight.sum() > 0}
     modules = [m for m in whole.model.built if m != "backbone"]
     others = [_checked(path, whole) for path in retrained]
     lines: list[Effect] = []
     with progress("ablation", 1 + len(modules) + len(others) + bool(single_expert), 0) as (bar, task):
-        mine = tuple(answers(whole.model, s, (), max_rows) for s in streams)
+        mine = tuple(
+            {n: a for n, a in answers(whole.model, s, (), max_rows).items() if TASKS[n].label in taught} for s in streams
+        )
         bar.update(task, advance=1)
         for module in modules:
             lines += effects(
