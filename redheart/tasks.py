@@ -156,6 +156,17 @@ def task_weights(config: LossConfig) -> dict[str, float]:
     return weights | dict.fromkeys(GATES, 1.0)
 
 
+def constant_answers(
+    labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Raw answer [size] of the best constant predictor of every label that is there, for labels[name] [N, size]; by label, and
+    for the SURD analyzer's density by its task."""
+    known = {label: TASKS[label] for label in LABELS if weights[label].sum() > 0}
+    answers = {label: task.constant(labels[label], weights[label])[0] for label, task in known.items()}
+    density = {n: t.constant(labels[t.label], weights[t.label])[0, 0] for n, t in TASKS.items() if t.link == "density"}
+    return answers | (density if "regret" in known else {})
+
+
 def constant_losses(
     labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig
 ) -> dict[str, float]:

@@ -46,7 +46,8 @@ def bench_ablation(
     lines: list[Effect] = []
     with progress("ablation", 1 + len(modules) + len(others) + bool(single_expert), 0) as (bar, task):
         mine = tuple(
-            {n: a for n, a in answers(whole.model, s, (), max_rows).items() if TASKS[n].label in taught} for s in streams
+            {n: a for n, a in answers(whole.model, s, (), max_rows).items() if TASKS[n].label in taught}
+            for s in streams
         )
         bar.update(task, advance=1)
         for module in modules:

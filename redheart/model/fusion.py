@@ -56,9 +56,9 @@ class Utility(nn.Module):
         self.weights = nn.ModuleDict({n: nn.Linear(width, len(m)) for n, m in self.sources.items() if len(m) > 1})
         self.scale = nn.ModuleDict({n: Scale(len(m), LABELS[n].size) for n, m in self.sources.items() if m})
         for module in (*self.correction.values(), *self.weights.values()):
-            nn.init.normal_(
-                module.get_parameter("weight"), std=0.01
-            )  # at first an answer is near the plain mean of its readings
+            # at first an answer is near the plain mean of its readings
+            nn.init.normal_(module.get_parameter("weight"), std=0.002)
+            nn.init.zeros_(module.get_parameter("bias"))
         count = len(self.utilities)
         self.utility_scale = nn.Parameter(torch.full((count,), 1 / count)) if count else None
 

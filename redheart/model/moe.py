@@ -3,7 +3,8 @@
 `usage` says how evenly the gate uses them. With one expert there is nothing to gate: the single network of equal size that
 the mixture is compared with.
 
-Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". Experts are stacked into two tensors, one batched product each.
+Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". Experts are stacked into two tensors, one batched product each. The
+gate's n shares are counted n times: used evenly, the experts are one network of their summed width, not its n-th part.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class DenseMixture(nn.Module):
         for weight in (self.in_weight, self.out_weight):
             for expert in weight:
                 nn.init.kaiming_uniform_(expert, a=math.sqrt(5))  # as nn.Linear does
+        with torch.no_grad():
+            self.out_weight /= math.sqrt(num_experts)  # as one layer of the summed width
 
     def forward(self, x: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = F.gelu(torch.einsum("bk,nhk->bnh", x, self.in_weight) + self.in_bias)
@@ -38,7 +41,8 @@ class DenseMixture(nn.Module):
         if self.gate is None:
             return expert[:, 0], None
         gate_logits = self.gate(x)
-        return (torch.softmax(gate_logits, -1)[..., None] * expert).sum(1), gate_logits
+        share = gate_logits.shape[-1] * torch.softmax(gate_logits, -1)
+        return (share[..., None] * expert).sum(1), gate_logits
 
 
 def usage(gate_logits: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -4,6 +4,16 @@ States of a parameter with n elements: two codes a piece (n bytes each) and two 
 element where fp32 Adam keeps 8. Decoupled weight decay (Loshchilov and Hutter 2019); block-wise 8-bit states after Dettmers et
 al. (2022), "8-bit Optimizers via Block-wise Quantization", with other codes and stochastic rounding (csrc/adam8bit.cpp says why).
 The kernel is compiled once by DeepSpeed's op builder, and cached.
+
+Root mean square relative error of the codes by decade below a block's largest value (`redheart bench optimizer`):
+
+                                     1 to 0.1   0.01   1e-3   1e-4   1e-5   1e-6
+    m, rounded stochastically           0.038  0.037  0.038  0.038   0.12    1.2
+    m, bitsandbytes' dynamic map        0.018  0.035  0.066   0.12   0.22   0.40
+    root of v, stochastically           0.019  0.019  0.019  0.019   0.48     10
+    root of v, dynamic map of v         0.007  0.026  0.093   0.79    1.0    1.0
+
+In the last decade a root of v is read as the smallest code, which is too large: the step is too short there, never too long.
 """
 
 from __future__ import annotations

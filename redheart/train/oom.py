@@ -22,6 +22,7 @@ from redheart.config import LossConfig, RunConfig
 from redheart.console import console
 from redheart.files import write_json
 from redheart.model.build import Place, build_model, model_config
+from redheart.model.prior import Raw, start_at
 from redheart.model.redheart import RedHeartModel
 from redheart.ranks import barrier, is_main, launched_world_size, together
 from redheart.schema import Batch, RedHeartError
@@ -34,14 +35,29 @@ Shape = tuple[int, ...]  # rows, tokens, contrast rows, contrast tokens
 
 
 def build_engine(
-    config: RunConfig, encoder: dict[str, Any] | None, run: Path, micro_batch_size: int, init: Path | None = None
+    config: RunConfig,
+    encoder: dict[str, Any] | None,
+    run: Path,
+    micro_batch_size: int,
+    init: Path | None = None,
+    constants: Raw | None = None,
 ) -> Engine:
     """A fresh network from the run's seed on the configured engine; DeepSpeed's settings go to RUN/ds_config.json.
 
-    `micro_batch_size` has to divide what one rank has of the global batch. `init`: where its weights come from instead.
+    `micro_batch_size` has to divide what one rank has of the global batch. `init`: where its weights come from instead;
+    `constants`: the answers its biases start with (model/prior.py).
     """
     torch.manual_seed(config.training.seed)
     build: Build = partial(build_model, config, encoder)
+    if constants and not init:
+
+        def build(place: Place) -> RedHeartModel:
+            def start_and_place(name: str, module: nn.Module) -> None:
+                start_at(name, module, constants)
+                place(name, module)
+
+            return build_model(config, encoder, start_and_place)
+
     if init:
         stored = fitting(model_config(config, encoder), init)
 

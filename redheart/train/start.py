@@ -19,7 +19,7 @@ from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
 from redheart.ranks import barrier, bf16_is_fast, launched_rank, launched_world_size
 from redheart.schema import RedHeartError
-from redheart.tasks import TASKS, constant_losses
+from redheart.tasks import TASKS, constant_answers, constant_losses
 from redheart.train import checkpoint
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import PlainEngine
@@ -87,7 +87,8 @@ def train(
     _claim(run, config, bool(source), overwrite)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
-    engine = build_engine(config, state.encoder, run, state.micro_batch_size, init)
+    constants = constant_answers(*streams[0].label_sample())
+    engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, None if source else constants)
     if source:
         engine.load(source)
     else:

@@ -153,11 +153,62 @@ def test_it_reaches_what_fp32_adamw_reaches_on_a_badly_conditioned_quadratic():
     assert ends[0] == pytest.approx(ends[1], rel=0.1)
 
 
+def distance_walked(optimizer_of, start: torch.Tensor, gradient_at, steps: int = 200) -> torch.Tensor:
+    p = parameter(start)
+    optimizer = optimizer_of([p])
+    for i in range(steps):
+        p.grad = gradient_at(i)
+        optimizer.step()
+    return p.detach() - start
+
+
+def test_sparse_gradients_move_parameters_as_far_as_fp32_states_do():
+    """One element in fifty has a gradient, another one every step, as the rows of an embedding do."""
+    n = 256 * 64
+
+    def gradient(i: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(i)
+        return torch.randn(n, generator=draw) * (torch.rand(n, generator=draw) < 0.02)
+
+    start = noise(n)
+    ours = distance_walked(lambda p: CPUAdamW8bit(p, lr=1e-3, weight_decay=0.0), start, gradient)
+    fp32 = distance_walked(lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0), start, gradient)
+    assert (ours - fp32).norm() < 0.12 * fp32.norm()  # 0.074: rounding noise, element by element
+    assert float(ours.norm()) == pytest.approx(float(fp32.norm()), rel=0.02)
+    never = fp32 == 0
+    assert never.any()
+    assert torch.equal(ours == 0, never)  # an element that never had a gradient has not moved
+
+
+def test_gradients_over_ten_decades_move_parameters_as_far_as_fp32_states_do():
+    """From block to block the gradients' size covers ten decades, within a block two: Adam's step depends on neither."""
+    n = 256 * 100
+    size = 10 ** torch.linspace(-8, 2, n // 256).repeat_interleave(256)
+    size *= 10 ** (-2 * torch.rand(n, generator=torch.Generator().manual_seed(5)))
+
+    def gradient(i: int) -> torch.Tensor:
+        return size * (1 + noise(n, seed=i))
+
+    def settings(p):
+        return {"params": p, "lr": 1e-3, "weight_decay": 0.0, "eps": 1e-20}
+
+    start = torch.zeros(n)
+    ours = distance_walked(lambda p: CPUAdamW8bit(**settings(p)), start, gradient)
+    fp32 = distance_walked(lambda p: torch.optim.AdamW(**settings(p)), start, gradient)
+    assert (ours - fp32).norm() < 0.1 * fp32.norm()  # 0.056: rounding noise, element by element
+    by_block = ours.view(-1, 256).mean(1) / fp32.view(-1, 256).mean(1)
+    assert (by_block - 1).abs().max() < 0.05  # no decade lags behind
+
+
 def test_what_it_cannot_hold_is_refused():
     half = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     half.grad = torch.zeros_like(half)
     with pytest.raises(RedHeartError, match="float32 tensors in host memory"):
         CPUAdamW8bit([half]).step()
+    turned = parameter(torch.zeros(4, 3))
+    turned.grad = torch.zeros(3, 4).T
+    with pytest.raises(RedHeartError, match="contiguous"):
+        CPUAdamW8bit([turned]).step()
     with pytest.raises(RedHeartError, match="out of range"):
         CPUAdamW8bit([parameter(torch.zeros(2))], lr=-1)
 
