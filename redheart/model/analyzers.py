@@ -21,6 +21,9 @@ NUM_STATES = 4  # factual ones, and as many counterfactual ones
 SOURCES = ("emotion", "bentham", "context")  # what the SURD analyzer conditions on
 SUBSETS = tuple(chain.from_iterable(combinations(range(len(SOURCES)), k) for k in range(len(SOURCES) + 1)))
 NUM_LEVELS = 3  # of regret, at 0, 1/2 and 1
+VAD_SCALE = (
+    0.15  # people's ratings deviate by about this: the layer that reads them then works in units of one deviation
+)
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,7 @@ class EmotionAnalyzer(nn.Module):
         sharp = F.softplus(full_precision(self.sharpness))
         masked = (trajectory * sharp).masked_fill(~mask[..., None], float("-inf"))
         peak = (masked.logsumexp(1) - mask.sum(1, keepdim=True).log()) / sharp
-        return EmotionAnalysis(self.fine(state, keys), self.vad(x[:, -1], keys), trajectory, peak, state)
+        return EmotionAnalysis(self.fine(state, keys), VAD_SCALE * self.vad(x[:, -1], keys), trajectory, peak, state)
 
 
 class BenthamAnalysis(NamedTuple):

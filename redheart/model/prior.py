@@ -12,70 +12,47 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from redheart.model.analyzers import VAD_SCALE
+from redheart.schema import ETHICS
+
 Raw = Mapping[str, torch.Tensor]  # label (or task) -> raw answer [size] of the best constant predictor
-SPREAD = 0.1  # of the weights that answers are read with, against torch's initialisation: they start near the constant
-UNBIASED_VIEW_LOGIT = 0.4  # of the mean of the three views that the regret head starts with
+VIEWS_LOGIT = 0.4  # of the mean of the three views that the regret head starts with
 
 
 def start_at(name: str, module: nn.Module, raw: Raw) -> None:
     """Sets the output biases of the freshly built module `name`; labels that `raw` does not name keep what they have."""
-    for label, parameter, entries, value in PLACES.get(name, ()):
+    for label, parameter, value in PLACES.get(name, ()):
         if label in raw:
             bias = module.get_parameter(parameter)
             with torch.no_grad():
-                bias[entries] = value(raw[label].to(bias.dtype)).expand_as(bias[entries])
-                if parameter.endswith(".bias"):
-                    module.get_parameter(parameter.removesuffix("bias") + "weight")[entries] *= SPREAD
+                bias.copy_(value(raw[label].to(bias.dtype)))
 
 
 def _same(raw: torch.Tensor) -> torch.Tensor:
     return raw
 
 
-def _shared(raw: torch.Tensor) -> torch.Tensor:
-    """One bias for all entries: of their mean probability."""
-    return torch.logit(torch.sigmoid(raw).mean(0, keepdim=True))
-
-
 def _entry(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda raw: raw[i : i + 1]
 
 
-ALL = slice(None)
-Place = tuple[
-    str, str, slice | int, Callable[[torch.Tensor], torch.Tensor]
-]  # label, parameter, its entries, their value
-PLACES: dict[str, tuple[Place, ...]] = {
-    "heads.emotion": (
-        ("emotion", "emotion.linears.1.bias", ALL, _same),
-        ("culture", "culture_out.bias", ALL, _same),
-    ),
+# module -> label, bias, its value. Emotions start at zero: the focal loss makes little of what is wrong at first.
+PLACES: dict[str, tuple[tuple[str, str, Callable[[torch.Tensor], torch.Tensor]], ...]] = {
+    "heads.emotion": (("culture", "culture_out.bias", _same),),
     "heads.bentham": (
-        ("bentham", "bentham.linears.1.bias", ALL, _same),
-        ("acceptability", "acceptability.linears.1.bias", ALL, _same),
-        # the utilitarian logit is part of the utility, whose constant nothing could train: it stays at zero
-        ("ethics", "verdicts.deontological.bias", ALL, _entry(1)),
-        ("ethics", "verdicts.virtue.bias", ALL, _entry(2)),
-        ("ethics", "verdicts.justice.bias", ALL, _entry(3)),
+        ("bentham", "bentham.linears.1.bias", _same),
+        ("acceptability", "acceptability.linears.1.bias", _same),
+        *(("ethics", f"verdicts.{theory}.bias", _entry(i)) for i, theory in enumerate(ETHICS)),
     ),
-    "heads.regret": (("regret", "regret.linears.2.bias", ALL, lambda raw: raw - UNBIASED_VIEW_LOGIT),),
-    "analyzers.emotion": (
-        ("emotion_fine", "fine.linears.1.bias", ALL, _same),
-        ("vad", "vad.linears.1.bias", ALL, _same),
-        ("emotion", "level.bias", ALL, _shared),
-    ),
+    "heads.regret": (("regret", "regret.linears.2.bias", lambda raw: raw - VIEWS_LOGIT),),
+    "analyzers.emotion": (("vad", "vad.linears.1.bias", lambda raw: raw / VAD_SCALE),),
     "analyzers.bentham": (
-        ("bentham", "variables.linears.1.bias", ALL, _same),
-        ("acceptability", "acceptability.linears.1.bias", ALL, _same),
+        ("bentham", "variables.linears.1.bias", _same),
+        ("acceptability", "acceptability.linears.1.bias", _same),
     ),
     "analyzers.regret": (
-        ("regret", "threshold", ALL, lambda raw: -raw),
-        ("counterfactual", "counterfactual.linears.1.bias", ALL, _same),
+        ("regret", "threshold", lambda raw: -raw),
+        ("counterfactual", "counterfactual.linears.1.bias", _same),
     ),
-    "analyzers.surd": (("analyzers.surd/density", "level.bias", ALL, _same),),
-    "aux.kalman": (  # the state before the first token, and what its three readings are off by: head, analyzer, DSP
-        ("emotion", "prior.linears.2.bias", slice(0, 7), _same),
-        ("emotion", "observation_bias", 1, lambda raw: _shared(raw) - raw),
-        ("emotion", "observation_bias", 2, lambda raw: -raw),
-    ),
+    "analyzers.surd": (("analyzers.surd/density", "level.bias", _same),),
 }

@@ -15,6 +15,7 @@ from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
 from redheart.files import write_text
+from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
 from redheart.ranks import barrier, bf16_is_fast, launched_rank, launched_world_size
@@ -38,6 +39,7 @@ class TrainResult:
     total_steps: int
     seconds: float
     signal: int | None
+    memory: dict[str, dict[str, float]]  # planned beside taken: memory/compare.py
 
     def to_json(self) -> dict[str, Any]:
         state = self.state
@@ -47,6 +49,7 @@ class TrainResult:
             "best_value": state.best_value, "best_step": state.best_step, "last_loss": state.last_loss,
             "skipped_steps": state.skipped_steps, "signal": self.signal,
             "micro_batch_size": state.micro_batch_size, "out_of_memory": state.out_of_memory,
+            "memory": self.memory,
         }  # fmt: skip
 
 
@@ -79,8 +82,9 @@ def train(
     total_steps = steps_of(config, streams[0].rows_per_epoch)
     if init and source:
         raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
+    planned = None
     if launched_rank() == 0:
-        check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
+        planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
 
     if init:
         fitting(model_config(config, state.encoder), init)
@@ -100,7 +104,10 @@ def train(
     barrier()
     if isinstance(trainer.engine, PlainEngine) and trainer.engine.swap.names:
         console.print(str(trainer.engine.swap.report()))
-    return TrainResult(run, state, total_steps, time.perf_counter() - started, stop.signal)
+    seconds = time.perf_counter() - started
+    memory = planned_and_taken(planned) if planned and launched_world_size() == 1 else {}
+    show_taken(memory)
+    return TrainResult(run, state, total_steps, seconds, stop.signal, memory)
 
 
 def steps_of(config: RunConfig, num_rows: int) -> int:

@@ -75,6 +75,8 @@ class DeepSpeedEngine(Engine):
         if isinstance(inner, CPUAdamW8bit) and self._stage < 3 and bf16:
             fuse_the_copy(self._zero, inner)
         self.model = self._engine.module
+        del model, optimizer
+        free_memory()
 
     def _place(self) -> Place:
         """What happens to a module once it is built: cast to what the engine computes in, under ZeRO-3 partitioned too.

@@ -1,0 +1,66 @@
+"""A fresh network says about what the best constant predictor says."""
+
+import torch
+
+from redheart.config import LossConfig, load_config
+from redheart.model.build import build_model
+from redheart.model.prior import PLACES, start_at
+from redheart.schema import LABELS
+from redheart.tasks import TASKS, constant_answers, constant_losses, task_losses
+from tests.train.two_ranks import SETTINGS, make_batch
+
+
+def skewed_labels():
+    """One text in eight regrets, one is acceptable, ratings hardly move."""
+    batch = make_batch(range(8))
+    labels = {name: value.clone() for name, value in batch.labels.items()}
+    labels["regret"] = (labels["regret"] > labels["regret"].max() - 1e-6).float()
+    labels["acceptability"] = (labels["acceptability"] > labels["acceptability"].max() - 1e-6).float()
+    labels["vad"] = 0.1 + 0.1 * labels["vad"]
+    return batch, labels
+
+
+def losses_of(network, batch, labels) -> dict[str, float]:
+    with torch.no_grad():
+        outputs = network.eval()(batch.features, batch.mask)
+    found = task_losses(outputs, labels, batch.weights, LossConfig())
+    return {name: float(value / count) for name, (value, count) in found.items() if name in TASKS and count > 0}
+
+
+def test_answers_start_near_the_constant_predictor():
+    batch, labels = skewed_labels()
+    constants = constant_answers(labels, batch.weights)
+    best = constant_losses(labels, batch.weights, LossConfig())
+    config = load_config("local", SETTINGS)
+    torch.manual_seed(0)
+    plain = losses_of(build_model(config, None), batch, labels)
+    torch.manual_seed(0)
+    started = losses_of(build_model(config, None, lambda n, m: start_at(n, m, constants)), batch, labels)
+    for name in ("regret", "vad", "acceptability", "analyzers.regret/regret", "analyzers.surd/density"):
+        assert started[name] < 1.5 * max(best[name], 0.01), name
+        assert started[name] < plain[name], name
+
+
+def test_every_place_is_there_and_takes_its_answer():
+    network = build_model(load_config("local", SETTINGS), None)
+    raw = {label: torch.full((LABELS[label].size,), 0.25) for label in ("acceptability", "ethics", "vad")}
+    for name, places in PLACES.items():
+        for _, parameter, _ in places:
+            assert network.get_submodule(name).get_parameter(parameter).dim() == 1
+        start_at(name, network.get_submodule(name), raw)
+    assert network.heads["bentham"].verdicts["virtue"].bias.item() == 0.25
+
+
+def test_experts_used_evenly_are_one_network_of_their_summed_width():
+    from redheart.model.moe import DenseMixture
+
+    many, one = DenseMixture(16, 8, 4, 0.0), DenseMixture(16, 32, 1, 0.0)
+    with torch.no_grad():
+        many.gate.weight.zero_()
+        many.gate.bias.zero_()
+        one.in_weight.copy_(many.in_weight.flatten(0, 1)[None])
+        one.in_bias.copy_(many.in_bias.flatten()[None])
+        one.out_weight.copy_(many.out_weight.transpose(1, 2).flatten(0, 1).T[None])
+        one.out_bias.copy_(many.out_bias.sum(0)[None])
+    x = torch.randn(5, 16)
+    assert torch.allclose(many(x, None)[0], one(x, None)[0], atol=1e-5)
