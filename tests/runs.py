@@ -1,13 +1,22 @@
-"""Runs the command line as a user does, in processes of its own, and looks at what it left behind."""
+"""Runs the command line as a user does, in processes of its own, and looks at what it left behind.
+
+Importing torch, transformers and deepspeed takes a process ten seconds or more, so those without a launcher are forked from
+one that has imported them (multiprocessing's fork server, whose threads and state are those of a fresh interpreter).
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -40,20 +49,81 @@ def environment() -> dict[str, str]:
     }
 
 
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.train.warm"])
+
+
 def redheart(
     *arguments: str | Path, launcher: Sequence[str] = (), timeout: int = 240
 ) -> subprocess.CompletedProcess[str]:
     """`redheart …`, or the same under a launcher."""
-    command = (
-        [*launcher, *map(str, arguments)] if launcher else [sys.executable, "-m", "redheart", *map(str, arguments)]
-    )
-    return subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=timeout)
+    if launcher:
+        command = [*launcher, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=timeout)
+    return forked("redheart", *arguments, timeout=timeout)
+
+
+def forked(module: str, *arguments: str | Path, ranks: int = 0, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE …`; with `ranks` as many processes that find each other, as a launcher starts them.
+
+    The exit code is the first that is not 0; output is rank 0's, errors are everyone's.
+    """
+    worlds: list[dict[str, str]] = [{}]
+    if ranks:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+        worlds = [
+            {**meeting, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks)} for r in range(ranks)
+        ]
+    os.environ["OMP_NUM_THREADS"] = "1"  # the server reads it once, when it starts
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(Path(folder) / f"out-{r}", Path(folder) / f"err-{r}") for r in range(len(worlds))]
+        processes = [
+            FORKED.Process(
+                target=_become, args=(module, [*map(str, arguments)], environment() | world, *map(str, file))
+            )
+            for world, file in zip(worlds, files, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        errors = "".join(err.read_text(errors="replace") for _, err in files)
+        assert not late, f"{module} was not done after {timeout} s: {errors[-3000:]}"
+        code = next((p.exitcode for p in processes if p.exitcode), 0)
+        output = files[0][0].read_text()
+    return subprocess.CompletedProcess([module, *map(str, arguments)], code, output, errors)
+
+
+def _become(module: str, arguments: list[str], variables: dict[str, str], out: str, err: str) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    for number, path in ((1, out), (2, err)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def train(
-    data: Path, run: Path, steps: int, *settings: str, launcher: Sequence[str] = ()
+    data: Path,
+    run: Path,
+    steps: int,
+    *settings: str,
+    launcher: Sequence[str] = (),
+    ranks: int = 0,
+    through: Sequence[str] = ("redheart",),
 ) -> subprocess.CompletedProcess[str]:
-    """A short run that has to succeed."""
+    """A short run that has to succeed; `through`: another module than redheart, and its own arguments, that runs it."""
     arguments = [
         "train",
         "--preset",
@@ -67,7 +137,7 @@ def train(
         f"training.max_steps={steps}",
         *settings,
     ]
-    result = redheart(*arguments, launcher=launcher)
+    result = redheart(*arguments, launcher=launcher) if launcher else forked(*through, *arguments, ranks=ranks)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -19,7 +19,7 @@ from redheart.train.engine import PlainEngine
 from redheart.train.oom import Rehearsals
 from redheart.train.stages import open_window
 from redheart.train.start import train as start
-from tests.runs import BIN, losses, train
+from tests.runs import losses, train
 from tests.train.oom_run import install
 from tests.train.tiny import make_batch
 
@@ -80,29 +80,13 @@ def test_one_process_goes_on_as_the_run_with_the_smaller_micro_batch(data, tmp_p
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_two_ranks_shrink_together_where_one_runs_out(data: Path, tmp_path: Path, where: str):
-    launch = [
-        BIN / "accelerate",
-        "launch",
-        "--config_file",
-        "launch/accelerate/zero2_offload.yaml",
-        "--main_process_port",
-        "0",
-    ]
-    launch = [*map(str, launch), "--num_processes", "2", "-m"]
     settings = [x for s in (*SMALL, *SETTINGS, "training.evaluate_every=100") for x in ("--set", s)]
-    train(
-        data,
-        tmp_path / "small",
-        STEPS,
-        *settings,
-        "--set",
-        "training.micro_batch_size=4",
-        launcher=[*launch, "redheart"],
-    )
+    train(data, tmp_path / "small", STEPS, *settings, "--set", "training.micro_batch_size=4", ranks=2)
     # backward holds ZeRO's collectives: there the first step's rehearsal is what runs out
     step = 3 if where == "forward" else 0
-    launcher = [*launch, "tests.train.oom_run", where, "1", str(step), "5"]
-    done = train(data, tmp_path / "shrunk", STEPS, *settings, "--set", "training.micro_batch_size=8", launcher=launcher)
+    through = ["tests.train.oom_run", where, "1", str(step), "5"]
+    settings += ["--set", "training.micro_batch_size=8"]
+    done = train(data, tmp_path / "shrunk", STEPS, *settings, ranks=2, through=through)
 
     assert losses(tmp_path / "shrunk") == pytest.approx(losses(tmp_path / "small"), rel=1e-5)
     assert sample_ids(tmp_path / "shrunk", 2) == expected_ids(data, local())

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from redheart.model.select import MODULES
 from tests.runs import (
     BIN,
     distance,
+    forked,
     last_weights,
     losses,
     redheart,
@@ -170,19 +170,8 @@ def test_an_old_run_is_neither_overwritten_nor_invented(data: Path, whole_run: P
 
 
 def test_a_world_that_cannot_share_the_batch_is_told_so(data: Path, tmp_path: Path):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29688",
-        "-m",
-        "redheart",
-    ]
     arguments = ["train", "--data", data, "--out", tmp_path / "odd", "--set", "training.global_batch_size=9"]
-    result = redheart(*arguments, launcher=launcher)
+    result = forked("redheart", *arguments, ranks=2)
     assert result.returncode == 1
     assert "cannot be shared by 2 ranks" in result.stderr
     assert not (tmp_path / "odd").exists()

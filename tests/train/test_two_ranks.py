@@ -4,13 +4,11 @@ import json
 
 from redheart.schema import LABELS
 from redheart.tasks import TASKS
-from tests.runs import BIN, redheart
+from tests.runs import forked
 
 
 def test_two_ranks_give_the_gradient_of_one_process_and_train_without_any_label():
-    launcher = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"]
-    launcher += ["--num_processes", "2", "--main_process_port", "0", "-m", "tests.train.two_ranks"]
-    done = redheart(launcher=launcher)
+    done = forked("tests.train.two_ranks", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert told["ranks"] == 2

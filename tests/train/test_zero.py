@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 
 from redheart.model.select import MODULES
-from tests.runs import BIN, redheart
+from tests.runs import forked
 
 
 def run(ranks: int, **wanted: Any) -> dict[str, Any]:
-    launcher = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"]
-    launcher += ["--num_processes", str(ranks), "--main_process_port", "0", "-m", "tests.train.tiny_run"]
-    done = redheart(json.dumps({"precision": "fp32", **wanted}), launcher=launcher)
+    done = forked("tests.train.tiny_run", json.dumps({"precision": "fp32", **wanted}), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

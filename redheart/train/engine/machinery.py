@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,20 @@ def import_machinery() -> tuple[Any, Any]:
     # DeepSpeed compiles its kernels with ninja, which lies beside this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     import accelerate
+    import cpuinfo
     import deepspeed
 
+    # DeepSpeed asks twice for every kernel, and every answer takes py-cpuinfo more than a second
+    cpuinfo.get_cpu_info = _cpu_info
     return accelerate, deepspeed
+
+
+@cache
+def _cpu_info() -> dict[str, Any]:
+    import cpuinfo.cpuinfo
+
+    found: dict[str, Any] = cpuinfo.cpuinfo.get_cpu_info()
+    return found
 
 
 def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int, world_size: int) -> dict[str, Any]:
