@@ -72,6 +72,45 @@ def bench_model(
     emit(result, json_)
 
 
+@bench.command("gpu")
+def bench_gpu(
+    presets: Annotated[
+        list[str] | None,
+        typer.Option("--presets", help="A preset or a .yaml file; may be repeated. [default: 330m, 1b3]"),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, max=512, help="May be repeated. [default: 64, 128]")
+    ] = None,
+    caps: Annotated[
+        list[str] | None,
+        typer.Option("--caps", help="GPU memory in all, for instance 8GiB; may be repeated. [default: 8GiB, 4GiB]"),
+    ] = None,
+    strategies: Annotated[
+        list[str] | None, typer.Option("--strategies", help="Run only these; may be repeated. [default: all that fit]")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of a case, after 2 others.")] = 5,
+    timeout: Annotated[int, typer.Option("--timeout", min=10, help="Seconds that a case may take.")] = 900,
+    out: Annotated[Path, typer.Option("--out", help="Where gpu-CARD-CAP.json is written.")] = Path(
+        "tests/benchmarks/results"
+    ),
+    json_: Json = False,
+) -> None:
+    """Real steps of every strategy that fits a memory cap: peaks beside the plan's, samples and FLOPs per second.
+
+    Exit code 1 where the plan's own choice did not run. Without a GPU it runs on the CPU, uncapped.
+    """
+    from redheart.bench.gpu import bench_gpu as run
+    from redheart.bench.gpu import show
+
+    result = run(
+        presets or ("330m", "1b3"), tokens or (64, 128), caps or ("8GiB", "4GiB"), strategies or (), steps, timeout, out
+    )
+    show(result)
+    emit(result, json_)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
 @bench.command("optimizer")
 def bench_optimizer(
     params: Annotated[

@@ -6,7 +6,7 @@ far it agrees with labels of that kind, and are marked so wherever they are prin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates on the whole split, or on `max_rows` rows evenly spread over it. Collective; the model's mode is restored.
 
+    `forward_has_collectives`: ranks wait for one another in every forward pass (ZeRO-3), so all of them make as many.
     Raises ranks.OutOfMemory on every rank where `batch_size` rows are too many for one of them.
     """
     sums = dict.fromkeys(TASKS, 0.0)
@@ -56,10 +57,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     with together(forward_has_collectives):
-        for batch in stream.in_order(batch_size, rank, world_size, max_rows):
-            seen += len(batch)
+        for batch, is_counted in _batches(stream, batch_size, rank, world_size, max_rows, forward_has_collectives):
             on_device = batch.to(device, dtype)
             outputs = forward(model, on_device)
+            if not is_counted:
+                continue
+            seen += len(batch)
             for name, (value, count) in task_losses(outputs, on_device.labels, on_device.weights, config).items():
                 if name in TASKS:
                     sums[name] += float(value)
@@ -67,6 +70,23 @@ def evaluate(
             add_tallies(tallies, predict_all(outputs), batch)
     model.train(was_training)
     return _merge(seen, sums, counts, tallies, factors)
+
+
+def _batches(
+    stream: SampleStream, batch_size: int, rank: int, world_size: int, max_rows: int | None, in_step: bool
+) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether they count. `in_step`: as many as any rank has, for forward passes that wait for one another.
+
+    A rank that has run out goes through the split's first batch again, uncounted.
+    """
+    turns = 0
+    for batch in stream.in_order(batch_size, rank, world_size, max_rows):
+        turns += 1
+        yield batch, True
+    rows = stream.num_rows if max_rows is None else min(max_rows, stream.num_rows)
+    most = -(-rows // (batch_size * world_size))
+    if in_step and turns < most:
+        yield next(stream.in_order(batch_size, 0, 1, max_rows)), False
 
 
 @torch.no_grad()

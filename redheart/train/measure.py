@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,13 +26,13 @@ from redheart.ranks import launched_world_size
 from redheart.schema import LABELS, Batch
 from redheart.tasks import GATES, TASKS, task_weights
 from redheart.train import stages
-from redheart.train.engine import compile_kernels, make_engine
+from redheart.train.engine import Engine, compile_kernels, make_engine
 
 
 def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0) -> Batch:
     """Random features of full length, every label, and a contrast text for every sample: the most a micro-batch can hold."""
     draw = torch.Generator().manual_seed(seed)
-    features, others = (torch.randn(rows, tokens, width, generator=draw) for _ in range(2))
+    features, others = (torch.randn(rows, tokens, width, generator=draw).half() for _ in range(2))
     mask, each = torch.ones(rows, tokens, dtype=torch.bool), torch.arange(rows)
     labels = {name: torch.rand(rows, label.size, generator=draw) for name, label in LABELS.items()}
     weights = {name: torch.ones_like(value) for name, value in labels.items()}
@@ -40,13 +41,15 @@ def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0) -> Batch:
 
 
 def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str, Any]:
-    """Runs `num_steps` optimizer steps (the second has everything resident); bytes as GiB, predicted and observed."""
-    on_gpu = torch.cuda.is_available()
+    """Runs `num_steps` optimizer steps (the second has everything resident); bytes as GiB, predicted and observed.
+
+    Peaks count from before the engine is made; `start_gib` holds those at the time it was ready.
+    """
     micro, accumulation = stages.split_global_batch(
         config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
     )
     step = measured(config, micro, tokens, config.model.activation_checkpointing, config.memory.strategy == "plain")
-    parameters = parameters_of(config)
+    parameters, on_gpu = parameters_of(config), torch.cuda.is_available()
     if config.memory.strategy != "plain":
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log keeps the stdout it is imported with
             compile_kernels()  # imports the libraries, too: they belong to the base
@@ -59,37 +62,11 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(config.training.seed)
     engine = make_engine(partial(build_model, config, None), config, accumulation, micro)
-    marks = {"engine": resident()}
-    scale = factors(task_weights(config.loss), dict.fromkeys((*TASKS, *GATES), 1.0), config.loss.constant_floor)
-    batches = [synthetic_batch(micro, tokens, config.model.encoder_width, i) for i in range(accumulation)]
-    losses, seconds = [], []
-    for number in range(num_steps):
-        started = time.perf_counter()
-        window = stages.open_window([b.to(engine.device, engine.dtype) for b in batches], False)
-        total = 0.0
-        for i, batch in enumerate(window.batches):
-            outputs = stages.forward(engine, batch)
-            ranks = window.num_micro_batches * engine.world_size
-            loss, _ = stages.compute(outputs, batch, window.counts, scale, ranks, config.loss)
-            engine.backward(loss, is_last=i == accumulation - 1)
-            total += float(loss.detach()) / accumulation
-            del outputs, loss
-            marks[f"backward {number}.{i}"] = resident()
-        stages.update(engine, config.optimizer.learning_rate, False)
-        if on_gpu:
-            torch.cuda.synchronize()
-        marks[f"step {number}"] = resident()
-        losses.append(total)
-        seconds.append(time.perf_counter() - started)
-    observed = {"host_peak_gib": resident_peak() / GIB}
+    start = peaks()
+    steps = run_steps(engine, config, micro, accumulation, tokens, num_steps)
+    observed, told = peaks(), {"host_peak_gib": predicted.host_peak / GIB}
     if on_gpu:
-        observed |= {
-            "gpu_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-            "gpu_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        }
-    allocated = predicted.gpu_peak - sum(predicted.gpu.get(k, 0) for k in ("allocator", "context"))
-    told = {"host_peak_gib": predicted.host_peak / GIB}
-    if on_gpu:
+        allocated = predicted.gpu_peak - sum(predicted.gpu.get(k, 0) for k in ("allocator", "context"))
         told |= {"gpu_allocated_gib": allocated / GIB, "gpu_reserved_gib": (predicted.gpu_peak - CONTEXT) / GIB}
     return {
         "preset": config.preset,
@@ -100,10 +77,55 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
         "observed": observed,
         "ratio": {name: told[name] / observed[name] for name in told},
         "base_gib": base / GIB,
-        "resident_gib": {name: value / GIB for name, value in marks.items()},
-        "step_seconds": seconds,
-        "losses": losses,
+        "start_gib": start,
+        "resident_gib": steps.resident_gib,
+        "step_seconds": steps.seconds,
+        "losses": steps.losses,
     }
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What optimizer steps took: seconds and mean loss of each, and the process's resident memory as they went on."""
+
+    seconds: list[float]
+    losses: list[float]
+    resident_gib: dict[str, float]
+
+
+def run_steps(engine: Engine, config: RunConfig, micro: int, accumulation: int, tokens: int, num_steps: int) -> Steps:
+    """`num_steps` optimizer steps as the trainer takes them, on synthetic batches of `micro` samples."""
+    marks = {"engine": resident() / GIB}
+    scale = factors(task_weights(config.loss), dict.fromkeys((*TASKS, *GATES), 1.0), config.loss.constant_floor)
+    batches = [synthetic_batch(micro, tokens, config.model.encoder_width, i) for i in range(accumulation)]
+    losses, seconds = [], []
+    for number in range(num_steps):
+        started = time.perf_counter()
+        window = stages.open_window(batches, False)
+        total = 0.0
+        for i, batch in enumerate(window.batches):
+            outputs, loss, _ = stages.loss_of(engine, engine, batch, window, scale, config.loss)
+            del outputs
+            engine.backward(loss, is_last=i == accumulation - 1)
+            total += float(loss.detach()) / accumulation
+            del loss
+            marks[f"backward {number}.{i}"] = resident() / GIB
+        stages.update(engine, config.optimizer.learning_rate, False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        marks[f"step {number}"] = resident() / GIB
+        losses.append(total)
+        seconds.append(time.perf_counter() - started)
+    return Steps(seconds, losses, marks)
+
+
+def peaks() -> dict[str, float]:
+    """GiB at most so far: of the process in the host's memory, and what torch's allocator had on the GPU."""
+    found = {"host_peak_gib": resident_peak() / GIB}
+    if torch.cuda.is_available():
+        found["gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
+        found["gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+    return found
 
 
 def show_measured(result: dict[str, Any]) -> None:

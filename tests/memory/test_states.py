@@ -98,3 +98,24 @@ def test_sub_groups_hold_every_element_once():
     sizes = Parameters(((60_000_000, 60_000_000, 5), (7,)))
     assert sub_group_sizes(sizes, 1) == [120_000_000, 5, 7]
     assert partition_sizes(sizes, 64, 3) == [-(-60_000_000 // 64) * 2 + 1, 1]
+
+
+def test_plain_agrees_with_accelerates_estimator():
+    """Weights in any precision, and fp32 AdamW in all (its `step`: 4 × the weights). Accelerate knows no ZeRO, no 8-bit states,
+    no master weights beside bf16 ones, no activations, and counts buffers, whose size its own sum is relieved of here."""
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes, compute_module_sizes
+
+    from redheart.model.build import build_model
+
+    config = load_config("local")
+    parameters = parameters_of(config)
+    with torch.device("meta"):
+        model = build_model(config, None)
+    buffers = compute_module_sizes(model, buffers_only=True)[""]
+    size = calculate_maximum_sizes(model)[0] - buffers
+    ours = states("plain", parameters).gpu
+    assert ours["weights"] == size
+    assert ours["weights"] + ours["gradients"] + ours["states"] == estimate_training_usage(size, "float32")["step"]
+    in_bf16 = compute_module_sizes(model.to(torch.bfloat16))[""] - compute_module_sizes(model, buffers_only=True)[""]
+    assert states("zero1", parameters, 1).gpu["weights"] == pytest.approx(in_bf16, abs=8)  # ours: padded to 2 a group

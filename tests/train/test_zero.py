@@ -45,3 +45,15 @@ def test_fp32_states_change_their_world_size_too(tmp_path: Path):
     assert whole["bitwise"]
     two = run(2, strategy="zero2_offload", steps=4, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
     assert two["losses"] == pytest.approx(whole["losses"][2:], rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [7, 2], ids=["two and one batches", "one and none"])
+def test_ranks_with_unlike_numbers_of_batches_evaluate_under_zero_3(rows: int):
+    launcher = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"]
+    launcher += ["--num_processes", "2", "--main_process_port", "0", "-m", "tests.train.evaluate_run"]
+    done = redheart(json.dumps({"rows": rows, "batch_size": 3}), launcher=launcher, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert told["ranks"] == 2
+    assert told["together"]["rows"] == told["alone"]["rows"] == rows
+    assert told["together"]["losses"] == pytest.approx(told["alone"]["losses"], rel=1e-5)

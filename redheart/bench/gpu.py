@@ -1,0 +1,286 @@
+"""`redheart bench gpu`: real optimizer steps under a memory cap, beside what the planner said of them.
+
+For every cap, preset and number of tokens: the plan's choice and, of every other strategy, the fastest candidate that fits, each
+in a process of its own (bench/gpu_worker.py). Batches are synthetic, of full length, with every label and a contrast text for
+every sample. Peaks count from before DeepSpeed starts. The reference is fp32 AdamW (`plain`) on the whole card. A case that
+fails is recorded with its error and the next one follows. OUT/gpu-CARD-CAP.json is written after every case; cases that a
+later run with filters does not repeat stay in it.
+
+Without a GPU no cap can be set: every strategy runs once, and memory is the process's resident memory on the host.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from redheart.bench.gpu_worker import WARM_UP
+from redheart.config import RunConfig, Strategy, load_config
+from redheart.console import console, table
+from redheart.files import read_json, write_json
+from redheart.memory.activations import PAIR_SHARE
+from redheart.memory.budget import gib
+from redheart.memory.plan import GIB, Candidate, Plan, plan
+from redheart.schema import RedHeartError
+
+TARGET = {"preset": "330m", "tokens": 64, "cap_gib": 8.0, "samples_per_s": 120.0}
+TAIL = 2000  # characters of a failed process's last words that are kept
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train that is run; `cap_gib` None: the whole card, or no card."""
+
+    preset: str
+    tokens: int
+    cap_gib: float | None
+    strategy: Strategy
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    activation_checkpointing: bool
+    is_chosen: bool
+    is_reference: bool
+    flops_per_sample: int  # of the model, recomputation not counted
+    planned: dict[str, float]
+    config: RunConfig = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset} T={self.tokens} {self.strategy}"
+
+
+def bench_gpu(
+    presets: Sequence[str] = ("330m", "1b3"),
+    tokens: Sequence[int] = (64, 128),
+    caps: Sequence[str] = ("8GiB", "4GiB"),
+    strategies: Sequence[str] = (),
+    steps: int = 5,
+    timeout_s: int = 900,
+    out: Path = Path("tests/benchmarks/results"),
+) -> dict[str, Any]:
+    """Runs what the filters leave (`strategies` empty: all), and writes OUT/gpu-CARD-CAP.json. `ok`: every choice of the planner ran.
+
+    Raises RedHeartError for an unknown preset, strategy or size; nothing that happens to a case raises.
+    """
+    wanted = _strategies(strategies)
+    sizes = [gib(cap, "--caps") for cap in caps]
+    configs = [load_config(preset) for preset in presets]
+    console.print("looking at the machine, compiling kernels where that has not been done yet …")
+    machine = _process({"what": "machine"}, None)
+    if machine.get("error"):
+        raise RedHeartError(f"the machine could not be looked at: {machine['error']}\n{machine.get('output', '')}")
+    total = machine["gpu_total_gib"]
+    if total is None:
+        console.print("no GPU here: no cap can be set; memory is the process's on the host, and the device is the CPU")
+    cases: list[Case] = []
+    skipped: list[dict[str, Any]] = []
+    for cap in [None] if total is None else sizes:
+        for config in configs:
+            for count in tokens:
+                found = plan(config, cap, machine["host_free_gib"], tokens=count)
+                chosen, absent = _cases(found, config, cap, wanted)
+                cases += chosen
+                skipped += absent
+    if total is not None and "plain" in wanted:
+        found = plan(configs[0], total, machine["host_free_gib"], tokens=tokens[0], strategies=("plain",))
+        reference, absent = _cases(found, configs[0], None, ("plain",), is_reference=True)
+        cases += reference
+        skipped += absent
+    results: list[dict[str, Any]] = []
+    for number, case in enumerate(cases, 1):
+        where = "no cap" if case.cap_gib is None else f"{case.cap_gib:g} GiB"
+        load = f"micro-batch {case.micro_batch_size} × {case.gradient_accumulation_steps}"
+        console.print(f"{number} of {len(cases)}: {case.name}, {where}, {load} …")
+        results.append(run_case(case, machine, steps, timeout_s))
+        if not results[-1]["ended"]:
+            console.print(f"  failed: {results[-1]['error']}")
+        _keep(out, machine, case.cap_gib, results[-1], skipped)
+    return {
+        "machine": machine,
+        "warm_up_steps": WARM_UP,
+        "timed_steps": steps,
+        "timeout_s": timeout_s,
+        "texts_per_sample": 1 + PAIR_SHARE,
+        "target": target(results),
+        "ok": all(r["ended"] for r in results if r["is_chosen"]),
+        "cases": results,
+        "not_fitting": skipped,
+        "files": sorted({str(_path(out, machine, case.cap_gib)) for case in cases}),
+    }
+
+
+def run_case(case: Case, machine: dict[str, Any], steps: int, timeout_s: int) -> dict[str, Any]:
+    """What a case measured, or why it did not end."""
+    told = {k: v for k, v in asdict(case).items() if k != "config"}
+    job = {
+        "what": "case",
+        "config": case.config.model_dump(mode="json"),
+        "tokens": case.tokens,
+        "steps": steps,
+        "cap_gib": case.cap_gib,
+    }
+    seen = _process(job, timeout_s)
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    result = {"name": case.name, **told, "when": when, **seen}
+    if seen["ended"]:
+        result["tflop_per_s"] = seen["samples_per_s"] * case.flops_per_sample / 1e12
+        result["share_of_matmul"] = result["tflop_per_s"] / machine["matmul"]["tflop_per_s"]
+    return result
+
+
+def target(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The goal, the fastest case that counts for it, and whether it is met; None where no such case ended."""
+    counting = [
+        r
+        for r in results
+        if r["ended"] and r["preset"] == TARGET["preset"] and r["tokens"] == TARGET["tokens"]
+        if r["cap_gib"] is not None and r["cap_gib"] <= TARGET["cap_gib"]
+    ]
+    best = max(counting, key=lambda r: r["samples_per_s"], default=None)
+    reached = None if best is None else best["samples_per_s"]
+    met = None if reached is None else reached >= TARGET["samples_per_s"]
+    return {**TARGET, "reached": reached, "by": None if best is None else best["strategy"], "met": met}
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table per cap, preset and number of tokens, and the target, on stderr."""
+    machine = result["machine"]
+    product = machine["matmul"]
+    groups = dict.fromkeys((c["cap_gib"], c["preset"], c["tokens"], c["is_reference"]) for c in result["cases"])
+    for cap, preset, tokens, is_reference in groups:
+        mine = [
+            c
+            for c in result["cases"]
+            if (c["cap_gib"], c["preset"], c["tokens"], c["is_reference"]) == (cap, preset, tokens, is_reference)
+        ]
+        memories = list(dict.fromkeys(name for c in mine for name in c["observed"] or {}))
+        names = [name.removesuffix("_gib").replace("_", " ") for name in memories]
+        columns = ("strategy", "micro-batch", "recompute", "samples/s", "TFLOP/s", "of a product", "last loss")
+        where = "reference, no cap" if is_reference else "no cap" if cap is None else f"cap {cap:g} GiB"
+        console.print(
+            table(
+                f"{preset}, {tokens} tokens a text, {where}, {machine['card']}: peaks in GiB (predicted ÷ observed)",
+                (*columns, *names),
+                [_row(c, memories) for c in mine],
+            )
+        )
+    for one in result["not_fitting"]:
+        where = "no cap" if one["cap_gib"] is None else f"{one['cap_gib']:g} GiB"
+        console.print(f"not run, {one['preset']} T={one['tokens']} {one['strategy']}, {where}: {one['why']}")
+    for one in result["cases"]:
+        if not one["ended"]:
+            console.print(f"failed, {one['name']}: {one['error']}")
+    goal = result["target"]
+    outcome = {None: "not measured here", True: "met", False: "missed"}[goal["met"]]
+    reached = "" if goal["reached"] is None else f": {goal['reached']:.1f} with {goal['by']}"
+    console.print(
+        f"{product['edge']}-edge {product['precision']} product: {product['tflop_per_s']:.3g} TFLOP/s; medians of "
+        f"{result['timed_steps']} steps after {result['warm_up_steps']}; a sample is a text and its contrast\n"
+        f"target: at least {goal['samples_per_s']:.0f} samples/s for {goal['preset']} at {goal['tokens']} tokens inside "
+        f"{goal['cap_gib']:g} GiB: {outcome}{reached}"
+    )
+
+
+def _row(case: dict[str, Any], memories: Sequence[str]) -> list[object]:
+    mark = "→ " if case["is_chosen"] else "  "
+    row: list[object] = [mark + case["strategy"], f"{case['micro_batch_size']} × {case['gradient_accumulation_steps']}"]
+    row.append("yes" if case["activation_checkpointing"] else "no")
+    if case["ended"]:
+        row += [f"{case['samples_per_s']:.1f}", f"{case['tflop_per_s']:.3g}", f"{case['share_of_matmul']:.1%}"]
+        row.append(f"{case['losses'][-1]:.3f}")
+    else:
+        row += ["failed", "", "", ""]
+    for name in memories:
+        seen, ratio = (case["observed"] or {}).get(name), case.get("ratio", {}).get(name)
+        row.append("" if seen is None else f"{seen:.2f}" + (f" ({ratio:.3f})" if ratio is not None else ""))
+    return row
+
+
+def _strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
+    known: tuple[Strategy, ...] = get_args(Strategy)
+    for name in names:
+        if name not in known:
+            raise RedHeartError(f"--strategies {name}: choose from {', '.join(known)}")
+    return tuple(s for s in known if s in names) if names else known
+
+
+def _cases(
+    found: Plan, config: RunConfig, cap: float | None, wanted: Sequence[Strategy], is_reference: bool = False
+) -> tuple[list[Case], list[dict[str, Any]]]:
+    """(what runs, the plan's choice first; the strategies that do not fit and why)."""
+    fitting = [c for c in found.candidates if c.fits]
+    best = found.chosen if fitting else None
+    picked: list[Candidate] = []
+    absent = []
+    for strategy in wanted:
+        mine = [c for c in found.candidates if c.strategy == strategy]
+        fast = [c for c in mine if c.fits]
+        if fast:
+            picked.append(min(fast, key=lambda c: (c.step_s, c.gpu_peak)))
+        else:
+            least = min(mine, key=lambda c: (c.gpu_peak, c.host_peak), default=None)
+            why = "not offered here" if least is None else (
+                f"the smallest needs {least.gpu_peak / GIB:.2f} GiB on the GPU and {least.host_peak / GIB:.2f} GiB on the host"
+            )  # fmt: skip
+            absent.append(
+                {"preset": config.preset, "tokens": found.tokens, "cap_gib": cap, "strategy": strategy, "why": why}
+            )
+    picked.sort(key=lambda c: c is not best)
+    return [_case(c, found, config, cap, c is best and not is_reference, is_reference) for c in picked], absent
+
+
+def _case(c: Candidate, found: Plan, config: RunConfig, cap: float | None, is_chosen: bool, is_reference: bool) -> Case:
+    asked = config.model_copy(
+        update={
+            "memory": config.memory.model_copy(update={"strategy": c.strategy}),
+            "training": config.training.model_copy(update={"micro_batch_size": c.micro_batch_size}),
+            "model": config.model.model_copy(update={"activation_checkpointing": c.activation_checkpointing}),
+        }
+    )
+    planned = {"gpu_peak_gib": c.gpu_peak / GIB, "host_peak_gib": c.host_peak / GIB, "samples_per_s": c.samples_per_s}
+    return Case(
+        config.preset, found.tokens, cap, c.strategy, c.micro_batch_size, c.gradient_accumulation_steps,
+        c.activation_checkpointing, is_chosen, is_reference, found.flops_per_sample, planned, asked,
+    )  # fmt: skip
+
+
+def _process(job: dict[str, Any], timeout_s: int | None) -> dict[str, Any]:
+    """A job's result; where its process failed, `ended` False, an `error` and the end of its output."""
+    with tempfile.TemporaryDirectory(prefix="redheart-bench-") as folder:
+        asked, answer = Path(folder) / "job.json", Path(folder) / "result.json"
+        write_json(asked, job)
+        command = [sys.executable, "-m", "redheart.bench.gpu_worker", str(asked), str(answer)]
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"ended": False, "error": f"not at its end after {timeout_s} s (--timeout)", "observed": None}
+        result = read_json(answer, "run the bench again") if answer.is_file() else {"ended": False, "observed": None}
+        if done.returncode == 0:
+            return result
+        ended = f"the process ended with exit code {done.returncode}"
+        return {"error": ended, **result, "ended": False, "output": done.stdout[-TAIL:]}
+
+
+def _path(out: Path, machine: dict[str, Any], cap: float | None) -> Path:
+    card = re.sub(r"[^a-z0-9]+", "-", machine["card"].lower()).strip("-")
+    return out / f"gpu-{card}-{'uncapped' if cap is None else f'{cap:g}gib'}.json"
+
+
+def _keep(
+    out: Path, machine: dict[str, Any], cap: float | None, result: dict[str, Any], skipped: list[dict[str, Any]]
+) -> None:
+    """Puts a case into its card's and cap's file, in place of an earlier one of the same name."""
+    path = _path(out, machine, cap)
+    known = read_json(path, "delete it")["cases"] if path.is_file() else []
+    cases = [c for c in known if c["name"] != result["name"]] + [{**result, "versions": machine["versions"]}]
+    absent = [s for s in skipped if s["cap_gib"] == cap]
+    write_json(path, {"machine": machine, "cap_gib": cap, "cases": cases, "not_fitting": absent})

@@ -1,0 +1,109 @@
+"""One job of `redheart bench gpu`, in a process of its own, so that nothing of another case lies in its memory.
+
+    python -m redheart.bench.gpu_worker JOB.json RESULT.json
+
+JOB is {"what": "machine"} (compiles the kernels, looks at the device, times a matrix product) or {"what": "case", "config",
+"tokens", "steps", "cap_gib"}: `steps` optimizer steps after WARM_UP others, on a GPU with at most `cap_gib` (null: all of it).
+RESULT is what was measured; where a case fails it holds the error and the peaks until then, and the exit code is not 0.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from redheart.config import parse_config
+from redheart.files import read_json, write_json
+from redheart.memory.budget import free_host_gib
+from redheart.memory.plan import CONTEXT, GIB
+from redheart.ranks import bf16_is_fast
+from redheart.schema import RedHeartError
+from redheart.train.engine import compile_kernels
+from redheart.train.measure import measure_step, peaks
+from redheart.version import VERSION
+
+WARM_UP = 2  # steps before the timed ones: the first makes the optimizer's states
+EDGE_GPU, EDGE_CPU = 8192, 512  # of the matrix product
+LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers")
+
+
+def main() -> None:
+    job, result = read_json(Path(sys.argv[1]), "run `redheart bench gpu`"), Path(sys.argv[2])
+    if job["what"] == "machine":
+        write_json(result, machine())
+        return
+    try:
+        write_json(result, {"ended": True, **case(job)})
+    except Exception as error:
+        text = " ".join(str(error).split())
+        write_json(result, {"ended": False, "error": f"{type(error).__name__}: {text}", "observed": peaks()})
+        raise
+
+
+def machine() -> dict[str, Any]:
+    """The device and its host, and what a large matrix product reaches there."""
+    compile_kernels()
+    on_gpu = torch.cuda.is_available()
+    return {
+        "card": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "gpu_total_gib": torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else None,
+        "host_free_gib": free_host_gib(),
+        "threads": torch.get_num_threads(),
+        "matmul": matmul(EDGE_GPU if on_gpu else EDGE_CPU),
+        "versions": {"redheart": VERSION, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+    }
+
+
+def matmul(edge: int, repeats: int = 20) -> dict[str, Any]:
+    """The median speed of a square matrix product: in bf16, or in fp32 where the device has no bf16 arithmetic."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if bf16_is_fast() else torch.float32
+    a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 3):
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    precision = str(dtype).removeprefix("torch.")
+    return {"edge": edge, "precision": precision, "tflop_per_s": 2 * edge**3 / median(seconds[3:]) / 1e12}
+
+
+def case(job: dict[str, Any]) -> dict[str, Any]:
+    """The figures of measure_step, and the speed of the steps after the warm-up."""
+    if job["cap_gib"] is not None:
+        cap_memory(job["cap_gib"])
+    config = parse_config(job["config"])
+    measured = measure_step(config, job["tokens"], WARM_UP + job["steps"])
+    timed = measured["step_seconds"][WARM_UP:]
+    found = {name: measured[name] for name in ("predicted", "observed", "ratio", "base_gib", "start_gib", "losses")}
+    found |= {"step_seconds": measured["step_seconds"], "median_step_s": median(timed)}
+    found["samples_per_s"] = config.training.global_batch_size / median(timed)
+    if (
+        torch.cuda.is_available()
+    ):  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
+        free, total = torch.cuda.mem_get_info()
+        found["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
+    return found
+
+
+def cap_memory(cap_gib: float) -> None:
+    """Lets torch's allocator have what `cap_gib` leaves beside the CUDA context; before anything is allocated."""
+    if not torch.cuda.is_available():
+        raise RedHeartError("without a GPU no memory can be capped: leave --caps out")
+    total, share = torch.cuda.get_device_properties(0).total_memory, cap_gib * GIB - CONTEXT
+    if share <= 0:
+        raise RedHeartError(f"--caps {cap_gib:g}GiB is no more than the {CONTEXT / GIB:.2f} GiB of a CUDA context")
+    if share < total:
+        torch.cuda.set_per_process_memory_fraction(share / total)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""`redheart bench gpu` to its end on a machine without a GPU, its failures, and what it may import."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from redheart.bench import gpu
+from redheart.bench.gpu_worker import matmul
+from redheart.cli import app
+from redheart.config import dump_config, load_config
+from redheart.schema import RedHeartError
+from tests.runs import ROOT, environment
+from tests.train.tiny import SETTINGS
+
+# few modules: what is tested is the bench, not the network
+SMALL = [
+    *SETTINGS,
+    "model.encoder_width=32",
+    "model.ablate=[analyzers.emotion, analyzers.regret, analyzers.surd, heads.surd, aux.dsp, aux.kalman]",
+    "preset=tiny",
+]
+MACHINE = {
+    "card": "NVIDIA H100 80GB HBM3",
+    "matmul": {"tflop_per_s": 2.0, "edge": 8, "precision": "bfloat16"},
+    "versions": {"torch": "0"},
+}
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump_config(load_config("local", SMALL)), encoding="utf-8")
+    return str(path)
+
+
+def test_it_runs_to_its_end_on_the_cpu(preset: str, tmp_path: Path):
+    out = tmp_path / "results"
+    asked = ["--strategies", "plain", "--strategies", "zero2_offload_8bit", "--tokens", "8", "--steps", "2"]
+    done = CliRunner().invoke(app, ["bench", "gpu", "--presets", preset, *asked, "--out", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert {c["strategy"] for c in told["cases"]} == {"plain", "zero2_offload_8bit"}
+    peak = told["machine"]["matmul"]["tflop_per_s"]
+    for case in told["cases"]:
+        assert case["ended"], case
+        assert case["cap_gib"] is None
+        assert len(case["step_seconds"]) == len(case["losses"]) == 2 + 2
+        timed = sorted(case["step_seconds"][2:])
+        assert case["samples_per_s"] == pytest.approx(8 / (sum(timed) / 2))  # global batch ÷ median seconds
+        assert case["tflop_per_s"] == pytest.approx(case["samples_per_s"] * case["flops_per_sample"] / 1e12)
+        assert case["share_of_matmul"] == pytest.approx(case["tflop_per_s"] / peak)
+        assert case["losses"][-1] < case["losses"][0]
+        predicted, observed = case["predicted"]["host_peak_gib"], case["observed"]["host_peak_gib"]
+        assert case["ratio"]["host_peak_gib"] == pytest.approx(predicted / observed)
+        assert 0.5 < case["ratio"]["host_peak_gib"] < 2
+        assert case["base_gib"] < case["start_gib"]["host_peak_gib"] <= observed
+        assert case["micro_batch_size"] * case["gradient_accumulation_steps"] == 8
+    assert told["ok"]
+    assert told["target"]["met"] is None
+    assert told["files"] == [str(out / "gpu-cpu-uncapped.json")]
+    written = json.loads((out / "gpu-cpu-uncapped.json").read_text(encoding="utf-8"))
+    assert {c["name"]: c["samples_per_s"] for c in written["cases"]} == {
+        c["name"]: c["samples_per_s"] for c in told["cases"]
+    }
+
+
+def fake(preset: str, tmp_path: Path, monkeypatch, answer, **more):
+    """The bench with `answer(job)` in place of processes, on a card of 80 GiB."""
+    machine = {**MACHINE, "gpu_total_gib": 80.0, "host_free_gib": 64.0}
+    monkeypatch.setattr(gpu, "_process", lambda job, _: machine if job["what"] == "machine" else answer(job))
+    return gpu.bench_gpu([preset], [8], out=tmp_path, **more)
+
+
+def test_a_case_that_fails_is_recorded_and_the_next_one_runs(preset: str, tmp_path: Path, monkeypatch):
+    asked = []
+
+    def answer(job):
+        asked.append((job["config"]["memory"]["strategy"], job["cap_gib"]))
+        if job["config"]["memory"]["strategy"] == "zero1":
+            return {"ended": False, "error": "OutOfMemoryError: tried to allocate 2 GiB", "observed": None}
+        return {"ended": True, "samples_per_s": 10.0, "observed": {}, "losses": [1.0]}
+
+    result = fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB"], strategies=["plain", "zero1", "zero2"])
+    assert sorted(asked, key=str) == [("plain", 8.0), ("plain", None), ("zero1", 8.0), ("zero2", 8.0)]
+    failed = [c for c in result["cases"] if not c["ended"]]
+    assert [c["strategy"] for c in failed] == ["zero1"]
+    assert "2 GiB" in failed[0]["error"]
+    assert result["ok"] == (not failed[0]["is_chosen"])
+    gpu.show(result)
+    assert {p.name for p in tmp_path.glob("gpu-*.json")} == {
+        "gpu-nvidia-h100-80gb-hbm3-8gib.json",
+        "gpu-nvidia-h100-80gb-hbm3-uncapped.json",
+    }
+    # a second run with a filter leaves the other cases in the file
+    fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB"], strategies=["zero3"])
+    written = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3-8gib.json").read_text(encoding="utf-8"))
+    assert sorted(c["strategy"] for c in written["cases"]) == ["plain", "zero1", "zero2", "zero3"]
+
+
+def test_the_command_fails_with_the_plans_own_choice(preset: str, tmp_path: Path, monkeypatch):
+    def answer(job):
+        return {"ended": False, "error": "no", "observed": None}
+
+    result = fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB"])
+    assert sum(c["is_chosen"] for c in result["cases"]) == 1
+    assert not result["ok"]
+    monkeypatch.setattr(gpu, "bench_gpu", lambda *_: result)
+    assert CliRunner().invoke(app, ["bench", "gpu"]).exit_code == 1
+
+
+def test_the_target_counts_cases_inside_its_memory():
+    case = {"ended": True, "preset": "330m", "tokens": 64, "strategy": "zero2"}
+    runs = [
+        {**case, "cap_gib": None, "samples_per_s": 500.0},
+        {**case, "cap_gib": 8.0, "samples_per_s": 119.0},
+        {**case, "cap_gib": 4.0, "samples_per_s": 90.0},
+        {**case, "cap_gib": 8.0, "tokens": 32, "samples_per_s": 200.0},
+    ]
+    assert gpu.target(runs)["reached"] == 119.0
+    assert gpu.target(runs)["met"] is False
+    assert gpu.target([*runs, {**case, "cap_gib": 8.0, "samples_per_s": 120.0}])["met"] is True
+
+
+def test_a_process_that_fails_tells_why(preset: str):
+    config = load_config(preset).model_dump(mode="json")
+    job = {"what": "case", "config": config, "tokens": 8, "steps": 1, "cap_gib": 8.0}
+    seen = gpu._process(job, 400)
+    assert not seen["ended"]
+    assert seen["error"].startswith("RedHeartError: without a GPU no memory can be capped")
+    assert seen["observed"]["host_peak_gib"] > 0
+    assert "Traceback" in seen["output"]
+    assert "(--timeout)" in gpu._process(job, 1)["error"]
+
+
+def test_unknown_strategies_are_refused():
+    with pytest.raises(RedHeartError, match="choose from plain, gpu_8bit"):
+        gpu.bench_gpu(strategies=["zero4"])
+
+
+def test_the_matrix_product_is_timed():
+    assert matmul(64, repeats=2)["tflop_per_s"] > 0
+
+
+def test_it_needs_neither_datasets_nor_pyarrow():
+    code = (
+        "import sys; sys.modules['datasets'] = sys.modules['pyarrow'] = None\n"
+        "import redheart.cli, redheart.bench.gpu, redheart.bench.gpu_worker\n"
+        "from redheart.train.engine.machinery import import_machinery; import_machinery(); print('imported')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=400
+    )
+    assert done.stdout.strip().endswith("imported"), done.stderr[-2000:]

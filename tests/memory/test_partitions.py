@@ -1,0 +1,26 @@
+"""What `plan --nodes 8 --gpus-per-node 8` says a rank holds is what DeepSpeed gives rank 0 of a simulated world of 64."""
+
+import json
+import sys
+
+import pytest
+
+from redheart.config import load_config
+from redheart.memory.plan import parameters_of, ranks_hold
+from redheart.memory.states import states
+from tests.runs import redheart
+
+
+@pytest.mark.parametrize("preset", ["1b3"])
+def test_64_ranks_hold_what_deepspeed_gives_them(preset: str):
+    done = redheart(preset, "64", launcher=[sys.executable, "-m", "tests.memory.fake_world"], timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    config = load_config(preset)
+    assert ranks_hold(config, 8 * 8) == theirs
+    parameters = parameters_of(config)
+    assert states("zero2_offload_8bit", parameters, 64).partition == theirs["zero2"]
+    three = states("zero3_offload_8bit", parameters, 64)
+    assert three.gpu["weights"] == 2 * theirs["zero3"]  # bf16
+    assert three.host["master"] == 4 * theirs["zero3"]  # fp32
+    assert parameters.total / 64 <= theirs["zero2"] <= theirs["zero3"] < 1.001 * parameters.total / 64
