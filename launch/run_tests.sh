@@ -16,5 +16,18 @@ fi
 ruff check redheart tests setup.py
 ruff format --check redheart tests setup.py
 mypy redheart
-shellcheck -x launch/*.sh .ci/run
+shellcheck -x launch/*.sh launch/multinode/*.sh launch/multinode/*.sbatch .ci/run
 pytest -m "not slow and not gpu and not multinode"
+
+# two nodes as network namespaces: a launch by accelerate, and a node that is cut off; the other launch with  -m multinode
+probe="rhprobe-$$"
+if [ "$(id -u)" -ne 0 ]; then
+  echo "run_tests: multinode tests left out: they need root" >&2
+elif ! command -v ip >/dev/null; then
+  echo "run_tests: multinode tests left out: they need the command ip (Debian: apt-get install iproute2)" >&2
+elif ! ip netns add "$probe" 2>/dev/null; then
+  echo "run_tests: multinode tests left out: this system makes no network namespace" >&2
+else
+  ip netns del "$probe"
+  pytest -m "multinode and not slow"
+fi
