@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from redheart.bench.commands import bench, emit
-from redheart.options import Checkpoint, Data, Device, Json, Preset, Set, Swap
+from redheart.options import Checkpoint, Data, Device, Json, NetworkGbit, Preset, Set, StepSeconds, Swap
 from redheart.schema import RedHeartError
 from redheart.version import VERSION
 
@@ -158,6 +158,8 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Run one real step as configured: predicted beside observed.")
     ] = False,
+    network_gbit: NetworkGbit = None,
+    step_seconds: StepSeconds = None,
     write_ds_configs: Annotated[
         Path | None, typer.Option("--write-ds-configs", hidden=True, help="Write ds_configs/ and launch/accelerate/.")
     ] = None,
@@ -168,6 +170,7 @@ def plan(
     from redheart.memory.budget import budgets
     from redheart.memory.ds_files import write_ds_configs as write
     from redheart.memory.plan import plan as run
+    from redheart.memory.scaling import efficiency, show_efficiency
     from redheart.memory.show import show_plan
     from redheart.train.measure import measure_step, show_measured
 
@@ -182,10 +185,11 @@ def plan(
         return
     gpu, host = budgets(config, gpu_memory, host_memory, cpu)
     found = run(config, gpu, host, nodes, gpus_per_node, tokens)
-    result = found.to_json()
+    scaling = efficiency(config, found, network_gbit, step_seconds)
     if not json_:
         show_plan(found)
-    emit(result, json_)
+        show_efficiency(scaling)
+    emit({**found.to_json(), "efficiency": scaling.to_json() if scaling else None}, json_)
 
 
 @app.command()

@@ -175,7 +175,9 @@ class TrainingConfig(Section):
     best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
     log_samples: bool = Field(False, description="write every step's sample ids to samples-rankN.jsonl")
     max_bad_steps: int = Field(3, gt=0, description="non-finite steps in a row that end the run")
-    collective_timeout_s: int = Field(600, gt=0)
+    collective_timeout_s: int = Field(
+        600, gt=0, description="how long ranks wait in a step for one that does not answer, before the run ends"
+    )
 
 
 class MemoryConfig(Section):

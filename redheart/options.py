@@ -27,3 +27,11 @@ Swap = Annotated[
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
 ]
+NetworkGbit = Annotated[
+    float | None,
+    typer.Option("--network-gbit", min=1e-3, help="Gbit/s between nodes, of a whole node. [default: 24 for each card]"),
+]
+StepSeconds = Annotated[
+    float | None,
+    typer.Option("--step-seconds", min=1e-6, help="A measured step of one node alone on its share of the batch."),
+]

@@ -93,6 +93,48 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
+LOST = (
+    "gloo",
+    "pair closure",
+    "Timed out waiting",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank did not answer. Under gloo that is a bare RuntimeError with its own words."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
+
+
+@contextmanager
+def naming_lost_ranks(remedy: str) -> Iterator[None]:
+    """Turns the failure of a collective into a RedHeartError that says so and names the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (_group() and is_lost_rank(error)):
+            raise
+        raise RedHeartError(
+            f"rank {rank()} of {world_size()} lost another rank: a process or a node ended, or the network between them broke "
+            f"({str(error).splitlines()[0]}); {remedy}"
+        ) from error
+
+
+def same_everywhere(mine: str) -> bool:
+    """Whether all ranks gave the same text. Collective."""
+    if not _group():
+        return True
+    import torch.distributed as dist
+
+    texts: list[str | None] = [None] * world_size()
+    dist.all_gather_object(texts, mine)
+    return len(set(texts)) == 1
+
+
 def launched_world_size() -> int:
     """The number of processes the launcher started, before any process group exists (1 without a launcher)."""
     import os

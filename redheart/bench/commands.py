@@ -207,6 +207,26 @@ def bench_transfer(
     emit(result, json_)
 
 
+@bench.command("scaling")
+def bench_scaling(
+    preset: Preset = "local",
+    set_: Set = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=512)] = 32,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, help="Samples of a process and step.")] = 16,
+    steps: Annotated[int, typer.Option("--steps", min=4, help="Steps of each run; the first two do not count.")] = 12,
+    timeout_s: Annotated[int, typer.Option("--timeout-s", min=1, help="Of each run.")] = 900,
+    json_: Json = False,
+) -> None:
+    """A step of two processes over gloo, beside what the scaling model of `plan` predicts from a step of one."""
+    from redheart.bench.scaling import bench_scaling as run
+    from redheart.bench.scaling import show
+
+    result = run(preset, set_ or (), tokens, micro_batch, steps, timeout_s)
+    if not json_:
+        show(result)
+    emit(result, json_)
+
+
 def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:
     from redheart.console import console, table
 

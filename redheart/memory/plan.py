@@ -275,7 +275,7 @@ def predict(
     else:
         host["base"] = HOST_BASE_GPU if base is None else base
         host_peak = gpus_per_node * max(sum(host.values()), s.host_start + host["base"])
-    times = _times(
+    times = step_times(
         config, strategy, parameters, step.flops, step.kernels, accumulation, s, card, on_cpu, nodes, gpus_per_node
     )
     made = Candidate(strategy, micro, accumulation, checkpointing, gpu, host, gpu_peak, host_peak, times, 0.0)
@@ -289,7 +289,7 @@ def _offered(strategy: Strategy, on_cpu: bool, ranks: int, checkpointing: bool) 
     return not (strategy == "gpu_8bit" and on_cpu)
 
 
-def _times(
+def step_times(
     config: RunConfig,
     strategy: Strategy,
     parameters: Parameters,

@@ -18,10 +18,11 @@ from redheart.files import write_text
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
-from redheart.ranks import barrier, bf16_is_fast, launched_rank, launched_world_size
+from redheart.ranks import barrier, bf16_is_fast, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_answers, constant_losses
 from redheart.train import checkpoint
+from redheart.train.agree import agree
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import PlainEngine
 from redheart.train.oom import build_engine, wanted_micro_batch_size
@@ -91,17 +92,22 @@ def train(
     _claim(run, config, bool(source), overwrite)
     if config.memory.strategy != "plain":
         console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
-    constants = constant_answers(*streams[0].label_sample())
-    engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, None if source else constants)
-    if source:
-        engine.load(source)
-    else:
-        state.scales = constant_losses(*streams[0].label_sample(), config.loss)
-    _announce(config, engine.world_size, accumulation, total_steps, state)
-    trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters)
-    started = time.perf_counter()
-    stop = trainer.run()
-    barrier()
+    constants = None if source else constant_answers(*streams[0].label_sample())
+    with naming_lost_ranks(
+        "once all processes have ended, the same command with --resume goes on from the last checkpoint "
+        "(training.collective_timeout_s is how long ranks wait for each other)"
+    ):
+        engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, constants)
+        agree(run, config, streams[0].index)
+        if source:
+            engine.load(source)
+        else:
+            state.scales = constant_losses(*streams[0].label_sample(), config.loss)
+        _announce(config, engine.world_size, accumulation, total_steps, state)
+        trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters)
+        started = time.perf_counter()
+        stop = trainer.run()
+        barrier()
     if isinstance(trainer.engine, PlainEngine) and trainer.engine.swap.names:
         console.print(str(trainer.engine.swap.report()))
     seconds = time.perf_counter() - started

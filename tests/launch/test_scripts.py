@@ -36,11 +36,11 @@ def test_wrong_words_print_the_usage_and_exit_2(words: list[str]):
     assert "usage: bash launch/run_learning.sh MODE" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["run_learning.sh", "setup_env.sh", "run_tests.sh"])
+@pytest.mark.parametrize("script", ["run_learning.sh", "setup_env.sh", "run_tests.sh", "multinode/run_node.sh"])
 def test_help_explains_and_exits_0(script: str):
     result = bash(script, "--help")
     assert result.returncode == 0
-    assert script in result.stdout + result.stderr
+    assert Path(script).name in result.stdout + result.stderr
 
 
 def test_a_missing_interpreter_or_compiler_is_one_clear_line(tmp_path: Path):
@@ -57,3 +57,75 @@ def test_a_missing_interpreter_or_compiler_is_one_clear_line(tmp_path: Path):
         assert word in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
     assert not (copy / "red_heart_env").exists()
+
+
+NODE = ["--node-rank", "0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (NODE, "behind --"),
+        ([*NODE, "--", "evaluate"], "behind --"),
+        (["--", "train"], "--node-rank is missing"),
+        (["--node-rank", "2", "--", "train"], "from 0 to 1"),
+        (["--node-rank", "-1", "--", "train"], "whole number"),
+        (["--node-rank", "08", "--", "train"], "whole number"),
+        ([*NODE, "--main-port", "80", "--", "train"], "from 1024 to 65535"),
+        ([*NODE, "--main-port", "29500;id", "--", "train"], "whole number"),
+        ([*NODE, "--main-address", "a b", "--", "train"], "host name"),
+        ([*NODE, "--main-address", "$(id)", "--", "train"], "host name"),
+        ([*NODE, "--main-address", "-oProxyCommand=id", "--", "train"], "host name"),
+        ([*NODE, "--interface", "../lo", "--", "train"], "network interface"),
+        ([*NODE, "--interface", "nosuch0", "--", "train"], "has no 'nosuch0'"),
+        ([*NODE, "--launcher", "pdsh", "--", "train"], "accelerate, deepspeed or torchrun"),
+        ([*NODE, "--hostfile", "/nowhere", "--", "train"], "no file"),
+        ([*NODE, "--ssh", "--", "train"], "unknown option"),
+    ],
+)
+def test_a_node_refuses_what_is_not_a_name_a_port_or_a_rank(words: list[str], said: str):
+    result = bash("multinode/run_node.sh", *words)
+    assert result.returncode == 2
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a;id slots=1\n", "a slots=1; id\n", "a\n", "a slots=0\n", "a slots=1\na slots=1\n", "", "-a slots=1\n", "a slots=1\nb slots=2\n"],
+)  # fmt: skip
+def test_a_node_refuses_a_hostfile_of_anything_else(content: str, tmp_path: Path):
+    (tmp_path / "hosts").write_text(content)
+    result = bash("multinode/run_node.sh", *NODE, "--hostfile", str(tmp_path / "hosts"), "--", "train")
+    assert result.returncode == 2
+    assert str(tmp_path / "hosts") in result.stderr
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed", "torchrun"])
+def test_a_node_starts_its_launcher_and_says_how_to_go_on(launcher: str, tmp_path: Path):
+    """With a launcher that only writes its words down and fails."""
+    stub = tmp_path / launcher
+    stub.write_text(f'#!/bin/sh\necho "$GLOO_SOCKET_IFNAME" "$@" >{tmp_path}/words\nexit 7\n')
+    stub.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    if (ROOT / "red_heart_env").exists():
+        pytest.skip("this checkout's own environment comes before the stub")
+    words = ["--node-rank", "1", "--launcher", launcher, "--interface", "lo", "--main-port", "29876"]
+    result = bash("multinode/run_node.sh", *words, "--", "train", "--out", "a b", PATH=path)
+    assert result.returncode == 7
+    assert "--resume" in result.stderr
+    told = (tmp_path / "words").read_text()
+    assert told.startswith("lo ")
+    assert told.rstrip().endswith("redheart train --out a b")
+    for word in ("node-0", "29876"):
+        assert word in told
+    assert ("--no_ssh" in told) == (launcher == "deepspeed")
+    assert ("launcher standard" in told) == (launcher == "accelerate")
+
+
+def test_slurm_variables_that_slurm_would_not_set_are_refused():
+    variables = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    for name, value in (("SLURM_JOB_ID", "7;id"), ("SLURM_JOB_NUM_NODES", "x"), ("SLURM_JOB_NODELIST", "a;id")):
+        settings = {**variables, "SLURM_JOB_NODELIST": "n[1-2]", name: value}
+        result = bash("multinode/slurm.sbatch", "train", **settings)
+        assert result.returncode == 2
+        assert name in result.stderr

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from redheart.config import RunConfig
 from redheart.files import read_json
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 
+START_S = 600  # how long processes wait for each other to start: nodes read and compile at their own pace
 FILES = {"gpu_8bit": "zero2"}  # strategies that share the file of another
 
 
@@ -52,6 +54,18 @@ def _cpu_info() -> dict[str, Any]:
 
     found: dict[str, Any] = cpuinfo.cpuinfo.get_cpu_info()
     return found
+
+
+def limit_waiting(seconds: float) -> None:
+    """Collectives of every process group wait so long for the other ranks. Call it once all groups exist.
+
+    DeepSpeed reduces in a clone of the world group, which torch gives its own default (30 minutes under gloo), whatever the
+    first group was told.
+    """
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int, world_size: int) -> dict[str, Any]:

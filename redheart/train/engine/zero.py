@@ -28,7 +28,7 @@ from redheart.train.engine.base import (
     squared_by_module,
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
-from redheart.train.engine.machinery import deepspeed_config, import_machinery
+from redheart.train.engine.machinery import START_S, deepspeed_config, import_machinery, limit_waiting
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
 
 TAG = "pytorch_model"  # Accelerate's name for a DeepSpeed checkpoint
@@ -44,7 +44,7 @@ class DeepSpeedEngine(Engine):
         self.settings = settings
         self._stage = settings["zero_optimization"]["stage"]
         self.forward_has_collectives = self._stage == 3
-        timeout = timedelta(seconds=config.training.collective_timeout_s)
+        patience = timedelta(seconds=max(START_S, config.training.collective_timeout_s))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         bf16 = config.training.precision == "bf16"
         self._accelerator = accelerate.Accelerator(
@@ -53,7 +53,7 @@ class DeepSpeedEngine(Engine):
             ),
             gradient_accumulation_steps=accumulation,
             mixed_precision="bf16" if bf16 else "no",
-            kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+            kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=backend, timeout=patience)],
         )
         self.device = self._accelerator.device
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
@@ -75,6 +75,7 @@ class DeepSpeedEngine(Engine):
         if isinstance(inner, CPUAdamW8bit) and self._stage < 3 and bf16:
             fuse_the_copy(self._zero, inner)
         self.model = self._engine.module
+        limit_waiting(config.training.collective_timeout_s)
         del model, optimizer
         free_memory()
 

@@ -1,0 +1,149 @@
+"""Does the scaling model hold? One process, then two on this machine over gloo: the predicted step of two beside the observed.
+
+redheart bench scaling --json
+
+Weak scaling: both runs have the same micro-batch of synthetic samples per process. Predicted: the step of one process, and the
+bytes that two send (gradients reduced, weights gathered) over the bandwidth that gloo reaches between the same two processes. Two
+processes share this machine's memory and caches, which the model knows nothing of: run it on a quiet machine with a core for each.
+
+    python -m redheart.bench.scaling '{"preset": …}'     one process of it, as the bench starts them; prints JSON on rank 0
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from redheart.config import load_config
+from redheart.console import console, table
+from redheart.memory.plan import parameters_of
+from redheart.schema import RedHeartError
+
+STRATEGY = "zero2_offload"
+PASSES = 2  # gradients reduced, weights gathered, once in a step
+
+
+def predicted_step(alone_s: float, num_bytes: float, world_size: int, bytes_per_s: float) -> float:
+    """Seconds of a step on `world_size` ranks: `num_bytes` of weights cross twice, (ranks − 1)/ranks of them from each rank."""
+    return alone_s + PASSES * num_bytes * (world_size - 1) / world_size / bytes_per_s
+
+
+def bench_scaling(
+    preset: str = "local",
+    overrides: Sequence[str] = (),
+    tokens: int = 32,
+    micro_batch: int = 16,
+    steps: int = 12,
+    timeout_s: int = 900,
+) -> dict[str, Any]:
+    """Medians over the steps after the first two; seconds, bytes and bytes per second."""
+    settings = [*overrides, f"memory.strategy={STRATEGY}", "training.precision=fp32"]
+    job = {"preset": preset, "set": settings, "tokens": tokens, "micro_batch": micro_batch, "steps": steps}
+    alone, both = _processes(job, 1, timeout_s), _processes(job, 2, timeout_s)
+    num_bytes = 4 * parameters_of(load_config(preset, settings)).total
+    bandwidth = PASSES * num_bytes / 2 / (both["reduce_s"] + both["gather_s"])
+    one_s, two_s = alone["step_s"], both["step_s"]
+    predicted = predicted_step(one_s, num_bytes, 2, bandwidth)
+    return {
+        "preset": preset, "tokens": tokens, "micro_batch_size": micro_batch, "steps": steps, "bytes_of_weights": num_bytes,
+        "load_average": os.getloadavg()[0], "cores": os.cpu_count(), "gloo_bytes_per_s": bandwidth,
+        "reduce_s": both["reduce_s"], "gather_s": both["gather_s"], "one_rank_step_s": one_s,
+        "two_ranks_step_s": {"predicted": predicted, "observed": two_s, "ratio": predicted / two_s},
+        "efficiency": {"predicted": one_s / predicted, "observed": one_s / two_s},
+        "spread": {"one": alone["spread"], "two": both["spread"]},
+    }  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> None:
+    step, share = result["two_ranks_step_s"], result["efficiency"]
+    rows = [
+        ("step of one rank, s", "", f"{result['one_rank_step_s']:.4f}"),
+        ("step of two ranks, s", f"{step['predicted']:.4f}", f"{step['observed']:.4f}"),
+        ("efficiency", f"{share['predicted']:.3f}", f"{share['observed']:.3f}"),
+    ]
+    console.print(
+        table(f"scaling of {result['preset']} from one to two processes", ("", "predicted", "observed"), rows)
+    )
+    console.print(
+        f"gloo: {result['gloo_bytes_per_s'] / 1e6:.0f} MB/s for {result['bytes_of_weights'] / 1e6:.1f} MB of weights; "
+        f"load {result['load_average']:.1f} on {result['cores']} cores"
+    )
+
+
+def _processes(job: dict[str, Any], world_size: int, timeout_s: int) -> dict[str, Any]:
+    """Starts the ranks and returns what rank 0 measured."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "redheart.bench.scaling", json.dumps(job)]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        said = [p.communicate(timeout=timeout_s) for p in started]
+    except subprocess.TimeoutExpired:
+        raise RedHeartError(f"bench scaling: {world_size} processes did not finish in {timeout_s} s") from None
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, said, strict=True):
+        if process.returncode:
+            raise RedHeartError(f"bench scaling: a process failed: {errors.strip()[-800:]}")
+    return json.loads(said[0][0].strip().splitlines()[-1])
+
+
+def _worker(job: dict[str, Any]) -> dict[str, Any]:
+    from redheart.ranks import launched_world_size, world_size
+    from redheart.train.measure import measure_step
+
+    batch = job["micro_batch"]
+    sizes = [f"training.micro_batch_size={batch}", f"training.global_batch_size={batch * launched_world_size()}"]
+    config = load_config(job["preset"], [*job["set"], *sizes])
+    seconds = sorted(measure_step(config, job["tokens"], job["steps"])["step_seconds"][2:])
+    found: dict[str, Any] = {"step_s": statistics.median(seconds), "spread": [seconds[0], seconds[-1]]}
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        count = parameters_of(config).total
+        whole, part = torch.zeros(count + count % 2), torch.zeros((count + 1) // 2)
+        found["reduce_s"] = _median(lambda: dist.reduce(whole, 0))
+        found["gather_s"] = _median(lambda: dist.all_gather_into_tensor(whole, part))
+    return found
+
+
+def _median(work: Callable[[], Any], repeats: int = 7) -> float:
+    import torch.distributed as dist
+
+    seconds = []
+    for _ in range(repeats):
+        dist.barrier()
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_worker(json.loads(sys.argv[1]))))
