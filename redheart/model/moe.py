@@ -33,7 +33,7 @@ class DenseMixture(nn.Module):
             for expert in weight:
                 nn.init.kaiming_uniform_(expert, a=math.sqrt(5))  # as nn.Linear does
         with torch.no_grad():
-            self.out_weight /= math.sqrt(num_experts)  # as one layer of the summed width
+            self.out_weight.div_(math.sqrt(num_experts))  # as one layer of the summed width
 
     def forward(self, x: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = F.gelu(torch.einsum("bk,nhk->bnh", x, self.in_weight) + self.in_bias)

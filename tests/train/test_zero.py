@@ -49,9 +49,8 @@ def test_fp32_states_change_their_world_size_too(tmp_path: Path):
 
 @pytest.mark.parametrize("rows", [7, 2], ids=["two and one batches", "one and none"])
 def test_ranks_with_unlike_numbers_of_batches_evaluate_under_zero_3(rows: int):
-    launcher = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"]
-    launcher += ["--num_processes", "2", "--main_process_port", "0", "-m", "tests.train.evaluate_run"]
-    done = redheart(json.dumps({"rows": rows, "batch_size": 3}), launcher=launcher, timeout=600)
+    wanted = json.dumps({"rows": rows, "batch_size": 3})
+    done = forked("tests.train.evaluate_run", wanted, ranks=2, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert told["ranks"] == 2
