@@ -1,4 +1,4 @@
-"""Every DeepSpeed file starts a real engine: a tiny network takes two steps, its optimizer the one that was asked for."""
+"""Every DeepSpeed file starts a real engine: a tiny network takes four steps, its optimizer the one that was asked for."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_a_file_starts_an_engine_that_steps(file: str, monkeypatch):
     assert json.dumps(engine.settings)
     batch, factors = make_batch(range(8)), task_weights(config.loss)
     losses = []
-    for _ in range(2):
+    for _ in range(4):
         window = open_window([batch], False)
         loss, _ = compute(forward(engine, batch), batch, window.counts, factors, 1, config.loss)
         engine.backward(loss, True)
@@ -41,7 +41,7 @@ def test_a_file_starts_an_engine_that_steps(file: str, monkeypatch):
     expected = {"_offload_8bit": "CPUAdamW8bit", "_offload": "DeepSpeedCPUAdam"}
     wanted = next((v for k, v in expected.items() if FILES[file].endswith(k)), "AdamW")
     assert type(engine._zero.optimizer).__name__ == wanted
-    assert losses[1] < losses[0]
+    assert losses[-1] < losses[0]
     engine.close()
     assert torch.distributed.is_initialized()
     assert os.environ["WORLD_SIZE"] == "1"
