@@ -30,6 +30,7 @@ from redheart.optim.building import built_alone
 from redheart.schema import RedHeartError
 
 BLOCK = 256
+CODES = 2  # the meaning of the codes; another number is another kernel's
 STATES = ("exp_avg_8bit", "exp_avg_sq_8bit", "exp_avg_scale", "exp_avg_sq_scale")
 
 
@@ -83,7 +84,8 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             raise RedHeartError(
                 f"CPUAdamW8bit: lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range"
             )
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "codes": CODES}
+        super().__init__(params, defaults)
         self.seed = seed
         self._kernel = kernel()
 
@@ -176,7 +178,15 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         self._kernel.compress(self._pointers(state), m.data_ptr(), v.data_ptr(), p.numel())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would turn the codes into floats: types and values stay as they were saved."""
+        """As torch's, which would turn the codes into floats: types and values stay as they were saved.
+
+        Raises RedHeartError for codes of another meaning.
+        """
+        if state_dict["state"] and any(g.get("codes") != CODES for g in state_dict["param_groups"]):
+            raise RedHeartError(
+                "this checkpoint holds 8-bit optimizer states of another version of Red Heart, whose codes mean other numbers: go "
+                "on with that version, or start from its weights with --init"
+            )
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():

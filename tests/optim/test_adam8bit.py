@@ -304,6 +304,16 @@ def test_a_state_dict_goes_through_a_file_without_pickled_code(tmp_path):
     assert all(torch.equal(x, states(b, q)[name]) for name, x in states(a, p).items())
 
 
+def test_codes_of_another_version_are_refused():
+    p = parameter(noise(300))
+    optimizer = CPUAdamW8bit([p])
+    run(optimizer, p, [noise(300, seed=1)])
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["codes"]
+    with pytest.raises(RedHeartError, match="another version"):
+        CPUAdamW8bit([p]).load_state_dict(saved)
+
+
 def test_weight_decay_is_decoupled_and_a_learning_rate_of_zero_moves_nothing():
     p = parameter(noise(600))
     start = p.detach().clone()
