@@ -166,13 +166,14 @@ def bench_parity(
     out: Annotated[
         Path | None, typer.Option("--out", help="A .json file for the curves, with a .png beside it.")
     ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Both optimizers without DeepSpeed, on the CPU.")] = False,
     json_: Json = False,
 ) -> None:
     """Dev loss after the same steps with fp32 and with 8-bit optimizer states on the host, over several seeds."""
     from redheart.bench.parity import bench_parity as run
     from redheart.bench.parity import show
 
-    result = run(data, work, preset, set_ or (), steps, seeds, jobs, out)
+    result = run(data, work, preset, set_ or (), steps, seeds, jobs, out, plain)
     show(result)
     emit(result, json_)
 

@@ -2,8 +2,9 @@
 
     redheart bench parity --data DIR --steps 2000 --seeds 3 --out tests/benchmarks/results/parity.json
 
-Every run is a `redheart train` in a process of its own (memory.strategy zero2_offload against zero2_offload_8bit); the curve
-is the dev loss that TensorBoard holds. Seeds draw initial weights, order, dropout and rounding, the same ones for both.
+Every run is a `redheart train` in a process of its own (memory.strategy zero2_offload against zero2_offload_8bit, or with
+`--plain` torch alone with both optimizers, which is faster for small networks on the CPU); the curve is the dev loss that
+TensorBoard holds. Seeds draw initial weights, order, dropout and rounding, the same ones for both.
 """
 
 from __future__ import annotations
@@ -22,19 +23,29 @@ from redheart.files import write_json
 from redheart.schema import RedHeartError
 
 STRATEGIES = {"adamw": "zero2_offload", "adamw_8bit": "zero2_offload_8bit"}
+PLAIN = dict.fromkeys(STRATEGIES, "plain")
 
 
 def bench_parity(
-    data: Path, work: Path, preset: str, overrides: Sequence[str], steps: int, seeds: int, jobs: int, out: Path | None
+    data: Path,
+    work: Path,
+    preset: str,
+    overrides: Sequence[str],
+    steps: int,
+    seeds: int,
+    jobs: int,
+    out: Path | None,
+    plain: bool = False,
 ) -> dict[str, Any]:
     """Runs what is missing under `work`, `jobs` at a time on one thread each, and compares final dev losses."""
-    every = max(1, steps // 10)
+    every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
     wanted = [(name, seed) for seed in range(seeds) for name in STRATEGIES]
 
     def run(name: str, seed: int) -> dict[int, float]:
         directory = work / f"{name}-seed{seed}"
         settings = [
-            *(f"memory.strategy={STRATEGIES[name]}", f"training.seed={seed}", f"training.max_steps={steps}"),
+            *(f"memory.strategy={strategies[name]}", f"optimizer.name={name}"),
+            *(f"training.seed={seed}", f"training.max_steps={steps}"),
             *(
                 f"training.evaluate_every={every}",
                 f"training.checkpoint_every={steps}",
@@ -61,6 +72,7 @@ def bench_parity(
     by_seed = [b / a - 1 for a, b in zip(final["adamw"], final["adamw_8bit"], strict=True)]
     result = {
         "preset": preset,
+        "strategies": strategies,
         "data": data.name,
         "settings": list(overrides),
         "steps": steps,

@@ -10,6 +10,7 @@ import torch
 
 from redheart.config import RunConfig
 from redheart.memory.swap import place
+from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import Build, Engine, adamw_arguments, free_memory, parameter_groups, squared_by_module
@@ -18,7 +19,7 @@ PLAIN_STATE = "plain_state.pt"
 
 
 class PlainEngine(Engine):
-    """torch.optim.AdamW on one process, fp32 weights, bf16 through autocast.
+    """torch.optim.AdamW (on the CPU also 8-bit states) on one process, fp32 weights, bf16 through autocast.
 
     Modules of `memory.swap` have their weights, gradients and optimizer states on the host, and are computed on the device.
     """
@@ -26,18 +27,24 @@ class PlainEngine(Engine):
     def __init__(self, build: Build, config: RunConfig, accumulation: int):
         if launched_world_size() > 1:
             raise RedHeartError("memory.strategy=plain runs on one process: choose zero2_offload for several")
-        if config.optimizer_name != "adamw":
-            raise RedHeartError(
-                f"memory.strategy=plain has no {config.optimizer_name}: choose zero2_offload_8bit, or gpu_8bit on a GPU"
-            )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        eight_bit = config.optimizer_name == "adamw_8bit"
+        if eight_bit and (self.device.type != "cpu" or config.memory.swap):
+            raise RedHeartError(
+                "memory.strategy=plain has 8-bit states on the CPU alone, and without memory.swap: choose zero2_offload_8bit or gpu_8bit"
+            )
         self.model, self.rank, self.world_size = build(lambda name, module: None), 0, 1
         self.swap = place(self.model, self.device, config.memory.swap)
         self.dtype = torch.float32
         self._accumulation, self._max_norm = accumulation, config.optimizer.max_grad_norm
         self._autocast = config.training.precision == "bf16"
         groups = parameter_groups(self.model, config.optimizer.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, **adamw_arguments(config.optimizer))
+        arguments = adamw_arguments(config.optimizer)
+        self._optimizer: torch.optim.Optimizer
+        if eight_bit:
+            self._optimizer = CPUAdamW8bit(groups, seed=config.training.seed, **arguments)
+        else:
+            self._optimizer = torch.optim.AdamW(groups, **arguments)
 
     def __call__(self, **inputs: Any) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
