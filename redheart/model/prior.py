@@ -1,8 +1,8 @@
 """The output biases a fresh network starts with: what the best constant predictor says, so that no answer has to be unlearned.
 
-With biases of zero an answer that is rare among the texts starts with a loss many times that of a constant, and its gradients
-fill Adam's second moments for a thousand steps: every other answer then learns the slower. (Karpathy 2019, "A recipe for
-training neural networks"; Lin et al. 2017, "Focal loss for dense object detection", section 3.3, for one class.)
+With biases of zero an answer that is rare among the texts starts with a loss many times that of a constant, and the first
+steps go into unlearning it. (Karpathy 2019, "A recipe for training neural networks"; Lin et al. 2017, "Focal loss for dense
+object detection", section 3.3, for one class.)
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from redheart.model.analyzers import VAD_SCALE
+from redheart.model.heads.regret import seen_by_observers
 from redheart.schema import ETHICS
 
 Raw = Mapping[str, torch.Tensor]  # label (or task) -> raw answer [size] of the best constant predictor
-VIEWS_LOGIT = 0.4  # of the mean of the three views that the regret head starts with
+VIEWS = torch.logit(
+    seen_by_observers(torch.zeros(3, 2))[2].mean()
+)  # what the regret head adds while its outcomes are near zero
 
 
 def start_at(name: str, module: nn.Module, raw: Raw) -> None:
@@ -44,7 +47,7 @@ PLACES: dict[str, tuple[tuple[str, str, Callable[[torch.Tensor], torch.Tensor]],
         ("acceptability", "acceptability.linears.1.bias", _same),
         *(("ethics", f"verdicts.{theory}.bias", _entry(i)) for i, theory in enumerate(ETHICS)),
     ),
-    "heads.regret": (("regret", "regret.linears.2.bias", lambda raw: raw - VIEWS_LOGIT),),
+    "heads.regret": (("regret", "regret.linears.2.bias", lambda raw: raw - VIEWS),),
     "analyzers.emotion": (("vad", "vad.linears.1.bias", lambda raw: raw / VAD_SCALE),),
     "analyzers.bentham": (
         ("bentham", "variables.linears.1.bias", _same),

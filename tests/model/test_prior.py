@@ -4,6 +4,7 @@ import torch
 
 from redheart.config import LossConfig, load_config
 from redheart.model.build import build_model
+from redheart.model.heads.regret import RegretHead
 from redheart.model.prior import PLACES, start_at
 from redheart.schema import LABELS
 from redheart.tasks import TASKS, constant_answers, constant_losses, task_losses
@@ -49,6 +50,17 @@ def test_every_place_is_there_and_takes_its_answer():
             assert network.get_submodule(name).get_parameter(parameter).dim() == 1
         start_at(name, network.get_submodule(name), raw)
     assert network.heads["bentham"].verdicts["virtue"].bias.item() == 0.25
+
+
+def test_the_regret_head_says_the_constant_where_its_features_say_nothing():
+    head = RegretHead(16, 2, 0.0).eval()
+    start_at("heads.regret", head, {"regret": torch.tensor([-3.0])})
+    with torch.no_grad():
+        for silent in (head.mix, *head.outcome.values()):
+            silent.weight.zero_()
+            silent.bias.zero_()
+        head.regret.linears[2].weight.zero_()
+        assert torch.allclose(head(torch.randn(4, 16), None).regret_logits, torch.tensor(-3.0), atol=1e-5)
 
 
 def test_experts_used_evenly_are_one_network_of_their_summed_width():

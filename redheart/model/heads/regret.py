@@ -35,6 +35,13 @@ def expected_excess(mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     return (mean * torch.special.ndtr(z) + spread * density).clamp(min=0)
 
 
+def seen_by_observers(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Raw outcomes [..., 3, 2] -> (mean, spread, regret views) [..., 3] each, all three ascending."""
+    mean = torch.cat([raw[..., :1, 0], F.softplus(raw[..., 1:, 0])], -1).cumsum(-1)
+    spread = F.softplus(raw[..., 1]).cumsum(-1) + 0.05
+    return mean, spread, -torch.expm1(-expected_excess(mean, spread))
+
+
 class RegretHead(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -52,10 +59,7 @@ class RegretHead(nn.Module):
         had = self.had(feature, keys)
         views = [self.views[view](had, keys) for view in REGRET_VIEWS]
         raw = full_precision(torch.stack([self.outcome[n](v) for n, v in zip(REGRET_VIEWS, views, strict=True)], 1))
-        steps = torch.cat([raw[:, :1, 0], F.softplus(raw[:, 1:, 0])], 1)
-        mean = steps.cumsum(1)
-        spread = F.softplus(raw[..., 1]).cumsum(1) + 0.05
-        regret_views = -torch.expm1(-expected_excess(mean, spread))
+        mean, spread, regret_views = seen_by_observers(raw)
         state = self.norm(self.branches(had, torch.stack(views, 1), keys))
         mixed = (torch.softmax(full_precision(self.mix(state)), -1) * regret_views).sum(-1, keepdim=True)
         logits = full_precision(self.regret(state, keys)) + torch.logit(mixed, eps=1e-4)
