@@ -16,7 +16,7 @@ import torch
 
 from redheart.config import RunConfig, Strategy
 from redheart.memory.activations import MicroStep, activations
-from redheart.memory.states import STRATEGIES, TRAITS, Parameters, States, partition_sizes, states
+from redheart.memory.states import STRATEGIES, Parameters, States, partition_sizes, states, traits_of
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
 
@@ -249,7 +249,8 @@ def predict(
     """One candidate: bytes by term, peaks, times."""
     card = card or Card()
     ranks = nodes * gpus_per_node
-    s = states(strategy, parameters, ranks, config.training.precision, accumulation, on_cpu)
+    eight_bit = config.optimizer.name == "adamw_8bit"
+    s = states(strategy, parameters, ranks, config.training.precision, accumulation, on_cpu, eight_bit=eight_bit)
     gpu, host = dict(s.gpu), dict(s.host)
     kept = 0
     if strategy == "plain" and accumulation == 1:  # gradients grow while activations shrink
@@ -311,7 +312,7 @@ def step_times(
     gpus_per_node: int,
 ) -> dict[str, float]:
     """Seconds of one optimizer step by what takes them."""
-    t, n, part = TRAITS[strategy], parameters.total, s.partition
+    t, n, part = traits_of(strategy, config.optimizer.name == "adamw_8bit"), parameters.total, s.partition
     bf16 = config.training.precision == "bf16"
     b = 2 if bf16 and t.stage else 4
     rate = (card.cpu_bf16_flops if bf16 else card.cpu_flops) if on_cpu else card.flops / (1 if bf16 else 2)

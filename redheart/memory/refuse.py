@@ -30,7 +30,8 @@ def check_memory(
     strategy, parameters = config.memory.strategy, parameters_of(config)
     base = resident() if on_cpu else None
     step = MicroStep(0, 0, 0, 0, 0, 0)
-    s = states(strategy, parameters, world_size, config.training.precision, accumulation, on_cpu)
+    eight_bit = config.optimizer.name == "adamw_8bit"
+    s = states(strategy, parameters, world_size, config.training.precision, accumulation, on_cpu, eight_bit=eight_bit)
     small = here * (sum(s.gpu.values()) + sum(s.host.values())) < SMALL * min(host, host if gpu is None else gpu) * GIB
     if not small:
         step = measured(config, micro_batch_size, tokens, config.model.activation_checkpointing, strategy == "plain")

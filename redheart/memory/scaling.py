@@ -17,11 +17,10 @@ from typing import Any
 from redheart.config import RunConfig
 from redheart.console import console, table
 from redheart.memory.plan import Candidate, Card, Plan, parameters_of, step_times
-from redheart.memory.states import Parameters, states
+from redheart.memory.states import REDUCE_BUCKET, Parameters, states
 
 NODES = (2, 8, 64)
 LATENCY_S = 30e-6  # s from node to node for a short message: TCP over Ethernet (RDMA: about 3e-6)
-BUCKET = 20_000_000  # elements that one collective carries (reduce_bucket_size of ds_configs/)
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class _Model:
         inside = max(times.pop("compute"), times.pop("launches")) + sum(times.values())
         if nodes == 1:
             return (inside + between) * self.scale, 0.0
-        collectives = accumulation * -(-self.parameters.total // BUCKET)
+        collectives = accumulation * -(-self.parameters.total // REDUCE_BUCKET)
         return inside * self.scale, between + collectives * (nodes - 1) * LATENCY_S
 
     def curve(self, samples_per_node: dict[int, int], weak: bool) -> tuple[Point, ...]:

@@ -24,7 +24,7 @@ Pinned buffers go through torch's CachingHostAllocator, which rounds every one u
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redheart.config import Strategy
 
@@ -67,6 +67,11 @@ TRAITS: dict[Strategy, Traits] = {
     "zero3": Traits(3),
     "zero3_offload_8bit": Traits(3, offload=True, eight_bit=True, pinned=True),
 }
+
+
+def traits_of(strategy: Strategy, eight_bit: bool = False) -> Traits:
+    """The strategy's, with 8-bit states where optimizer.name asks for them."""
+    return replace(TRAITS[strategy], eight_bit=True) if eight_bit else TRAITS[strategy]
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,15 @@ def states(
     accumulation: int = 1,
     on_cpu: bool = False,
     bucket: int = REDUCE_BUCKET,
+    eight_bit: bool = False,
 ) -> States:
-    """The bytes of one rank. `on_cpu`: the run has no GPU: nothing is pinned, and the 16-bit copy is written in place."""
-    t = TRAITS[strategy]
+    """The bytes of one rank. `on_cpu`: the run has no GPU: nothing is pinned, and the 16-bit copy is written in place.
+
+    `eight_bit`: optimizer.name asks for 8-bit states, whatever the strategy.
+    """
+    t = traits_of(strategy, eight_bit)
     if t.stage == 0:
-        return _plain(parameters)
+        return _plain(t, parameters)
     b = 2 if precision == "bf16" else 4
     parts = partition_sizes(parameters, world_size, t.stage)
     if t.stage == 3:
@@ -181,11 +190,12 @@ def adam_bytes(parts: Iterable[int], eight_bit: bool) -> int:
     return sum(8 * n for n in parts)
 
 
-def _plain(parameters: Parameters) -> States:
-    """torch.optim.AdamW on fp32 weights, as first described; on a GPU its foreach step makes another n in fp32."""
+def _plain(t: Traits, parameters: Parameters) -> States:
+    """torch.optim.AdamW on fp32 weights, as first described, whose foreach step makes another n in fp32; or 8-bit states."""
     n = parameters.total
-    gpu = {"weights": 4 * n, "gradients": 4 * n, "states": 8 * n}
-    return States(gpu, {}, 4 * n, 4 * n, 0, n, n)
+    sizes = [n for group in parameters.groups for n in group]
+    gpu = {"weights": 4 * n, "gradients": 4 * n, "states": adam_bytes(sizes, t.eight_bit)}
+    return States(gpu, {}, 0 if t.eight_bit else 4 * n, 4 * n, 0, n, n)
 
 
 def _zero3(t: Traits, parameters: Parameters, part: int, b: int, world_size: int, bucket: int, pinned: bool) -> States:

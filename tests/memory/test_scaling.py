@@ -12,7 +12,8 @@ from redheart.cli import app
 from redheart.config import load_config
 from redheart.memory import scaling
 from redheart.memory.plan import GIB, Candidate, Card, Plan, parameters_of
-from redheart.memory.scaling import BUCKET, LATENCY_S, Efficiency, efficiency
+from redheart.memory.scaling import LATENCY_S, Efficiency, efficiency
+from redheart.memory.states import REDUCE_BUCKET
 
 CONFIG = load_config("330m", ["training.global_batch_size=512"])
 PARAMETERS = parameters_of(CONFIG)
@@ -77,7 +78,7 @@ def test_a_point_by_hand():
     found = told(strategy="zero2", network_gbit=8.0, nodes=(2,))
     n = PARAMETERS.total
     bytes_sent = (2 + 31) * (2 * n // 2)
-    assert found.weak[1].network_s == pytest.approx(bytes_sent / 1e9 + 32 * -(-n // BUCKET) * LATENCY_S)
+    assert found.weak[1].network_s == pytest.approx(bytes_sent / 1e9 + 32 * -(-n // REDUCE_BUCKET) * LATENCY_S)
     compute = max(512 * FLOPS / 20e12, 32 * 10_000 * 6e-6)
     assert found.weak[0].step_s == pytest.approx(compute + 32 * n / 250e9, rel=1e-3)
     assert found.weak[1].step_s == pytest.approx(compute + 16 * n / 250e9 + found.weak[1].network_s, rel=1e-3)

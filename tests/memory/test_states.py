@@ -119,3 +119,11 @@ def test_plain_agrees_with_accelerates_estimator():
     assert ours["weights"] + ours["gradients"] + ours["states"] == estimate_training_usage(size, "float32")["step"]
     in_bf16 = compute_module_sizes(model.to(torch.bfloat16))[""] - compute_module_sizes(model, buffers_only=True)[""]
     assert states("zero1", parameters, 1).gpu["weights"] == pytest.approx(in_bf16, abs=8)  # ours: padded to 2 a group
+
+
+def test_8_bit_states_that_optimizer_name_asks_for_are_reckoned():
+    wide, narrow = states("plain", EVEN).gpu["states"], states("plain", EVEN, eight_bit=True).gpu["states"]
+    assert wide == 8 * EVEN.total
+    assert narrow == pytest.approx(2.03 * EVEN.total, rel=0.01)
+    assert states("zero1", EVEN, eight_bit=True).gpu["states"] < states("zero1", EVEN).gpu["states"] / 3.9
+    assert states("zero2_offload_8bit", EVEN, eight_bit=True) == states("zero2_offload_8bit", EVEN)
