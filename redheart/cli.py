@@ -156,7 +156,7 @@ def plan(
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=512, help="Tokens of a sample.")] = 64,
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan a run on this machine's CPU instead of a GPU.")] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run one real step as configured: predicted beside observed.")
+        bool, typer.Option("--measure", help="Run two real steps as configured: predicted beside observed.")
     ] = False,
     network_gbit: NetworkGbit = None,
     step_seconds: StepSeconds = None,

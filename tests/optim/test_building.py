@@ -28,3 +28,26 @@ def test_a_dead_builders_mark_is_removed(tmp_path: Path, monkeypatch):
     started = time.monotonic()
     assert built_alone("x", lambda: mark.exists()) is False
     assert time.monotonic() - started < 30
+
+
+def test_deepspeed_asks_for_the_processor_once(monkeypatch):
+    import cpuinfo.cpuinfo
+
+    from redheart.train.engine import machinery
+
+    asked = []
+
+    def slow_answer():
+        asked.append(1)
+        return {"arch": "X86_64", "flags": ["avx2"]}
+
+    monkeypatch.setattr(cpuinfo.cpuinfo, "get_cpu_info", slow_answer)
+    machinery._cpu_info.cache_clear()
+    try:
+        _, deepspeed = machinery.import_machinery()
+        for _ in range(3):
+            builder = deepspeed.ops.op_builder.CPUAdamBuilder()
+            assert (builder.cpu_arch(), builder.simd_width()) == ("-march=native", "-D__AVX256__")
+    finally:
+        machinery._cpu_info.cache_clear()
+    assert asked == [1]

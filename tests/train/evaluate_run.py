@@ -1,6 +1,6 @@
-"""Run by test_zero.py under a launcher: an evaluation under ZeRO-3 in which the ranks have unlike numbers of batches.
+"""Run by test_zero.py on two ranks: an evaluation under ZeRO-3 in which the ranks have unlike numbers of batches.
 
-    accelerate launch --num_processes 2 … -m tests.train.evaluate_run '{"rows": …, "batch_size": …}'
+    python -m tests.train.evaluate_run '{"rows": …, "batch_size": …}'
 
 Prints JSON on rank 0: rows and losses of the ranks together, and of the same weights on one process.
 """

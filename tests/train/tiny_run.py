@@ -1,6 +1,6 @@
-"""Run by test_zero.py under a launcher: steps of the tiny network, saved, loaded, and compared bit by bit.
+"""Run by test_zero.py on one or two ranks: steps of the tiny network, saved, loaded, and compared bit by bit.
 
-    accelerate launch … -m tests.train.tiny_run '{"strategy": …, "steps": 6, "save_at": 3, "save": DIR, "load": DIR or null, "twice": true}'
+    python -m tests.train.tiny_run '{"strategy": …, "steps": 6, "save_at": 3, "save": DIR, "load": DIR or null, "twice": true}'
 
 Prints JSON on rank 0: the loss of every step, and with `twice` whether a second engine that loaded the checkpoint of
 `save_at` ended with the same bits (master weights, optimizer states and model) on every rank.

@@ -1,4 +1,4 @@
-"""Run by test_two_ranks.py under `accelerate launch --num_processes 2`: one global batch, cut over two ranks.
+"""Run by test_two_ranks.py on two ranks: one global batch, cut over two ranks.
 
 Prints JSON on rank 0: the largest gradient difference to one process that sees the whole batch, relative per parameter,
 and which losses vanish when a label is removed (everywhere, then from rank 1 alone).
