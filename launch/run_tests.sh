@@ -20,3 +20,22 @@ shellcheck -x launch/*.sh launch/multinode/*.sh launch/multinode/*.sbatch .ci/ru
 workers=$(nproc)  # tests that start two processes each: more than four at once help no more
 export OMP_NUM_THREADS=1
 pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal -m "not slow and not gpu and not multinode"
+
+# two nodes as network namespaces: a launch by accelerate, and a node that is cut off; all of it with  -m multinode
+probe="rhprobe-$$"
+if [ "$(id -u)" -ne 0 ]; then
+  echo "run_tests: multinode tests left out: they need root" >&2
+elif ! command -v ip >/dev/null; then
+  echo "run_tests: multinode tests left out: they need the command ip (Debian: apt-get install iproute2)" >&2
+elif ! ip netns add "$probe" 2>/dev/null; then
+  echo "run_tests: multinode tests left out: this system makes no network namespace" >&2
+else
+  linked=yes
+  ip -n "$probe" link add rh0 type veth peer name rh1 2>/dev/null || linked=no
+  ip netns del "$probe"
+  if [ "$linked" = yes ]; then
+    pytest -m "multinode and not slow"
+  else
+    echo "run_tests: multinode tests left out: this system makes no virtual network link" >&2
+  fi
+fi
