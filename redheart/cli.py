@@ -315,9 +315,9 @@ def grow(
         float, typer.Option("--noise-snr-db", help="How far the noise that parts the copies lies beneath the weights.")
     ] = 10.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of that noise.")] = 0,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Compare all outputs and the dev loss on real rows; write only if they agree."),
+    verify: Annotated[bool, typer.Option("--verify", help="Write only if all outputs agree on real rows.")] = False,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Carry the optimizer's moments along, 8-bit or fp32.")
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -326,7 +326,7 @@ def grow(
     from redheart.console import console
     from redheart.train.grow import grow as run
 
-    report = run(checkpoint, load_config(to, set_ or ()), out, data, noise_snr_db, seed, verify)
+    report = run(checkpoint, load_config(to, set_ or ()), out, data, noise_snr_db, seed, verify, moments)
     console.print(
         f"grew {report.params_before:,} to {report.params_after:,} parameters, host peak {report.host_peak_gib:.2f} GiB: {out}"
     )

@@ -11,7 +11,6 @@ reset through /proc/self/clear_refs, with the C library's free memory given back
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from redheart.console import console, progress, table
+from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
 from redheart.optim.adam8bit import BLOCK
 from redheart.schema import RedHeartError
@@ -141,7 +141,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _temporary_bytes(step: Callable[[], object]) -> int:
     """By how much the resident size peaked above where it began, during one step."""
-    ctypes.CDLL(None).malloc_trim(0)
+    trim()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes the present size
     began = _status_bytes("VmHWM")
     step()

@@ -3,7 +3,7 @@
 redheart bench transfer --data DIR --out DIR --json
 
 Per seed: `source` (small, from scratch), then with one order of samples and one number of steps `grown` (large, from the source's
-best checkpoint), `scratch` (large) and `control` (small, from that checkpoint). Equal tuning: with the first seed every arm runs at
+best checkpoint), `moments` (the same with the optimizer's moments), `scratch` (large) and `control` (small, from that checkpoint). Equal tuning: with the first seed every arm runs at
 every learning rate, and goes on with the one that gave it the lowest dev loss. All other settings are the large preset's. A run that
 is finished is not repeated, so that an interrupted bench goes on where it was.
 """
@@ -25,7 +25,7 @@ from redheart.schema import RedHeartError
 from redheart.train.grow import grow
 from redheart.train.start import train
 
-ARMS = ("grown", "scratch", "control")
+ARMS = ("grown", "moments", "scratch", "control")
 GROWN_DATA_SEED = 1000  # what follows the source sees the samples in another order than the source did
 Curve = list[list[float]]  # [[step, dev loss], …] in order
 
@@ -74,7 +74,10 @@ def compare(curves: dict[str, Curve], share: float) -> dict[str, Any]:
         reached: dict[str, float | None] = {arm: steps_to(curves[arm], target) for arm in ARMS}
         grown = reached["grown"]
         reached["grown_with_source"] = None if grown is None else grown + share * source[0]
-        ratios = {f"ratio_{arm}": _ratio(reached["scratch"], reached[arm]) for arm in ("grown", "grown_with_source")}
+        ratios = {
+            f"ratio_{arm}": _ratio(reached["scratch"], reached[arm])
+            for arm in ("grown", "moments", "grown_with_source")
+        }
         found[name] = {"dev_loss": target, "steps": reached, **ratios}
     return found | {"best": {arm: min(loss for _, loss in curve) for arm, curve in curves.items()}}
 
@@ -99,10 +102,23 @@ def show(result: dict[str, Any]) -> None:
         rows = []
         for line in result["seeds"]:
             one = line[name]
-            reached = [_number(one["steps"][arm]) for arm in ("scratch", "grown", "grown_with_source", "control")]
-            ratios = [_number(one[f"ratio_{arm}"]) for arm in ("grown", "grown_with_source")]
+            reached = [
+                _number(one["steps"][arm]) for arm in ("scratch", "grown", "moments", "grown_with_source", "control")
+            ]
+            ratios = [_number(one[f"ratio_{arm}"]) for arm in ("grown", "moments", "grown_with_source")]
             rows.append((str(line["seed"]), f"{one['dev_loss']:.4f}", *reached, *ratios))
-        columns = ("seed", "dev loss", "scratch", "grown", "grown + source", "control", "×", "× with source")
+        columns = (
+            "seed",
+            "dev loss",
+            "scratch",
+            "grown",
+            "moments",
+            "grown + source",
+            "control",
+            "×",
+            "× moments",
+            "× with source",
+        )
         console.print(table(f"steps to the dev loss of {name}", columns, rows))
 
 
@@ -158,11 +174,11 @@ class _Bench:
         console.print(f"{arm}, seed {seed}, learning rate {learning_rate:g}")
         config = self._config(arm, seed, learning_rate)
         init = origin if arm == "control" else None
-        if arm == "grown":
+        if arm in ("grown", "moments"):
             assert origin is not None
-            init = self.out / f"grown-seed{seed}"
+            init = self.out / f"{arm}-seed{seed}"
             if not init.exists():
-                grow(origin, self.large, init, seed=seed)
+                grow(origin, self.large, init, seed=seed, moments=arm == "moments")
         resume = "last" if (run / "checkpoints" / "last").is_file() else None
         done = train(config, self.data, run, resume, overwrite=resume is None, init=None if resume else init)
         if done.signal:

@@ -165,8 +165,8 @@ def _zero12(
         if accumulation > 1 and not sums_in_fp32:
             sizes = [_pinned(b * n, pinned) for group in parameters.groups for n in group]
             host["accumulation"] = -(-sum(sizes) // world_size)
-        if on_cpu:
-            return States(gpu, host, 0, start, 0, part, part * world_size)
+        if on_cpu:  # old weights stay until the master and its gradient, all zeros, are there
+            return States(gpu, host, 0, 2 * weights + 8 * part, 0, part, part * world_size)
         host["buckets"] = _pinned(b * parameters.largest, pinned)  # temp_grad_buffer_for_cpu_offload
         # pin_memory copies: while a master is pinned, the one it came from is there too
         host_start = max(b * parameters.total, 4 * most + host["master"], 2 * host["master"] + host.get("copies", 0))

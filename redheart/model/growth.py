@@ -237,6 +237,29 @@ def grow_tensor(
     return torch.cat(grown, noisy)
 
 
+def grow_moment(
+    tensor: torch.Tensor,
+    shape: torch.Size,
+    axes: tuple[str, ...],
+    widths: Mapping[str, tuple[int, int]],
+    power: int,
+) -> torch.Tensor:
+    """The first (`power` 1) or second (2) moment of a parameter's gradient, grown as the parameter is.
+
+    A copy of a unit has the share 1/r of its gradient (r^-1/2 where axes say MATCH), a weight that reads copies all of it: m / r and
+    v / r² along what is copied. Noise is left out of account. A new layer gets the moments of the one it copies.
+    """
+    for i, axis in enumerate(axes):
+        joined = axis.partition(" ")[2]
+        sizes = [widths[letter] for letter in joined] or [(tensor.shape[i], shape[i])]
+        segments = tensor.split([old for old, _ in sizes], i)
+        ratios = [_ratio(old, new, axis) for old, new in sizes]
+        tensor = torch.cat([x for segment, ratio in zip(segments, ratios, strict=True) for x in [segment] * ratio], i)
+        if axis in (COPY, MATCH):
+            tensor = tensor * ratios[0] ** (power * (-1.0 if axis == COPY else -0.5))
+    return tensor
+
+
 def _ratio(old: int, new: int, axis: str) -> int:
     if new % old or (axis == FIXED and new != old):
         raise RedHeartError(

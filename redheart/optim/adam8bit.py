@@ -158,16 +158,25 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         self._kernel.expand(self._pointers(self.state[p]), m.data_ptr(), v.data_ptr(), p.numel())
         return m, v
 
-    def set_moments(self, p: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> None:
+    def set_moments(self, p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, start: int = 0) -> None:
         """The inverse of `moments`: the nearest codes. What `moments` gave comes back bit for bit; `state["step"]` stays.
 
-        m, v: fp32, as many elements as p, finite, v not negative. A v above zero stays above zero.
+        m, v: fp32, finite, v not negative: the elements of p from `start`, a multiple of 256, to its end or a whole number of
+        blocks. A v above zero stays above zero.
         """
+        left = p.numel() - start
+        fits = m.numel() == v.numel() and (m.numel() == left or (m.numel() < left and m.numel() % BLOCK == 0))
         m, v = m.detach().contiguous(), v.detach().contiguous()
         for x in (m, v):
-            if x.numel() != p.numel() or x.dtype != torch.float32 or x.device.type != "cpu" or not x.isfinite().all():
+            if (
+                not fits
+                or start % BLOCK
+                or x.dtype != torch.float32
+                or x.device.type != "cpu"
+                or not x.isfinite().all()
+            ):
                 raise RedHeartError(
-                    f"CPUAdamW8bit: moments must be {p.numel()} finite float32 numbers in host memory, "
+                    f"CPUAdamW8bit: moments must be {left} finite float32 numbers in host memory, "
                     f"these are {x.numel()} of {x.dtype} on {x.device}: check the checkpoint"
                 )
         if (v < 0).any():
@@ -175,7 +184,9 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         state = self.state[p]
         if STATES[0] not in state:
             state.update(_empty_states(p.numel()))
-        self._kernel.compress(self._pointers(state), m.data_ptr(), v.data_ptr(), p.numel())
+        block = start // BLOCK
+        part = {name: state[name][start if state[name].numel() == p.numel() else block :] for name in STATES}
+        self._kernel.compress(self._pointers(part), m.data_ptr(), v.data_ptr(), m.numel())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would turn the codes into floats: types and values stay as they were saved.

@@ -28,6 +28,7 @@ from redheart.schema import RedHeartError
 from redheart.tasks import task_weights
 from redheart.train.checkpoint import Progress
 from redheart.train.export import write_card
+from redheart.train.moments import open_moments, write_grown
 from redheart.train.stored import INDEX, SINGLE, Stored, load_stored, open_stored
 
 SHARD_SIZE = 512 * 2**20  # bytes of one safetensors file
@@ -56,8 +57,11 @@ def grow(
     noise_snr_db: float = 10.0,
     seed: int = 0,
     verify: bool = False,
+    moments: bool = False,
 ) -> GrowReport:
     """Writes the grown network to `out`, an export from which `train --init` goes on. With `verify` only if nothing changed.
+
+    `moments`: the export carries the optimizer's moments too, and training goes on with them instead of with none.
 
     `data` defaults to what the checkpoint was trained on. Raises RedHeartError where growth cannot reach the target.
     """
@@ -77,7 +81,10 @@ def grow(
         console.print(f"growing {source.config.preset} to {config.preset} …")
         with torch.device("meta"):
             empty = RedHeartModel(sizes)
-        _write_weights(source, empty, temporary, noise_snr_db, seed)
+        files = _write_weights(source, empty, temporary, noise_snr_db, seed)
+        if moments:
+            with open_moments(source) as found:
+                write_grown(found, source, empty, files, temporary)
         empty.config.architectures, empty.config.dtype = [type(empty).__name__], torch.float32
         empty.config.save_pretrained(temporary)
         write_card(temporary, empty, config, progress)
@@ -111,8 +118,10 @@ def _count(sizes: RedHeartConfig) -> int:
         return sum(p.numel() for p in RedHeartModel(sizes).parameters())
 
 
-def _write_weights(source: Stored, empty: RedHeartModel, directory: Path, noise_snr_db: float, seed: int) -> None:
-    """Safetensors files in Transformers' layout, each written as soon as its last tensor is grown."""
+def _write_weights(
+    source: Stored, empty: RedHeartModel, directory: Path, noise_snr_db: float, seed: int
+) -> dict[str, list[str]]:
+    """Safetensors files in Transformers' layout, each written as soon as its last tensor is grown; what is in which."""
     pattern = SINGLE.replace(".safetensors", "{suffix}.safetensors")
     plan = split_torch_state_dict_into_shards(empty.state_dict(), filename_pattern=pattern, max_shard_size=SHARD_SIZE)
     waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -124,6 +133,7 @@ def _write_weights(source: Stored, empty: RedHeartModel, directory: Path, noise_
     assert not waiting
     if plan.is_sharded:
         write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    return plan.filename_to_tensors
 
 
 def _samples(source: Stored, data: str | None) -> SampleStream:

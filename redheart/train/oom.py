@@ -28,6 +28,7 @@ from redheart.ranks import barrier, is_main, launched_world_size, together
 from redheart.schema import Batch, RedHeartError
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Build, DeepSpeedEngine, Engine, free_memory, make_engine
+from redheart.train.moments import carry
 from redheart.train.stages import Window, loss_of, split_global_batch
 from redheart.train.stored import fill, fitting
 
@@ -72,6 +73,8 @@ def build_engine(
 
     accumulation = config.training.global_batch_size // launched_world_size() // micro_batch_size
     engine = make_engine(build, config, accumulation, micro_batch_size)
+    if init and (steps := carry(engine, stored)) is not None:
+        console.print(f"the optimizer goes on with the moments of {steps} steps that {init} carries")
     if is_main() and isinstance(engine, DeepSpeedEngine):
         write_json(run / "ds_config.json", engine.settings)
     return engine

@@ -20,17 +20,25 @@ def test_ratios_count_the_source_where_they_say_so():
         "source": [[0, 9.0], [40, 4.0], [80, 4.5]],
         "scratch": [[0, 9.0], [20, 6.0], [40, 4.0], [60, 3.0]],
         "grown": [[0, 4.0], [20, 3.0], [40, 2.0]],
+        "moments": [[0, 4.0], [20, 2.5], [40, 2.4]],
         "control": [[0, 4.0], [20, 3.5], [40, 3.4]],
     }
     found = compare(curves, share=0.25)
     assert found["source_best"]["dev_loss"] == 4.0
-    assert found["source_best"]["steps"] == {"grown": 0, "scratch": 40, "control": 0, "grown_with_source": 10.0}
+    assert found["source_best"]["steps"] == {
+        "grown": 0,
+        "moments": 0,
+        "scratch": 40,
+        "control": 0,
+        "grown_with_source": 10.0,
+    }
     assert found["source_best"]["ratio_grown"] is None  # it starts there
     assert found["source_best"]["ratio_grown_with_source"] == 4.0
-    assert found["scratch_best"]["steps"] == {"grown": 20, "scratch": 60, "control": None, "grown_with_source": 30.0}
+    reached = {"grown": 20, "moments": 20, "scratch": 60, "control": None, "grown_with_source": 30.0}
+    assert found["scratch_best"]["steps"] == reached
     assert found["scratch_best"]["ratio_grown"] == 3.0
     assert found["scratch_best"]["ratio_grown_with_source"] == 2.0
-    assert found["best"] == {"source": 4.0, "scratch": 3.0, "grown": 2.0, "control": 3.4}
+    assert found["best"] == {"source": 4.0, "scratch": 3.0, "grown": 2.0, "moments": 2.4, "control": 3.4}
 
 
 def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  # noqa: F811
@@ -53,6 +61,8 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  #
     assert [step for step, _ in curves["grown"]] == [0, 1, 2]
     best = min(loss for _, loss in curves["source"])
     assert curves["grown"][0][1] == pytest.approx(best, abs=1e-4)
+    assert curves["moments"][0][1] == pytest.approx(best, abs=1e-4)
+    assert curves["moments"][-1][1] != curves["grown"][-1][1]
     assert curves["control"][0][1] == pytest.approx(best, abs=1e-4)
     assert json.loads((out / "transfer.json").read_text())["seeds"] == told["seeds"]
     again = redheart(*arguments)

@@ -8,7 +8,7 @@ import torch
 
 from redheart.config import load_config
 from redheart.model import growth
-from redheart.model.growth import axes_of, grow, grown_tensors, origin_of, relative_differences, tensors_of
+from redheart.model.growth import axes_of, grow, grow_moment, grown_tensors, origin_of, relative_differences, tensors_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from tests.model.test_model import SMALL, inputs, loss_of, small
@@ -114,6 +114,22 @@ def test_without_noise_copies_stay_copies():
     loss_of(grown, *inputs(), slice(0, 8)).backward()
     torch.optim.SGD(grown.parameters(), lr=1e-3).step()
     assert max(_distance_of_copies(grown.get_parameter(n).detach(), n) for n in _grown_axes(grown)) < 1e-9
+
+
+@pytest.mark.parametrize("target", [WIDE, OFTEN], ids=["wide", "ratios 3 and 2"])
+def test_gradients_of_a_network_grown_without_noise_are_the_grown_gradients(target):
+    """So the moments, means of gradients and of their squares, grow in the same way."""
+    model = moved(small(0.0)).train()
+    grown = grow(model, sizes(target, dropout=0.0), math.inf).train()
+    for network in (model, grown):
+        loss_of(network, *inputs(), slice(0, 8)).backward()
+    widths = {"D": (24, target["width"]), "K": (16, target["task_width"])}
+    for name, p in grown.named_parameters():
+        old = model.get_parameter(name).grad
+        for power in (1, 2):
+            found = grow_moment(old**power, p.shape, axes_of(name), widths, power)
+            scale = (p.grad**power).abs().max().clamp(min=1e-12)
+            assert (found - p.grad**power).abs().max() / scale < 1e-7, (name, power)
 
 
 def _grown_axes(model: RedHeartModel) -> list[str]:

@@ -14,6 +14,7 @@ from redheart.schema import RedHeartError
 from redheart.train import grow as door
 from redheart.train.checkpoint import Progress
 from redheart.train.export import load_model, write_card
+from redheart.train.moments import open_moments
 from redheart.train.stored import initialise, load_stored, open_stored
 from tests.runs import QUICK, redheart
 
@@ -97,7 +98,7 @@ def test_a_changed_function_is_refused_and_nothing_stays(
 
 def test_a_trained_network_grows_is_verified_and_trains_on(data: Path, whole_run: Path, tmp_path: Path):
     out = tmp_path / "base"
-    grown = redheart("grow", "--checkpoint", whole_run, "--to", "base", "--out", out, "--verify", "--json")
+    grown = redheart("grow", "--checkpoint", whole_run, "--to", "base", "--out", out, "--verify", "--moments", "--json")
     assert grown.returncode == 0, grown.stderr
     told = json.loads(grown.stdout)
     expected = {"params_before", "params_after", "max_abs_difference", "loss_before", "loss_after", "host_peak_gib"}
@@ -112,6 +113,14 @@ def test_a_trained_network_grows_is_verified_and_trains_on(data: Path, whole_run
     trained = redheart(*arguments, "--init", out, "--out", run)
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["initial_dev_loss"] == pytest.approx(told["loss_after"], abs=1e-4)
+    source = open_stored(whole_run)
+    with open_moments(source) as before, open_moments(open_stored(out)) as after:
+        assert after.step == before.step > 0
+        assert f"goes on with the moments of {after.step} steps" in trained.stderr
+        name = "backbone.layers.1.mlp.mlp.linears.0.weight"
+        for power, (old, new) in enumerate(zip(before.read(name), after.read(name), strict=True), 1):
+            assert old.abs().max() > 0
+            assert torch.equal(new, old.repeat(2, 2) / 2**power)
 
     for extra, words in (
         (["--out", run, "--resume", "--init", out], "give only one of them"),

@@ -20,12 +20,12 @@ WANTED = [*SETTINGS, "training.precision=fp32", "memory.strategy=plain", "optimi
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="8-bit states without DeepSpeed are the CPU's")
 
 
-def engine() -> PlainEngine:
-    config = load_config("local", WANTED)
+def engine(optimizer: str = "adamw_8bit") -> PlainEngine:
+    config = load_config("local", [*WANTED, f"optimizer.name={optimizer}"])
     torch.manual_seed(0)
     made = make_engine(partial(build_model, config, None), config, 1, 8)
     assert isinstance(made, PlainEngine)
-    assert isinstance(made._optimizer, CPUAdamW8bit)
+    assert isinstance(made._optimizer, CPUAdamW8bit if optimizer == "adamw_8bit" else torch.optim.AdamW)
     return made
 
 

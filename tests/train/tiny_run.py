@@ -2,6 +2,7 @@
 
     python -m tests.train.tiny_run '{"strategy": …, "steps": 6, "save_at": 3, "save": DIR, "load": DIR or null, "twice": true}'
 
+`carry`: DIR of a checkpoint whose weights and, unless `moments` is false, whose moments a fresh engine starts with.
 Prints JSON on rank 0: the loss of every step, and with `twice` whether a second engine that loaded the checkpoint of
 `save_at` ended with the same bits (master weights, optimizer states and model) on every rank.
 """
@@ -18,11 +19,15 @@ import torch
 import torch.distributed as dist
 
 from redheart.config import load_config
-from redheart.model.build import build_model
+from redheart.model.build import Place, build_model
+from redheart.model.redheart import RedHeartConfig
 from redheart.ranks import barrier, is_main
 from redheart.tasks import task_weights
-from redheart.train.engine import Engine, make_engine
+from redheart.train.checkpoint import Progress
+from redheart.train.engine import Engine, consolidated_weights, make_engine
+from redheart.train.moments import open_moments
 from redheart.train.stages import compute, forward, open_window, update
+from redheart.train.stored import Stored, fill
 from tests.train.tiny import SETTINGS, make_batch
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -33,7 +38,25 @@ def start(wanted: dict[str, Any]) -> tuple[Engine, Any]:
     settings = [*SETTINGS, f"memory.strategy={wanted['strategy']}", f"training.precision={wanted['precision']}"]
     config = load_config("local", [*settings, "training.micro_batch_size=4", *wanted.get("set", [])])
     torch.manual_seed(0)
-    return make_engine(partial(build_model, config, None), config, 2, ROWS), config
+    if not wanted.get("carry"):
+        return make_engine(partial(build_model, config, None), config, 2, ROWS), config
+    directory = Path(wanted["carry"])
+    values = config.model.model_dump(exclude={"activation_checkpointing"})
+    weights = consolidated_weights(directory)
+    stored = Stored(directory, RedHeartConfig(**values), config, Progress(), weights.__getitem__)
+
+    def build(place: Place) -> Any:
+        def fill_and_place(name: str, module: torch.nn.Module) -> None:
+            fill(stored, name, module)
+            place(name, module)
+
+        return build_model(config, None, fill_and_place)
+
+    engine = make_engine(build, config, 2, ROWS)
+    if wanted.get("moments", True):
+        with open_moments(stored) as moments:
+            engine.set_moments(moments.read, moments.step)
+    return engine, config
 
 
 NORMS: dict[str, float] = {}  # of the first step's gradients, by module
@@ -81,7 +104,7 @@ def main() -> None:
     losses, bitwise = [], None
     for number in range(wanted["steps"]):
         losses.append(step(engine, config, number))
-        if number + 1 == wanted.get("save_at", wanted["steps"]):
+        if "save" in wanted and number + 1 == wanted.get("save_at", wanted["steps"]):
             Path(wanted["save"]).mkdir(parents=True, exist_ok=True)
             engine.save(Path(wanted["save"]))
             barrier()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 from abc import ABC, abstractmethod
@@ -14,9 +13,11 @@ import torch
 from torch import nn
 
 from redheart.config import OptimizerConfig
+from redheart.memory.malloc import trim
 from redheart.model.build import Place
 from redheart.model.redheart import RedHeartModel, module_of
 from redheart.ranks import sum_over_ranks
+from redheart.train.engine.moments import Read
 
 Build = Callable[[Place], RedHeartModel]  # a fresh network, each of whose modules has gone through `place` once built
 
@@ -63,6 +64,10 @@ class Engine(ABC):
         """Restores what `save` wrote, on as many ranks or on another number of them. Collective."""
 
     @abstractmethod
+    def set_moments(self, read: Read, step: int) -> None:
+        """The optimizer goes on as if it had taken `step` updates and had these moments of every parameter."""
+
+    @abstractmethod
     def close(self) -> None:
         """Lets go of the model, the optimizer and the memory of both; another engine may then be made in this process."""
 
@@ -78,16 +83,11 @@ class Engine(ABC):
 
 
 def free_memory() -> None:
-    """Returns what nobody holds any more to the device and to the system; engines and their models are full of cycles.
-
-    glibc keeps freed pieces below 32 MiB, which is most of a network that DeepSpeed has flattened, until it is told to trim.
-    """
+    """Returns what nobody holds any more to the device and to the system; engines and their models are full of cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
+    trim()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import Build, Engine, adamw_arguments, free_memory, parameter_groups, squared_by_module
+from redheart.train.engine.moments import Piece, Read, adopt
 
 PLAIN_STATE = "plain_state.pt"
 
@@ -81,6 +82,10 @@ class PlainEngine(Engine):
         state = torch.load(directory / PLAIN_STATE, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def set_moments(self, read: Read, step: int) -> None:
+        for name, p in self.model.named_parameters():
+            adopt(self._optimizer, p, [Piece(name, 0, 0, p.numel())], read, step)
 
     def close(self) -> None:
         del self.model, self.swap, self._optimizer

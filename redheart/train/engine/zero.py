@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
+from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
 from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
@@ -29,6 +30,7 @@ from redheart.train.engine.base import (
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
 from redheart.train.engine.machinery import START_S, deepspeed_config, import_machinery, limit_waiting
+from redheart.train.engine.moments import Read, adopt, partitions
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
 
 TAG = "pytorch_model"  # Accelerate's name for a DeepSpeed checkpoint
@@ -60,7 +62,12 @@ class DeepSpeedEngine(Engine):
         if self.world_size != world_size:
             raise RedHeartError(f"the launcher started {world_size} processes but {self.world_size} found each other")
         self.dtype = torch.bfloat16 if bf16 else torch.float32
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            map_pieces(None)
         model = build(self._place())
+        if on_cpu:
+            map_pieces(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
         if self._stage == 3:
             self._gather_together(model)
         self._names = {id(p): n for n, p in model.named_parameters()}
@@ -164,8 +171,12 @@ class DeepSpeedEngine(Engine):
         else:
             with universal_checkpoint(directory / TAG) as converted:
                 self._load_universal(converted)
-        if isinstance(self._zero.optimizer, self._deepspeed.ops.adam.DeepSpeedCPUAdam):
-            self._replay_bias_correction()
+        self._match_bias_correction()
+
+    def set_moments(self, read: Read, step: int) -> None:
+        for flat, pieces in partitions(self._zero, self._stage, self._names, self.rank):
+            adopt(self._zero.optimizer, flat, pieces, read, step)
+        self._match_bias_correction()
 
     def close(self) -> None:
         self._accelerator.free_memory()
@@ -187,13 +198,15 @@ class DeepSpeedEngine(Engine):
         if isinstance(self._zero.optimizer, CPUAdamW8bit):
             self._zero.optimizer.adopt_moments()
 
-    def _replay_bias_correction(self) -> None:
+    def _match_bias_correction(self) -> None:
         """Brings DeepSpeedCPUAdam's hidden β^t to where an uninterrupted run has it, to the last bit.
 
         Its C++ object multiplies β into a running product at every step but, after a resume, starts from pow(β, t), which
         rounds differently. One element stepped from 1 to t with the same object repeats the product.
         """
         adam = self._zero.optimizer
+        if not isinstance(adam, self._deepspeed.ops.adam.DeepSpeedCPUAdam):
+            return
         group = adam.param_groups[0]
         last = max((int(state["step"]) for state in adam.state.values()), default=0)
         p, g, m, v = torch.zeros(4, 1)

@@ -1,0 +1,136 @@
+"""Moments of the optimizer on the disk: those of a checkpoint, parameter by parameter, and those that a grown export carries.
+
+A grown export with moments holds, beside its weights, moments-….safetensors with `NAME.exp_avg` and `NAME.exp_avg_sq` in fp32,
+and moments.json: the file of each parameter, and how many steps they have seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from redheart.files import read_json, write_json
+from redheart.model.growth import axes_of, grow_moment, origin_of
+from redheart.model.redheart import RedHeartModel
+from redheart.optim.adam8bit import STATES, expand_states
+from redheart.schema import RedHeartError
+from redheart.train.engine import PLAIN_STATE, Engine, parameter_groups
+from redheart.train.engine.moments import Read
+from redheart.train.engine.universal import universal_checkpoint
+from redheart.train.engine.zero import TAG
+from redheart.train.stored import Stored
+
+INDEX = "moments.json"
+FIRST, SECOND = "exp_avg", "exp_avg_sq"
+
+
+class Moments(NamedTuple):
+    """`read(name)`: first and second moment of a parameter, fp32, in its shape. `step`: how many updates they have seen."""
+
+    step: int
+    read: Read
+
+
+@contextlib.contextmanager
+def open_moments(stored: Stored) -> Iterator[Moments]:
+    """Those of a checkpoint, or of a grown export that carries some. Raises RedHeartError where there are none."""
+    directory = stored.directory
+    if (directory / INDEX).is_file():
+        yield _carried(directory)
+    elif (directory / PLAIN_STATE).is_file():
+        yield _of_plain(stored)
+    elif (directory / TAG).is_dir():
+        with universal_checkpoint(directory / TAG) as converted:
+            yield _of_universal(converted / "zero", stored)
+    else:
+        raise RedHeartError(
+            f"{directory} holds weights alone and no moments: name a run or one of its checkpoints, or leave --moments out"
+        )
+
+
+def write_grown(
+    moments: Moments, stored: Stored, empty: RedHeartModel, files: Mapping[str, list[str]], out: Path
+) -> None:
+    """The moments of a grown network, file by file. `empty`: of the grown size; `files`: its weights' files and what is in them."""
+    source, target = stored.sizes, empty.config
+    widths = {"D": (source.width, target.width), "K": (source.task_width, target.task_width)}
+    shapes = {name: p.shape for name, p in empty.named_parameters()}
+    places = {}
+    for file, names in files.items():
+        content = {}
+        for name in filter(shapes.__contains__, names):
+            origin, _ = origin_of(name, source.layers, target.layers)
+            for power, (kind, moment) in enumerate(zip((FIRST, SECOND), moments.read(origin), strict=True), 1):
+                content[f"{name}.{kind}"] = grow_moment(moment, shapes[name], axes_of(name), widths, power).contiguous()
+            places[name] = file.replace("model", "moments")
+        if content:
+            save_file(content, out / file.replace("model", "moments"), metadata={"format": "pt"})
+    write_json(out / INDEX, {"step": moments.step, "files": places})
+
+
+def carry(engine: Engine, stored: Stored) -> int | None:
+    """Gives the engine the moments that a grown export carries; how many steps they have seen, None without any."""
+    if not (stored.directory / INDEX).is_file():
+        return None
+    moments = _carried(stored.directory)
+    engine.set_moments(moments.read, moments.step)
+    return moments.step
+
+
+def _carried(directory: Path) -> Moments:
+    index = read_json(directory / INDEX, "grow the network again")
+    files = {file: safe_open(directory / file, framework="pt") for file in set(index["files"].values())}
+
+    def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        file = files[index["files"][name]]
+        return file.get_tensor(f"{name}.{FIRST}"), file.get_tensor(f"{name}.{SECOND}")
+
+    return Moments(index["step"], read)
+
+
+def _of_plain(stored: Stored) -> Moments:
+    kept = torch.load(stored.directory / PLAIN_STATE, map_location="cpu", weights_only=True, mmap=True)["optimizer"][
+        "state"
+    ]
+    with torch.device("meta"):
+        model = RedHeartModel(stored.sizes)
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]]  # as torch numbers them
+    states, shapes = dict(zip(order, map(kept.get, range(len(order))), strict=True)), dict(model.named_parameters())
+    if not kept:
+        raise RedHeartError(
+            f"{stored.directory} was saved before the first step and holds no moments: leave --moments out"
+        )
+
+    def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        state, shape = states[name], shapes[name].shape
+        if state is None:  # a parameter that has had no gradient yet
+            return torch.zeros(shape), torch.zeros(shape)
+        m, v = expand_states(state) if STATES[0] in state else (state[FIRST], state[SECOND])
+        return m.view(shape), v.view(shape)
+
+    return Moments(max(int(state["step"]) for state in kept.values()), read)
+
+
+def _of_universal(zero: Path, stored: Stored) -> Moments:
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in RedHeartModel(stored.sizes).named_parameters()}
+
+    def load(name: str, kind: str) -> torch.Tensor:
+        content = torch.load(zero / name / f"{kind}.pt", map_location="cpu", weights_only=False, mmap=True)
+        return content["param"] if isinstance(content, dict) else content
+
+    def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return load(name, FIRST).view(shapes[name]), load(name, SECOND).view(shapes[name])
+
+    if not (zero / next(iter(shapes)) / f"{FIRST}.pt").is_file():
+        raise RedHeartError(
+            f"{stored.directory} was saved before the first step and holds no moments: leave --moments out"
+        )
+    return Moments(int(load(next(iter(shapes)), "step")), read)
