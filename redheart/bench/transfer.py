@@ -2,10 +2,10 @@
 
 redheart bench transfer --data DIR --out DIR --json
 
-Per seed: `source` (small, from scratch), then with one order of samples and one number of steps `grown` (large, from the source's
-best checkpoint), `moments` (the same with the optimizer's moments), `scratch` (large) and `control` (small, from that checkpoint). Equal tuning: with the first seed every arm runs at
-every learning rate, and goes on with the one that gave it the lowest dev loss. All other settings are the large preset's. A run that
-is finished is not repeated, so that an interrupted bench goes on where it was.
+Per seed: `source` (small, from scratch), then with one order of samples and one number of steps `grown` (large, from the source's best
+checkpoint), `moments` (the same with the optimizer's moments), `scratch` (large) and `control` (small, from that checkpoint). Equal
+tuning: with the first seed every arm runs at every learning rate, and goes on with the one that gave it the lowest dev loss. All other
+settings are the large preset's. A run that is finished is not repeated, so that an interrupted bench goes on where it was.
 """
 
 from __future__ import annotations
