@@ -28,6 +28,8 @@ from redheart.tasks import GATES, TASKS, task_weights
 from redheart.train import stages
 from redheart.train.engine import Engine, compile_kernels, make_engine
 
+NOMINAL_STEPS = 1000  # learning rates are those with which a run of so many steps warms up
+
 
 def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0) -> Batch:
     """Random features of full length, every label, and a contrast text for every sample: the most a micro-batch can hold."""
@@ -110,7 +112,7 @@ def run_steps(engine: Engine, config: RunConfig, micro: int, accumulation: int, 
             total += float(loss.detach()) / accumulation
             del loss
             marks[f"backward {number}.{i}"] = resident() / GIB
-        stages.update(engine, config.optimizer.learning_rate, False)
+        stages.update(engine, stages.learning_rate_at(number, NOMINAL_STEPS, config.optimizer), False)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         marks[f"step {number}"] = resident() / GIB
