@@ -42,7 +42,7 @@ def bench_transfer(
     learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Runs what is not finished yet under `out`, and writes curves and steps to `out`/transfer.json."""
+    """Runs what is not finished yet under `out`; curves and steps go to `out`/transfer.json, a picture to transfer.png."""
     bench = _Bench(data, out, small, large, source_steps, steps, evaluate_every, overrides)
     rate = {"source": bench.tune("source", seeds[0], learning_rates, None)}
     origin = bench.path("source", seeds[0], rate["source"])
@@ -58,6 +58,7 @@ def bench_transfer(
         "learning_rates": rate, "tuning": bench.tuning, "seeds": lines,
     }  # fmt: skip
     write_json(out / "transfer.json", result)
+    draw(result, out / "transfer.png")
     return result
 
 
@@ -120,6 +121,28 @@ def show(result: dict[str, Any]) -> None:
             "× with source",
         )
         console.print(table(f"steps to the dev loss of {name}", columns, rows))
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Dev loss over steps, every arm in a colour of its own, a line per seed; dotted: what the sources reached."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for line in result["seeds"]:
+        for colour, arm in enumerate(ARMS):
+            label = arm if line is result["seeds"][0] else None
+            axes.plot(*zip(*line["curves"][arm], strict=True), f"C{colour}", lw=1.2, label=label)
+        axes.axhline(line["source_best"]["dev_loss"], color="grey", lw=0.8, ls=":")
+    axes.set(
+        xlabel="optimizer steps", ylabel="dev loss", yscale="log", title=f"{result['small']} grown to {result['large']}"
+    )
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def _parameters(config: RunConfig) -> int:

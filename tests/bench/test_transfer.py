@@ -65,6 +65,7 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  #
     assert curves["moments"][-1][1] != curves["grown"][-1][1]
     assert curves["control"][0][1] == pytest.approx(best, abs=1e-4)
     assert json.loads((out / "transfer.json").read_text())["seeds"] == told["seeds"]
+    assert (out / "transfer.png").stat().st_size > 10_000
     again = redheart(*arguments)
     assert "source, seed 0" in first.stderr
     assert "source, seed 0" not in again.stderr
