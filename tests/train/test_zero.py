@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from redheart.model.select import MODULES
-from tests.runs import forked
+from redheart.train.engine import consolidated_weights
+from tests.runs import distance, forked
 
 
 def run(ranks: int, **wanted: Any) -> dict[str, Any]:
@@ -29,13 +31,45 @@ def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
     assert not list(tmp_path.glob("*.universal"))
 
 
+def assert_exported(checkpoint: Path, **wanted: Any) -> None:
+    """A ZeRO-3 checkpoint, loaded and gathered, holds what its export does."""
+    gathered = checkpoint.with_suffix(".pt")
+    run(1, steps=0, load=str(checkpoint), weights=str(gathered), **wanted)
+    exported, own = consolidated_weights(checkpoint), torch.load(gathered, weights_only=True)
+    assert own.keys() == exported.keys() & own.keys()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in own.items())
+
+
 def test_one_rank_resumes_bitwise_under_zero_3_and_its_losses_are_zero_2s(tmp_path: Path):
     three = run(1, strategy="zero3_offload_8bit", steps=6, save_at=3, save=str(tmp_path / "a"), twice=True)
+    assert_exported(tmp_path / "a", strategy="zero3_offload_8bit")
     two = run(1, strategy="zero2_offload_8bit", steps=6, save=str(tmp_path / "b"))
     assert three["bitwise"]
     assert three["losses"] == pytest.approx(two["losses"], rel=2e-3)
     assert len(three["norms"]) == len(MODULES)  # no module's gradient goes missing on its way into a partition
     assert three["norms"] == pytest.approx(two["norms"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_zero_2_and_3_on_one_and_two_ranks_agree(tmp_path: Path):
+    """In fp32 with torch's AdamW, so that nothing but the cutting up differs."""
+    found = {}
+    for strategy in ("zero2", "zero3"):
+        for ranks in (1, 2):
+            directory = tmp_path / f"{strategy}-{ranks}"
+            found[directory] = run(
+                ranks, strategy=strategy, steps=6, save=str(directory), weights=str(directory) + ".pt"
+            )
+    losses = [told["losses"] for told in found.values()]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)
+    exported = [consolidated_weights(directory) for directory in found]
+    for directory, weights in zip(found, exported, strict=True):
+        own = torch.load(f"{directory}.pt", weights_only=True)
+        assert own.keys() == weights.keys() & own.keys()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in own.items())
+        # Adam makes a whole step of a gradient that is rounding alone
+        assert distance(weights, exported[0]) <= 1e-5 * torch.cat([t.flatten() for t in weights.values()]).norm()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
     python -m tests.train.tiny_run '{"strategy": …, "steps": 6, "save_at": 3, "save": DIR, "load": DIR or null, "twice": true}'
 
+`weights`: FILE for the weights that the engine ends with, gathered from all ranks.
 `carry`: DIR of a checkpoint whose weights and, unless `moments` is false, whose moments a fresh engine starts with.
 Prints JSON on rank 0: the loss of every step, and with `twice` whether a second engine that loaded the checkpoint of
 `save_at` ended with the same bits (master weights, optimizer states and model) on every rank.
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -119,6 +121,11 @@ def main() -> None:
         everyone: list[Any] = [None] * WORLD
         dist.all_gather_object(everyone, same)
         bitwise = all(everyone)
+    if wanted.get("weights"):
+        parameters = dict(engine.model.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine._stage == 3):
+            if is_main():
+                torch.save({n: p.detach().clone() for n, p in parameters.items()}, wanted["weights"])
     if is_main():
         told = {
             "losses": losses,
