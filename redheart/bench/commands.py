@@ -167,13 +167,19 @@ def bench_parity(
         Path | None, typer.Option("--out", help="A .json file for the curves, with a .png beside it.")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Both optimizers without DeepSpeed, on the CPU.")] = False,
+    control: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--control", min=0, help="A seed that fp32 states run with once more, with another eps in the fifth digit."
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Dev loss after the same steps with fp32 and with 8-bit optimizer states on the host, over several seeds."""
     from redheart.bench.parity import bench_parity as run
     from redheart.bench.parity import show
 
-    result = run(data, work, preset, set_ or (), steps, seeds, jobs, out, plain)
+    result = run(data, work, preset, set_ or (), steps, seeds, jobs, out, plain, control or ())
     show(result)
     emit(result, json_)
 

@@ -5,6 +5,9 @@
 Every run is a `redheart train` in a process of its own (memory.strategy zero2_offload against zero2_offload_8bit, or with
 `--plain` torch alone with both optimizers, which is faster for small networks on the CPU); the curve is the dev loss that
 TensorBoard holds. Seeds draw initial weights, order, dropout and rounding, the same ones for both.
+
+Training multiplies small differences, so that two runs of one optimizer part too. A control says how far: fp32 states once more with
+an eps that differs in its fifth digit.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from redheart.config import load_config
 from redheart.console import console, progress, table
 from redheart.files import write_json
 from redheart.schema import RedHeartError
 
 STRATEGIES = {"adamw": "zero2_offload", "adamw_8bit": "zero2_offload_8bit"}
+CONTROL = "adamw_again"
+CONTROL_EPS = 1 + 1e-4  # of optimizer.eps
 PLAIN = dict.fromkeys(STRATEGIES, "plain")
 
 
@@ -36,15 +42,21 @@ def bench_parity(
     jobs: int,
     out: Path | None,
     plain: bool = False,
+    controls: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Runs what is missing under `work`, `jobs` at a time on one thread each, and compares final dev losses."""
+    """Runs what is missing under `work`, `jobs` at a time on one thread each, and compares final dev losses.
+
+    `controls`: the seeds that fp32 states run with once more.
+    """
     every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
-    wanted = [(name, seed) for seed in range(seeds) for name in STRATEGIES]
+    wanted = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
+    eps = load_config(preset, overrides).optimizer.eps * CONTROL_EPS
 
     def run(name: str, seed: int) -> dict[int, float]:
-        directory = work / f"{name}-seed{seed}"
+        directory, base = work / f"{name}-seed{seed}", "adamw" if name == CONTROL else name
         settings = [
-            *(f"memory.strategy={strategies[name]}", f"optimizer.name={name}"),
+            *([f"optimizer.eps={eps!r}"] if name == CONTROL else []),
+            *(f"memory.strategy={strategies[base]}", f"optimizer.name={base}"),
             *(f"training.seed={seed}", f"training.max_steps={steps}"),
             *(
                 f"training.evaluate_every={every}",
@@ -79,6 +91,9 @@ def bench_parity(
         "final_dev_loss": final,
         "relative_difference": statistics.mean(final["adamw_8bit"]) / statistics.mean(final["adamw"]) - 1,
         "relative_difference_by_seed": by_seed,
+        "relative_difference_of_controls": {
+            s: curves[CONTROL, s][steps] / curves["adamw", s][steps] - 1 for s in controls
+        },
         "curves": {f"{name} seed {seed}": curve for (name, seed), curve in curves.items()},
     }
     if out:
@@ -92,6 +107,11 @@ def show(result: dict[str, Any]) -> None:
         (str(s), f"{a:.5f}", f"{b:.5f}", f"{b / a - 1:+.3%}")
         for s, (a, b) in enumerate(zip(*result["final_dev_loss"].values(), strict=True))
     ]
+    for seed, difference in result["relative_difference_of_controls"].items():
+        first = result["final_dev_loss"]["adamw"][seed]
+        rows.append(
+            (f"{seed}, fp32 states twice", f"{first:.5f}", f"{first * (1 + difference):.5f}", f"{difference:+.3%}")
+        )
     rows.append(("mean", "", "", f"{result['relative_difference']:+.3%}"))
     title = f"dev loss after {result['steps']} steps of {result['preset']} on {result['data']}"
     console.print(table(title, ("seed", "fp32 states", "8-bit states", "difference"), rows))
@@ -116,7 +136,7 @@ def _draw(curves: dict[tuple[str, int], dict[int, float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for (name, seed), curve in curves.items():
-        style = "C0-" if name == "adamw" else "C1--"
+        style = {"adamw": "C0-", CONTROL: "C2:"}.get(name, "C1--")
         axes.plot(list(curve), list(curve.values()), style, lw=1.2, label=f"{name}, seed {seed}")
     axes.set(xlabel="optimizer steps", ylabel="dev loss", yscale="log", title="fp32 against 8-bit optimizer states")
     axes.legend(fontsize=8)
