@@ -31,6 +31,8 @@ QUICK = [
     "training.evaluate_every=1000",
     "--set",
     "training.checkpoint_every=1000",
+    "--set",
+    "training.global_batch_size=8",
 ]
 
 

@@ -7,7 +7,7 @@ Every run is a `redheart train` in a process of its own (memory.strategy zero2_o
 TensorBoard holds. Seeds draw initial weights, order, dropout and rounding, the same ones for both.
 
 Training multiplies small differences, so that two runs of one optimizer part too. A control says how far: fp32 states once more with
-an eps that differs in its fifth digit.
+an eps that differs in its fifth digit. The final loss of every module's every answer tells where runs part.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from redheart.bench.picture import Line, draw
 from redheart.config import load_config
 from redheart.console import console, progress, table
 from redheart.files import write_json
@@ -30,6 +31,9 @@ STRATEGIES = {"adamw": "zero2_offload", "adamw_8bit": "zero2_offload_8bit"}
 CONTROL = "adamw_again"
 CONTROL_EPS = 1 + 1e-4  # of optimizer.eps
 PLAIN = dict.fromkeys(STRATEGIES, "plain")
+STYLES = {"adamw": "C0-", "adamw_8bit": "C1--", CONTROL: "C2:"}
+LOSS = "dev_loss/"
+TOTAL = f"{LOSS}total"
 
 
 def bench_parity(
@@ -52,7 +56,7 @@ def bench_parity(
     wanted = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
     eps = load_config(preset, overrides).optimizer.eps * CONTROL_EPS
 
-    def run(name: str, seed: int) -> dict[int, float]:
+    def run(name: str, seed: int) -> dict[str, dict[int, float]]:
         directory, base = work / f"{name}-seed{seed}", "adamw" if name == CONTROL else name
         settings = [
             *([f"optimizer.eps={eps!r}"] if name == CONTROL else []),
@@ -65,20 +69,22 @@ def bench_parity(
             ),
             *(f"training.synergy_every={10 * steps}", "training.log_every=50", *overrides),
         ]
-        if len(curve := _curve(directory)) < 11:
+        if len(_curves(directory).get(TOTAL, {})) < 11:
             command = [sys.executable, "-m", "redheart", "train", "--preset", preset, "--data", str(data)]
             command += ["--out", str(directory), "--overwrite", *(x for s in settings for x in ("--set", s))]
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
             done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
             if done.returncode:
                 raise RedHeartError(f"{directory} failed: {done.stderr.strip().splitlines()[-1:]}")
-            curve = _curve(directory)
-        return curve
+        return _curves(directory)
 
     curves: dict[tuple[str, int], dict[int, float]] = {}
+    answers: dict[str, dict[str, list[float]]] = {}
     with progress("parity", len(wanted), 0) as (bar, task), ThreadPoolExecutor(jobs) as pool:
-        for key, curve in zip(wanted, pool.map(lambda k: run(*k), wanted), strict=True):
-            curves[key] = curve
+        for key, found in zip(wanted, pool.map(lambda k: run(*k), wanted), strict=True):
+            curves[key] = curve = found.pop(TOTAL)
+            for tag, its in found.items():
+                answers.setdefault(tag.removeprefix(LOSS), {}).setdefault(key[0], []).append(its[max(its)])
             bar.update(task, advance=1, note=f"{key[0]} seed {key[1]}: {curve[max(curve)]:.5f}")
     final = {name: [curves[name, s][steps] for s in range(seeds)] for name in STRATEGIES}
     by_seed = [b / a - 1 for a, b in zip(final["adamw"], final["adamw_8bit"], strict=True)]
@@ -94,11 +100,15 @@ def bench_parity(
         "relative_difference_of_controls": {
             s: curves[CONTROL, s][steps] / curves["adamw", s][steps] - 1 for s in controls
         },
+        "final_dev_loss_by_answer": answers,
         "curves": {f"{name} seed {seed}": curve for (name, seed), curve in curves.items()},
     }
     if out:
         write_json(out, result)
-        _draw(curves, out.with_suffix(".png"))
+        lines = [
+            Line(list(curve.items()), STYLES[name], f"{name}, seed {seed}") for (name, seed), curve in curves.items()
+        ]
+        draw(lines, (), "fp32 against 8-bit optimizer states", out.with_suffix(".png"))
     return result
 
 
@@ -115,31 +125,19 @@ def show(result: dict[str, Any]) -> None:
     rows.append(("mean", "", "", f"{result['relative_difference']:+.3%}"))
     title = f"dev loss after {result['steps']} steps of {result['preset']} on {result['data']}"
     console.print(table(title, ("seed", "fp32 states", "8-bit states", "difference"), rows))
+    rows = [
+        (answer, *(" ".join(f"{loss:.4f}" for loss in of[name]) for name in STRATEGIES))
+        for answer, of in result["final_dev_loss_by_answer"].items()
+    ]
+    console.print(table("the same by answer, seed by seed", ("answer", "fp32 states", "8-bit states"), rows))
 
 
-def _curve(run: Path) -> dict[int, float]:
-    """Dev loss by step; empty where there is no run."""
+def _curves(run: Path) -> dict[str, dict[int, float]]:
+    """Dev losses by step, of the whole and of every answer; empty where there is no run."""
     if not (run / "tensorboard").is_dir():
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    tag = "dev_loss/total"
-    return {e.step: e.value for e in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
-
-
-def _draw(curves: dict[tuple[str, int], dict[int, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for (name, seed), curve in curves.items():
-        style = {"adamw": "C0-", CONTROL: "C2:"}.get(name, "C1--")
-        axes.plot(list(curve), list(curve.values()), style, lw=1.2, label=f"{name}, seed {seed}")
-    axes.set(xlabel="optimizer steps", ylabel="dev loss", yscale="log", title="fp32 against 8-bit optimizer states")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(LOSS)]
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}

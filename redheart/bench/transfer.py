@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from redheart.bench.picture import Line, draw
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.files import read_json, write_json
@@ -58,7 +59,7 @@ def bench_transfer(
         "learning_rates": rate, "tuning": bench.tuning, "seeds": lines,
     }  # fmt: skip
     write_json(out / "transfer.json", result)
-    draw(result, out / "transfer.png")
+    _draw(result, out / "transfer.png")
     return result
 
 
@@ -100,49 +101,26 @@ def dev_losses(run: Path) -> Curve:
 
 def show(result: dict[str, Any]) -> None:
     for name in ("source_best", "scratch_best"):
-        rows = []
-        for line in result["seeds"]:
-            one = line[name]
-            reached = [
-                _number(one["steps"][arm]) for arm in ("scratch", "grown", "moments", "grown_with_source", "control")
-            ]
-            ratios = [_number(one[f"ratio_{arm}"]) for arm in ("grown", "moments", "grown_with_source")]
-            rows.append((str(line["seed"]), f"{one['dev_loss']:.4f}", *reached, *ratios))
-        columns = (
-            "seed",
-            "dev loss",
-            "scratch",
-            "grown",
-            "moments",
-            "grown + source",
-            "control",
-            "×",
-            "× moments",
-            "× with source",
-        )
+        seeds = result["seeds"]
+        rows: list[tuple[str, ...]] = [("dev loss", *(f"{line[name]['dev_loss']:.4f}" for line in seeds))]
+        for arm in ("scratch", "grown", "moments", "grown_with_source", "control"):
+            rows.append((f"steps: {arm}", *(_number(line[name]["steps"][arm]) for line in seeds)))
+        for arm in ("grown", "moments", "grown_with_source"):
+            rows.append((f"scratch / {arm}", *(_number(line[name][f"ratio_{arm}"]) for line in seeds)))
+        columns = ("", *(f"seed {line['seed']}" for line in seeds))
         console.print(table(f"steps to the dev loss of {name}", columns, rows))
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Dev loss over steps, every arm in a colour of its own, a line per seed; dotted: what the sources reached."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for line in result["seeds"]:
-        for colour, arm in enumerate(ARMS):
-            label = arm if line is result["seeds"][0] else None
-            axes.plot(*zip(*line["curves"][arm], strict=True), f"C{colour}", lw=1.2, label=label)
-        axes.axhline(line["source_best"]["dev_loss"], color="grey", lw=0.8, ls=":")
-    axes.set(
-        xlabel="optimizer steps", ylabel="dev loss", yscale="log", title=f"{result['small']} grown to {result['large']}"
-    )
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Every arm in a colour of its own, a line per seed; dotted: what the sources reached."""
+    seeds = result["seeds"]
+    lines = [
+        Line(line["curves"][arm], f"C{colour}", arm if line is seeds[0] else None)
+        for line in seeds
+        for colour, arm in enumerate(ARMS)
+    ]
+    marks = [line["source_best"]["dev_loss"] for line in seeds]
+    draw(lines, marks, f"{result['small']} grown to {result['large']}", path)
 
 
 def _parameters(config: RunConfig) -> int:

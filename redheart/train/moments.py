@@ -95,18 +95,15 @@ def _carried(directory: Path) -> Moments:
 
 
 def _of_plain(stored: Stored) -> Moments:
-    kept = torch.load(stored.directory / PLAIN_STATE, map_location="cpu", weights_only=True, mmap=True)["optimizer"][
-        "state"
-    ]
+    saved = torch.load(stored.directory / PLAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
+    kept = saved["optimizer"]["state"]
+    if not kept:
+        raise _none_yet(stored)
     with torch.device("meta"):
         model = RedHeartModel(stored.sizes)
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]]  # as torch numbers them
     states, shapes = dict(zip(order, map(kept.get, range(len(order))), strict=True)), dict(model.named_parameters())
-    if not kept:
-        raise RedHeartError(
-            f"{stored.directory} was saved before the first step and holds no moments: leave --moments out"
-        )
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         state, shape = states[name], shapes[name].shape
@@ -129,8 +126,17 @@ def _of_universal(zero: Path, stored: Stored) -> Moments:
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return load(name, FIRST).view(shapes[name]), load(name, SECOND).view(shapes[name])
 
-    if not (zero / next(iter(shapes)) / f"{FIRST}.pt").is_file():
-        raise RedHeartError(
-            f"{stored.directory} was saved before the first step and holds no moments: leave --moments out"
-        )
-    return Moments(int(load(next(iter(shapes)), "step")), read)
+    first = next(iter(shapes))
+    if not (zero / first / f"{FIRST}.pt").is_file():
+        raise _none_yet(stored)
+    if (zero / first / "step.pt").is_file():
+        return Moments(int(load(first, "step")), read)
+    # ZeRO-3's parameters are converted without their step; DeepSpeed, too, then takes that of the first state
+    optimizer = torch.load(zero / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True)
+    return Moments(int(optimizer["optimizer_state_dict"]["state"][0]["step"]), read)
+
+
+def _none_yet(stored: Stored) -> RedHeartError:
+    return RedHeartError(
+        f"{stored.directory} was saved before the first step and holds no moments: leave --moments out"
+    )

@@ -12,6 +12,7 @@ def write_run(directory: Path, last: float) -> None:
     with SummaryWriter(str(directory / "tensorboard")) as board:
         for step in range(0, 101, 10):
             board.add_scalar("dev_loss/total", last + (100 - step) / 100, step)
+            board.add_scalar("dev_loss/heads.regret/regret", last / 10, step)
 
 
 def test_finished_runs_are_compared_seed_by_seed(tmp_path: Path):
@@ -29,5 +30,8 @@ def test_finished_runs_are_compared_seed_by_seed(tmp_path: Path):
     assert told["relative_difference"] == pytest.approx(4.99 / 5 - 1, abs=1e-6)
     assert told["relative_difference_of_controls"] == {1: pytest.approx(0.02, abs=1e-6)}
     assert told["curves"]["adamw_8bit seed 0"][50] == pytest.approx(2.52)
+    regret = told["final_dev_loss_by_answer"]["heads.regret/regret"]
+    assert regret["adamw_8bit"] == pytest.approx([0.202, 0.297])
+    assert regret["adamw_again"] == pytest.approx([0.306])
     assert out.stat().st_size > 500
     assert out.with_suffix(".png").stat().st_size > 10_000

@@ -36,7 +36,7 @@ def assert_exported(checkpoint: Path, **wanted: Any) -> None:
     gathered = checkpoint.with_suffix(".pt")
     run(1, steps=0, load=str(checkpoint), weights=str(gathered), **wanted)
     exported, own = consolidated_weights(checkpoint), torch.load(gathered, weights_only=True)
-    assert own.keys() == exported.keys() & own.keys()
+    assert own.keys() <= exported.keys()
     assert all(torch.equal(tensor, exported[name]) for name, tensor in own.items())
 
 
@@ -66,7 +66,7 @@ def test_zero_2_and_3_on_one_and_two_ranks_agree(tmp_path: Path):
     exported = [consolidated_weights(directory) for directory in found]
     for directory, weights in zip(found, exported, strict=True):
         own = torch.load(f"{directory}.pt", weights_only=True)
-        assert own.keys() == weights.keys() & own.keys()
+        assert own.keys() <= weights.keys()
         assert all(torch.equal(tensor, weights[name]) for name, tensor in own.items())
         # Adam makes a whole step of a gradient that is rounding alone
         assert distance(weights, exported[0]) <= 1e-5 * torch.cat([t.flatten() for t in weights.values()]).norm()
