@@ -7,7 +7,7 @@ import pytest
 
 from redheart.bench.transfer import compare, steps_to
 from tests.runs import redheart
-from tests.train.conftest import data, prepared  # noqa: F401 (fixtures)
+from tests.train.conftest import data  # noqa: F401 (fixture)
 
 
 def test_steps_are_counted_to_the_first_that_is_good_enough():

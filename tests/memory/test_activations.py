@@ -21,7 +21,7 @@ TINY = [
     "model.task_heads=1",
     "model.encoder_width=32",
     # fewer modules, fewer operations to fake: a test is a test of the ruler, not of the network
-    "model.ablate=[analyzers.emotion, analyzers.regret, analyzers.surd, heads.surd, aux.dsp, aux.kalman]",
+    "model.ablate=[analyzers.emotion, analyzers.bentham, analyzers.regret, analyzers.surd, heads.bentham, heads.surd, aux.dsp, aux.kalman]",
 ]
 
 

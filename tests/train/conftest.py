@@ -1,22 +1,35 @@
-"""A small data directory, prepared once from the shipped texts by the real LLM and the real encoder."""
+"""A small data directory, prepared once from the shipped texts by the real LLM and the real encoder, and one run on it."""
 
+import fcntl
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from redheart.config import DataConfig
-from redheart.data.prepare import PrepareReport, prepare
+from redheart.data.prepare import prepare
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """What `make` writes to the path it is given; parallel workers share it, and the first that needs it makes it."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    path, done = base / name, base / f"{name}.done"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PrepareReport]:
-    out = tmp_path_factory.mktemp("data") / "everyday-24"
-    return out, prepare(["everyday"], out, DataConfig(), num_samples=24)
-
-
-@pytest.fixture(scope="session")
-def data(prepared: tuple[Path, PrepareReport]) -> Path:
-    return prepared[0]
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(
+        tmp_path_factory, "everyday-24", lambda out: prepare(["everyday"], out, DataConfig(), num_samples=24)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +37,4 @@ def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 uninterrupted steps on DeepSpeed ZeRO-2 with the optimizer on the host."""
     from tests.runs import train
 
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    train(data, run, 20, "--set", "training.evaluate_every=10")
-    return run
+    return made_once(tmp_path_factory, "whole", lambda run: train(data, run, 20, "--set", "training.evaluate_every=10"))

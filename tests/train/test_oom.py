@@ -78,7 +78,7 @@ def test_one_process_goes_on_as_the_run_with_the_smaller_micro_batch(data, tmp_p
     assert not (tmp_path / "shrunk" / "rebuild.tmp").exists()
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_two_ranks_shrink_together_where_one_runs_out(data: Path, tmp_path: Path, where: str):
     settings = [x for s in (*SMALL, *SETTINGS, "training.evaluate_every=100") for x in ("--set", s)]
     train(data, tmp_path / "small", STEPS, *settings, "--set", "training.micro_batch_size=4", ranks=2)

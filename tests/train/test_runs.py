@@ -44,7 +44,7 @@ def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, whol
     assert distance(plain, deepspeed) < 1e-4 * distance(plain, start)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whole_run, tmp_path, number):
     run = tmp_path / "interrupted"
     code, output = start_and_signal(data, run, 20, 5, number, "--set", "training.evaluate_every=10")

@@ -1,7 +1,7 @@
 """Imported by the server that test processes are forked from: all that a training process imports, its kernels loaded."""
 
 import accelerate  # noqa: F401
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  ZeRO looks at it, and it imports torch's compiler
 import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
 
 import redheart.cli
