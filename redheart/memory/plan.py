@@ -16,7 +16,6 @@ import torch
 
 from redheart.config import RunConfig, Strategy
 from redheart.memory.activations import MicroStep, activations
-from redheart.memory.malloc import MANY
 from redheart.memory.states import STRATEGIES, Parameters, States, partition_sizes, states, traits_of
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
@@ -30,10 +29,6 @@ RESERVE = 64 * MIB  # half-used segments of the allocator
 HOST_BASE_GPU = 2200 * MIB  # resident libraries of a CUDA build, and what the driver keeps on the host
 HOST_BASE_CPU = 700 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
 HOST_SLACK = 0.10  # of activations: freed pieces that glibc keeps
-# of a micro-step's gradients under ZeRO on the CPU, by precision (bf16: oneDNN's copies too), and so much more where micro-steps
-# are summed: kept in the heap of networks below memory/malloc.MANY parameters. Seen with 330m before it had its pieces mapped
-HOST_PIECES = {"fp32": 0.42, "bf16": 1.75}
-HOST_PIECES_SUMMED = 0.30
 HOST_ENGINE = 170 * MIB  # what Accelerate and DeepSpeed load once an engine starts (one run observed)
 
 
@@ -260,9 +255,6 @@ def predict(
     gpu["activations"], gpu["inputs"] = step.peak, step.inputs
     if on_cpu:
         gpu["allocator"] = int(HOST_SLACK * step.peak)
-        if strategy != "plain" and parameters.total < MANY:
-            share = HOST_PIECES[config.training.precision] + (HOST_PIECES_SUMMED if accumulation > 1 else 0)
-            gpu["allocator"] += int(share * (2 if config.training.precision == "bf16" else 4) * parameters.total)
     else:
         gpu["workspace"] = WORKSPACE
         gpu["allocator"] = (step.peak_rounded - step.peak if step.peak_rounded > step.peak else 0) + RESERVE

@@ -6,6 +6,7 @@ DeepSpeed steps inside Accelerate's `backward`; here backward and step stand apa
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
-from redheart.memory.malloc import map_pieces
+from redheart.memory.malloc import mapped_pieces
 from redheart.model.build import Place
 from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
@@ -62,12 +63,8 @@ class DeepSpeedEngine(Engine):
         if self.world_size != world_size:
             raise RedHeartError(f"the launcher started {world_size} processes but {self.world_size} found each other")
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        on_cpu = self.device.type == "cpu"
-        if on_cpu:
-            map_pieces(None)
-        model = build(self._place())
-        if on_cpu:
-            map_pieces(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+        with mapped_pieces() if self.device.type == "cpu" else nullcontext():
+            model = build(self._place())
         if self._stage == 3:
             self._gather_together(model)
         self._names = {id(p): n for n, p in model.named_parameters()}
