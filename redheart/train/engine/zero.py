@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
-from redheart.memory.malloc import mapped_pieces
+from redheart.memory.malloc import LARGE, mapped_pieces, trim
 from redheart.model.build import Place
 from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
@@ -65,6 +65,8 @@ class DeepSpeedEngine(Engine):
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         with mapped_pieces() if self.device.type == "cpu" else nullcontext():
             model = build(self._place())
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        self._trims = self.device.type == "cpu" and size >= LARGE
         if self._stage == 3:
             self._gather_together(model)
         self._names = {id(p): n for n, p in model.named_parameters()}
@@ -125,6 +127,8 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         self._engine.backward(loss)
+        if self._trims:
+            trim()
 
     def non_finite(self) -> bool:
         return bool(self._zero.has_overflow())
