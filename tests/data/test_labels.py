@@ -49,12 +49,12 @@ def packed(scorer: LlmScorer, texts: list[str]) -> torch.Tensor:
 
 def test_packed_logits_equal_those_of_prompts_written_out():
     exact = LlmScorer(LabelerConfig(quantization="none"))
-    for text, found in zip(TEXTS, packed(exact, TEXTS), strict=True):
+    for text, found in zip(TEXTS[:2], packed(exact, TEXTS[:2]), strict=True):
         assert torch.allclose(found, written_out(exact, text), atol=1e-3)
 
 
 def test_packed_probabilities_in_4_bits_stay_within_two_hundredths(scorer: LlmScorer):
-    for text, found in zip(TEXTS, packed(scorer, TEXTS), strict=True):
+    for text, found in zip(TEXTS[:2], packed(scorer, TEXTS[:2]), strict=True):
         assert (found.softmax(-1) - written_out(scorer, text).softmax(-1)).abs().max() < 0.02
 
 
@@ -157,6 +157,7 @@ def test_a_kill_costs_the_last_answer_at_most(tmp_path: Path, monkeypatch: pytes
     assert third == second
 
 
+@pytest.mark.slow
 def test_two_ranks_ask_about_each_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config, corpus, fingerprints = DataConfig(), records(9), []
     monkeypatch.setattr(labelling, "launched_world_size", lambda: 2)

@@ -29,6 +29,7 @@ SETTINGS = [
     "training.log_every=1",
     "training.evaluate_every=100",
     f"training.max_steps={STEPS}",
+    "training.global_batch_size=16",
 ]
 SMALL = ["model.width=24", "model.heads=2", "model.layers=1", "model.task_width=16", "model.task_heads=2"]
 
@@ -58,7 +59,7 @@ def local(*settings: str) -> RunConfig:
     return load_config("local", [*SMALL, *SETTINGS, "memory.strategy=plain", *settings])
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_one_process_goes_on_as_the_run_with_the_smaller_micro_batch(data, tmp_path, monkeypatch, where):
     start(local("training.micro_batch_size=4"), data, tmp_path / "small")
     install(where, 0, 3, 5, monkeypatch.setattr)
