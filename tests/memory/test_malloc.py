@@ -1,4 +1,4 @@
-"""Freed pieces between held ones: back to the system at once while a network is built, and kept for the steps afterwards."""
+"""Freed pieces between held ones: back to the system where they are mapped, kept where they are not."""
 
 import subprocess
 import sys
@@ -9,29 +9,36 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ma
 
 PIECES = 100
 SCRIPT = f"""
-import psutil
-from redheart.memory.malloc import mapped_pieces, trim
+import sys, psutil
+from redheart.memory.malloc import map_pieces, trim
 
 size = psutil.Process().memory_info
-
-def left():  # of as many pieces of 2 MiB, after every second one was freed
-    first = size().rss
-    held = [bytearray(b"x") * 2**21 for _ in range({PIECES})]
-    assert size().rss - first > 0.95 * {PIECES} * 2**21
-    del held[1::2]
-    freed = size().rss
-    trim()
-    return (freed - first) / 2**21, (size().rss - first) / 2**21
-
-with mapped_pieces():
-    print(*left())
-print(*left())
+map_pieces(int(sys.argv[1]))
+first = size().rss
+held = [bytearray(b"x") * 2**21 for _ in range({PIECES})]  # 2 MiB each
+assert size().rss - first > 0.95 * {PIECES} * 2**21
+del held[1::2]
+freed = size().rss - first
+trim()
+print(freed / 2**21, (size().rss - first) / 2**21)
 """
 
 
-def test_pieces_are_mapped_while_a_network_is_built_and_lie_in_the_heap_afterwards():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], text=True, capture_output=True, check=True)
-    (inside, _), (outside, trimmed) = ([float(x) for x in line.split()] for line in done.stdout.splitlines())
-    assert inside == pytest.approx(PIECES / 2, abs=2)
-    assert outside == pytest.approx(PIECES, abs=2)
+def pieces_resident(num_parameters: int) -> tuple[float, float]:
+    """(after every second one was freed, after trim)."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(num_parameters)], text=True, capture_output=True, check=True
+    )
+    freed, trimmed = map(float, done.stdout.split())
+    return freed, trimmed
+
+
+def test_a_large_network_gets_its_freed_pieces_back_at_once():
+    freed, _ = pieces_resident(330_000_000)
+    assert freed == pytest.approx(PIECES / 2, abs=2)
+
+
+def test_a_small_network_keeps_them_until_it_is_trimmed():
+    freed, trimmed = pieces_resident(5_000_000)
+    assert freed == pytest.approx(PIECES, abs=2)
     assert trimmed == pytest.approx(PIECES / 2, abs=2)

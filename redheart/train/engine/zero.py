@@ -6,7 +6,6 @@ DeepSpeed steps inside Accelerate's `backward`; here backward and step stand apa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
-from redheart.memory.malloc import LARGE, mapped_pieces, trim
+from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
 from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
@@ -63,10 +62,12 @@ class DeepSpeedEngine(Engine):
         if self.world_size != world_size:
             raise RedHeartError(f"the launcher started {world_size} processes but {self.world_size} found each other")
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        with mapped_pieces() if self.device.type == "cpu" else nullcontext():
-            model = build(self._place())
-        size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        self._trims = self.device.type == "cpu" and size >= LARGE
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            map_pieces(None)
+        model = build(self._place())
+        if on_cpu:
+            map_pieces(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
         if self._stage == 3:
             self._gather_together(model)
         self._names = {id(p): n for n, p in model.named_parameters()}
@@ -127,8 +128,6 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         self._engine.backward(loss)
-        if self._trims:
-            trim()
 
     def non_finite(self) -> bool:
         return bool(self._zero.has_overflow())
