@@ -53,6 +53,7 @@ def test_packed_logits_equal_those_of_prompts_written_out():
         assert torch.allclose(found, written_out(exact, text), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_packed_probabilities_in_4_bits_stay_within_two_hundredths(scorer: LlmScorer):
     for text, found in zip(TEXTS[:2], packed(scorer, TEXTS[:2]), strict=True):
         assert (found.softmax(-1) - written_out(scorer, text).softmax(-1)).abs().max() < 0.02

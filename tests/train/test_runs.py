@@ -85,6 +85,7 @@ def test_two_ranks_under_deepspeed_give_the_losses_of_one_process(data: Path, wh
     assert losses(tmp_path / "two") == pytest.approx(losses(whole_run), rel=1e-3)
 
 
+@pytest.mark.slow  # the default suite compares the gradients (tests/model/test_model.py)
 def test_cutting_the_batch_into_micro_batches_changes_nothing(data: Path, whole_run: Path, tmp_path: Path):
     train(data, tmp_path / "cut", 20, "--set", "training.micro_batch_size=4", "--set", "training.evaluate_every=10")
     assert losses(tmp_path / "cut") == pytest.approx(losses(whole_run), rel=1e-3)

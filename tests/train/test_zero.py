@@ -81,7 +81,13 @@ def test_fp32_states_change_their_world_size_too(tmp_path: Path):
     assert two["losses"] == pytest.approx(whole["losses"][2:], rel=1e-4)
 
 
-@pytest.mark.parametrize("rows", [7, 2], ids=["two and one batches", "one and none"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(7, id="two and one batches", marks=pytest.mark.slow),
+        pytest.param(2, id="one and none"),
+    ],
+)
 def test_ranks_with_unlike_numbers_of_batches_evaluate_under_zero_3(rows: int):
     wanted = json.dumps({"rows": rows, "batch_size": 3})
     done = forked("tests.train.evaluate_run", wanted, ranks=2, timeout=600)
