@@ -81,11 +81,13 @@ def test_dropped_gradients_do_not_count_and_kept_ones_do():
 def test_micro_batches_lie_on_a_line():
     config = tiny()
     line = room.Activations(*(measure(config, n, 16, False, torch.float32) for n in (4, 12)), (4, 12))
-    seen, told = measure(config, 24, 16, False, torch.float32), line.at(24)
-    assert told.peak == pytest.approx(seen.peak, rel=0.02)
-    assert told.flops == seen.flops
-    assert told.inputs == seen.inputs
-    assert told.kernels == seen.kernels
+    between, beyond = (measure(config, n, 16, False, torch.float32) for n in (8, 24))
+    for n, seen in ((8, between), (24, beyond)):
+        told = line.at(n)
+        assert told.peak == pytest.approx(seen.peak, rel=0.02)
+        assert told.flops == seen.flops
+        assert told.inputs == seen.inputs
+        assert told.kernels == seen.kernels
 
 
 def test_recomputing_takes_less_memory_and_more_flops():
