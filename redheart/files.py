@@ -57,11 +57,62 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, remedy: str) -> Any:
     """The value in a JSON file; a missing or unreadable one is an error that names the file and `remedy`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path, remedy, "JSON"))
+    except (ValueError, RecursionError) as error:
+        raise RedHeartError(f"{path} is not valid JSON ({error}): {remedy}") from None
+
+
+def read_text(path: Path, remedy: str, kind: str = "UTF-8") -> str:
+    """A UTF-8 file; one that is missing, unreadable, a directory or not UTF-8 is an error that names the file and `remedy`."""
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RedHeartError(f"{path} does not exist: {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RedHeartError(f"{path} is not valid JSON ({error}): {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise RedHeartError(f"{path} is not valid {kind} ({error}): {remedy}") from None
+    except OSError as error:
+        raise RedHeartError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+
+
+SEAL = "# sha256 of the lines above: "
+
+
+def seal(text: str) -> str:
+    """`text` with a last line that tells whether it was changed; for files that have comments (YAML, JSON lines are sealed otherwise)."""
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def unseal(text: str, path: Path, remedy: str) -> str:
+    """The text that `seal` was given; one that was changed since is an error. A text without a seal comes back as it is."""
+    body, separator, digest = text.rpartition(SEAL)
+    if not separator:
+        return text
+    if digest != hashlib.sha256(body.encode()).hexdigest() + "\n":
+        raise RedHeartError(f"{path} was changed since it was written (its last line says so): {remedy}")
+    return body
+
+
+def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
+    """`write_json` of a mapping with one more key, `sha256`: of the rest, as canonical JSON."""
+    write_json(path, {**value, "sha256": _digest(value)})
+
+
+def read_sealed_json(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_sealed_json` was given; a file that was changed since, or never sealed, is an error."""
+    return check_sealed_json(read_json(path, remedy), path, remedy)
+
+
+def check_sealed_json(value: Any, path: object, remedy: str) -> dict[str, Any]:
+    """The second half of `read_sealed_json`, for texts that came another way than from a local file."""
+    said = value.pop("sha256", None) if isinstance(value, dict) else None
+    if said is None or said != _digest(value):
+        raise RedHeartError(f"{path} is damaged (its sha256 is not that of its content): {remedy}")
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def write_manifest(directory: Path) -> None:

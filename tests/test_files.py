@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import suppress
 
 import pytest
 
@@ -12,10 +13,14 @@ from redheart.files import (
     committed_directory,
     read_json,
     read_pointer,
+    read_sealed_json,
+    seal,
+    unseal,
     verify_manifest,
     write_json,
     write_manifest,
     write_pointer,
+    write_sealed_json,
     write_text,
 )
 from redheart.schema import RedHeartError
@@ -181,3 +186,46 @@ def test_a_pointer_names_a_sibling(tmp_path):
     write_pointer(tmp_path / "last", "step-00000010")
     write_pointer(tmp_path / "last", "step-00000020")
     assert read_pointer(tmp_path / "last") == tmp_path / "step-00000020"
+
+
+def flipped(content, bit):
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+def test_every_flipped_bit_of_a_sealed_json_is_refused_or_changes_nothing(tmp_path):
+    value = {"rows": 12, "share": 0.1, "names": ["정", "a"], "deep": {"x": None, "y": [1, 2.5]}}
+    path = tmp_path / "index.json"
+    write_sealed_json(path, value)
+    content = path.read_bytes()
+    assert read_sealed_json(path, "again") == value
+    for bit in range(len(content) * 8):
+        path.write_bytes(flipped(content, bit))
+        with suppress(RedHeartError):
+            assert read_sealed_json(path, "again") == value
+
+
+def test_every_flipped_bit_of_a_sealed_text_is_refused_or_leaves_no_seal(tmp_path):
+    body = "a: 1\nb: [한, 2]\n"
+    content = seal(body).encode()
+    path = tmp_path / "config.yaml"
+    assert unseal(content.decode(), path, "again") == body
+    assert unseal(body, path, "again") == body
+    for bit in range(len(content) * 8):
+        try:
+            text = flipped(content, bit).decode()
+        except UnicodeDecodeError:
+            continue
+        try:
+            found = unseal(text, path, "again")
+        except RedHeartError:
+            continue
+        assert found.startswith(body)  # the seal's own words were hit: what it sealed is untouched
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 100_000, b"{", b""])
+def test_what_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "trainer.json").write_bytes(content)
+    with pytest.raises(RedHeartError, match=r"trainer\.json .*again"):
+        read_json(tmp_path / "trainer.json", "again")
+    with pytest.raises(RedHeartError, match="cannot be read"):
+        read_json(tmp_path, "again")

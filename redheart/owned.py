@@ -1,0 +1,99 @@
+"""Whose files a directory holds, and who is at work in it.
+
+A directory that the product writes into carries `.redheart.json`: what it is (a run, prepared data) and the names in it that
+the product wrote. Only these names are ever replaced or removed; everything else in it is the user's. `.redheart.lock` is
+held by the process that writes there, and is free again the moment that process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from redheart.files import flush_to_disk, read_json, write_json
+from redheart.schema import RedHeartError
+
+MARKER, LOCK = ".redheart.json", ".redheart.lock"
+
+
+def make_directory(path: Path, option: str) -> None:
+    """Makes `path` and its parents; RedHeartError, naming the command's `option`, where a file or a permission is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RedHeartError(f"{option} {path} is a file, or lies below one: name a directory") from None
+    except OSError as error:
+        raise RedHeartError(f"{option} {path} cannot be made ({error.strerror}): name another directory") from None
+
+
+def owned(directory: Path, kind: str) -> list[str]:
+    """The names in `directory` that the product wrote as a `kind` ("run", "data"); none where it never did."""
+    path = directory / MARKER
+    if not path.exists():
+        return []
+    said = read_json(path, "nothing in this directory is touched without it; name another one")
+    names = said.get("names") if isinstance(said, dict) else None
+    if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
+        raise RedHeartError(f"{path} is damaged: nothing in this directory is touched without it; name another one")
+    if said.get("kind") != kind:
+        raise RedHeartError(f"{directory} holds a {said.get('kind')}, not a {kind}: name another directory")
+    return names
+
+
+def own(directory: Path, kind: str, names: Iterable[str]) -> None:
+    """Says, before they are written, that these `names` in `directory` are ours.
+
+    Raises RedHeartError where one of them is there already and was not ours.
+    """
+    before = owned(directory, kind)
+    new = [name for name in names if name not in before]
+    for name in new:
+        if os.path.lexists(directory / name):
+            raise RedHeartError(
+                f"{directory / name} is there already and was not written by redheart: move it away, or name another directory"
+            )
+    if new or not before:
+        write_json(directory / MARKER, {"kind": kind, "names": [*before, *new]})
+
+
+def remove_owned(directory: Path, kind: str) -> None:
+    """Removes what the product wrote in `directory`, and nothing else; the marker goes last."""
+    for name in owned(directory, kind):
+        remove(directory / name)
+    (directory / MARKER).unlink(missing_ok=True)
+    flush_to_disk(directory)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole directory, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(directory: Path, work: str) -> Iterator[None]:
+    """Holds `directory` for this process; RedHeartError at once, naming the other process, where one is at `work` in it.
+
+    The directory must exist. Of a launch's processes only one may call this.
+    """
+    path = directory / LOCK
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.read(handle, 100).decode("ascii", "replace").strip() or "unknown"
+            raise RedHeartError(
+                f"another process ({other}) is {work} in {directory}: wait for it to end, or name another directory"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)  # the lock goes with it; the file stays: removing it would let two processes hold two locks
