@@ -60,11 +60,11 @@ class MLP(nn.Module):
         super().__init__()
         *hidden, last = pairwise(dims)
         self.linears = nn.ModuleList([*(nn.Linear(a, b) for a, b in hidden), nn.Linear(*last, bias=last_bias)])
-        self.dropout = SampleDropout(dropout)
+        self.dropouts = nn.ModuleList(SampleDropout(dropout) for _ in hidden)  # a mask is its site's: one per layer
 
     def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
-        for linear in self.linears[:-1]:
-            x = self.dropout(F.gelu(linear(x)), keys)
+        for linear, dropout in zip(self.linears[:-1], self.dropouts, strict=True):
+            x = dropout(F.gelu(linear(x)), keys)
         return self.linears[-1](x)
 
 

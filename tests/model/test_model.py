@@ -186,3 +186,27 @@ def test_dropout_is_a_function_of_the_sample_and_drops_its_share():
     assert (rows - torch.eye(200)).abs().mean() < 0.15  # as independent rows of 50 are (expected 0.113)
     with pytest.raises(ValueError, match="sample_keys"):
         dropout(torch.ones(1, 2), None)
+
+
+def test_every_site_of_the_network_draws_its_own_mask():
+    """Two layers that follow one another, or any two: what both drop is what independent masks do."""
+    model, (features, mask, _) = small(dropout=0.5), inputs(rows=64)
+    masks: dict[int, list[torch.Tensor]] = {}
+
+    def record(module, given, dropped):
+        drawn = (dropped == 0).flatten(1, -2).all(1) if dropped.dim() > 2 else dropped == 0
+        masks.setdefault(drawn.shape[1], []).append(drawn)
+
+    for module in model.modules():
+        if isinstance(module, SampleDropout):
+            module.register_forward_hook(record)
+    model(features, mask, sample_keys=torch.arange(64))
+    shared = 0
+    for width, found in masks.items():
+        signs = 2 * torch.stack(found).flatten(1).double() - 1
+        cosines = (signs @ signs.T / signs.shape[1]).triu(1)
+        shared += int((cosines == 1).sum())
+        assert cosines[cosines < 1].abs().max() < 6 / (64 * width) ** 0.5, width
+    assert (
+        shared == 1
+    )  # the regret analyzer's utility, one function asked about what was and about what might have been
