@@ -14,7 +14,7 @@ PACKAGE = Path(redheart.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     ["schema", "config", "files", "owned", "ranks", "console", "options", "version", "presets"],
-    ["signals", "causality", "losses", "metrics", "optim"],
+    ["signals", "causality", "losses", "metrics", "optim", "finite"],
     ["model", "tasks"],
     ["data"],
     ["memory"],

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from redheart.config import LabelerConfig
 from redheart.data.questions import FORM
+from redheart.finite import check_finite
 from redheart.schema import LABELS
 
 MIN_COMPARED = 30  # texts with a human label below which agreement is not judged
@@ -30,13 +32,14 @@ class Quality:
     mass: float  # mean probability of the list's words, in [0, 1]
     spread: float  # standard deviation of the scores
     agreement: float | None  # in [0, 1]; 0.5 is chance; None where fewer than MIN_COMPARED texts have a human label
-    compared: int
+    compared: int  # texts of the training and dev splits that people labelled
     accepted: bool
     reason: str
 
 
 def calibrated(logp: np.ndarray) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], np.ndarray]]:
-    """float32 [N, 2, words] -> scores [N] and masses [N] of each (label, entry)."""
+    """float32 [N, 2, words] -> scores [N] and masses [N] of each (label, entry). RedHeartError where an answer is not finite."""
+    check_finite({"the LLM's log-probabilities": torch.from_numpy(logp)})
     scores, masses = {}, {}
     start = 0
     for question in FORM:
@@ -55,12 +58,13 @@ def calibrated(logp: np.ndarray) -> tuple[dict[tuple[str, str], np.ndarray], dic
 def judge(
     records: Sequence[Mapping[str, Any]], logp: np.ndarray, config: LabelerConfig
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[dict[str, Any]]]:
-    """(scores [N] of every accepted entry, the report of all entries)."""
+    """(scores [N] of every accepted entry, the report of all entries). Labels of the test split decide nothing."""
     scores, masses = calibrated(logp)
+    train, deciding = (np.array([r["split"] in splits for r in records]) for splits in (["train"], ["train", "dev"]))
     accepted, report = {}, []
     for (label, entry), score in scores.items():
         human = np.array([_human(r, label, entry) for r in records])
-        known = ~np.isnan(human)
+        known = ~np.isnan(human) & deciding
         varied = known.sum() >= MIN_COMPARED and len(np.unique(human[known])) > 1
         agreement = concordance(human[known], score[known]) if varied else None
         mass, spread = float(masses[label, entry].mean()), float(score.std())
@@ -73,8 +77,7 @@ def judge(
             reason = f"agreement below {config.min_agreement:g}"
         report.append(asdict(Quality(label, entry, mass, spread, agreement, int(known.sum()), not reason, reason)))
         if not reason:
-            train = known & np.array([r["split"] == "train" for r in records])
-            accepted[label, entry] = to_human_scale(score, human, train)
+            accepted[label, entry] = to_human_scale(score, human, known & train)
     return accepted, report
 
 

@@ -20,6 +20,7 @@ from redheart.data.labelling import ANSWER, NUM_WORDS, fill_labels
 from redheart.data.llm_labels import LlmScorer
 from redheart.data.questions import FORM
 from redheart.data.sources.records import parse_record
+from redheart.schema import RedHeartError
 
 TEXTS = [
     "I miss her so much.",
@@ -121,6 +122,33 @@ def test_answers_that_say_the_same_of_all_texts_are_refused():
     kept, report = judge(records(40), answers_that_follow(np.full(40, 0.3)), LabelerConfig())
     assert not kept
     assert all("spread" in q["reason"] for q in report)
+
+
+def test_labels_of_the_test_split_decide_nothing():
+    """People contradict the LLM on the test texts alone: what is kept, and every score, stays; on dev they would refuse it."""
+    values = np.tile(np.linspace(0.1, 0.9, 60), 3)
+
+    def judged(split: str, contradicted: bool):
+        rows = records(180, values)
+        for row in rows[60:120]:
+            row["split"] = split
+            row["regret"] = 1 - row["regret"] if contradicted else row["regret"]
+        return judge(rows, answers_that_follow(values), LabelerConfig(min_agreement=0.7))
+
+    (kept, report), (other, other_report) = judged("test", True), judged("test", False)
+    assert report == other_report
+    assert next(q for q in report if q["entry"] == "regret")["compared"] == 120
+    assert kept.keys() == other.keys()
+    assert ("regret", "regret") in kept
+    assert all(np.array_equal(kept[k], other[k]) for k in kept)
+    assert ("regret", "regret") not in judged("dev", True)[0]
+
+
+def test_an_answer_that_is_not_finite_is_refused():
+    logp = answers_that_follow(np.linspace(0.1, 0.9, 40))
+    logp[3, 1, 2] = np.nan
+    with pytest.raises(RedHeartError, match="the LLM's log-probabilities: 1 of"):
+        judge(records(40), logp, LabelerConfig())
 
 
 def test_scores_are_mapped_to_what_people_say_of_training_texts():
