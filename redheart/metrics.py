@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-FIELDS = ("n", "abs", "sq", "p", "t", "pp", "tt", "pt", "tp", "fp", "fn", "tn")
+FIELDS = ("n", "abs", "sq", "p", "t", "pp", "tt", "pt", "tp", "fp", "fn", "tn", "bad", "rows")
 Tally = torch.Tensor  # float64 [len(FIELDS), size]
 
 
@@ -13,26 +14,53 @@ def empty_tally(size: int) -> Tally:
 
 
 def tally(prediction: torch.Tensor, target: torch.Tensor, labelled: torch.Tensor) -> Tally:
-    """Sums over the labelled entries of prediction, target, labelled [B, size] -> [fields, size]. A label above 0.5 is positive."""
+    """Sums over the labelled entries of prediction, target, labelled [B, size] -> [fields, size]. A label above 0.5 is positive.
+
+    What is not finite enters no sum but that of its own, `bad`. `rows` counts, in the first column, the rows with any label.
+    """
     p, t = prediction.double(), target.double()
+    known, finite = labelled > 0, p.isfinite() & t.isfinite()
     said, true = p > 0.5, t > 0.5
     ones = torch.ones_like(p)
     terms = [ones, (p - t).abs(), (p - t) ** 2, p, t, p * p, t * t, p * t]
     terms += [said & true, said & ~true, ~said & true, ~said & ~true]
-    return torch.stack([torch.where(labelled > 0, x.double(), 0.0).sum(0) for x in terms])
+    sums = [torch.where(known & finite, x.double(), 0.0).sum(0) for x in terms]
+    rows = torch.zeros_like(sums[0])
+    rows[0] = known.any(1).sum()
+    return torch.stack([*sums, (known & ~finite).double().sum(0), rows])
+
+
+def not_finite(sums: Tally) -> int:
+    """How many labelled entries of a tally had a prediction or a label that is NaN or infinite."""
+    return int(sums[FIELDS.index("bad")].sum())
+
+
+def macro_f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
+    """Mean of 2·tp / (2·tp + fp + fn) over the columns that have a positive label; counts [..., size] -> [...], NaN where none has.
+
+    Where the counts of several samples of the same rows are given (a bootstrap), the columns are those of any of them.
+    """
+    positive = (tp + fn > 0).any(tuple(range(tp.ndim - 1)))
+    if not positive.any():
+        return np.full(tp.shape[:-1], np.nan)
+    return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12))[..., positive].mean(-1)
 
 
 def summarise(sums: Tally) -> dict[str, float]:
-    """mae, rmse, pearson (mean over the columns where it exists), macro_f1, accuracy; {} where nothing is labelled.
+    """count (labelled entries), rows (with a labelled entry), mae, rmse, accuracy, pearson (mean over the columns where it exists)
+    and macro_f1 (where some column has a positive label); {} where nothing is labelled.
 
-    macro_f1 is the mean of 2·tp / (2·tp + fp + fn) over the columns that have a positive label.
+    ValueError where an entry is not finite: no figure stands for it.
     """
-    n, absolute, sq, p, t, pp, tt, pt, tp, fp, fn, tn = sums
+    if bad := not_finite(sums):
+        raise ValueError(f"{bad} predictions or labels are not finite: there is no metric of them")
+    n, absolute, sq, p, t, pp, tt, pt, tp, fp, fn, tn, _, rows = sums
     total = n.sum().item()
     if total == 0:
         return {}
     result = {
         "count": total,
+        "rows": rows.sum().item(),
         "mae": (absolute.sum() / total).item(),
         "rmse": (sq.sum() / total).sqrt().item(),
         "accuracy": ((tp + tn).sum() / total).item(),
@@ -41,7 +69,6 @@ def summarise(sums: Tally) -> dict[str, float]:
     moves = (var_p > 1e-9) & (var_t > 1e-9)
     if moves.any():
         result["pearson"] = (covariance[moves] / (var_p[moves] * var_t[moves]).sqrt()).mean().item()
-    positive = tp + fn > 0
-    if positive.any():
-        result["macro_f1"] = (2 * tp / (2 * tp + fp + fn).clamp(min=1e-12))[positive].mean().item()
+    if (tp + fn > 0).any():
+        result["macro_f1"] = float(macro_f1(tp.numpy(), fp.numpy(), fn.numpy()))
     return result

@@ -6,7 +6,8 @@ import torch
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
 
-from redheart.metrics import summarise, tally
+from redheart.evaluation.answers import Answers, metric, sums
+from redheart.metrics import not_finite, summarise, tally
 
 P = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
 T = (P + 0.6 * torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) - 0.3).clamp(0, 1)
@@ -41,3 +42,34 @@ def test_what_has_no_label_does_not_count():
 
 def test_a_constant_prediction_has_no_correlation_to_speak_of():
     assert "pearson" not in summarise(tally(torch.full_like(P, 0.4), T, ALL))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_counted_and_has_no_metric(bad: float):
+    broken = P.clone()
+    broken[3, 1] = broken[9, 0] = bad
+    sums = tally(broken, T, ALL) + tally(P, T, ALL)
+    assert not_finite(sums) == 2
+    assert sums.isfinite().all()
+    with pytest.raises(ValueError, match="2 predictions or labels are not finite"):
+        summarise(sums)
+    assert not_finite(tally(broken, T, torch.where(broken.isfinite(), ALL, 0.0))) == 0
+
+
+def test_rows_are_texts_and_count_is_entries():
+    w = torch.zeros(50, 3)
+    w[:10, 0] = w[5:20, 2] = 0.3
+    told = summarise(tally(P[:7], T[:7], w[:7]) + tally(P[7:], T[7:], w[7:]))
+    assert (told["rows"], told["count"]) == (20, 25)
+
+
+def test_macro_f1_is_one_definition_for_sums_and_for_rows():
+    """A column that nobody is positive in has no F1: scikit-learn on the other columns."""
+    t = T.clone()
+    t[:, 1] = 0.1
+    expected = f1_score(t[:, ::2] > 0.5, P[:, ::2] > 0.5, average="macro")
+    assert summarise(tally(P, t, ALL))["macro_f1"] == pytest.approx(expected)
+    given = Answers(P.numpy(), t.numpy(), ALL.numpy() > 0)
+    assert metric("multilabel", sums("multilabel", given, np.full(3, 0.5)).sum(0)) == pytest.approx(expected)
+    none = summarise(tally(P, torch.zeros_like(T), ALL))
+    assert "macro_f1" not in none

@@ -16,6 +16,7 @@ from itertools import combinations
 
 import torch
 
+from redheart.finite import check_finite
 from redheart.schema import RedHeartError
 
 MAX_AGENTS = 4
@@ -45,7 +46,7 @@ class Rung:
 def surd(pmf: torch.Tensor) -> SurdResult:
     """Decomposes a joint distribution.
 
-    pmf: [n_target, n_1, …, n_N], non-negative, summing to one (to 1e-6); at most four agents. Raises RedHeartError otherwise.
+    pmf: [n_target, n_1, …, n_N], finite, non-negative, summing to one (to 1e-6); at most four agents. Raises RedHeartError otherwise.
     """
     pmf = _checked(pmf)
     num_agents = pmf.dim() - 1
@@ -72,7 +73,16 @@ def surd(pmf: torch.Tensor) -> SurdResult:
 
 
 def surd_from_samples(target: torch.Tensor, agents: torch.Tensor, bins: int) -> SurdResult:
-    """SURD of samples: target [n], agents [N, n], each cut into `bins` equal-width bins between its least and largest value."""
+    """SURD of samples: target [n], agents [N, n], each cut into `bins` equal-width bins between its least and largest value.
+
+    Raises RedHeartError for shapes that do not fit, no sample, no bin, and for values that are not finite, whose bin nobody knows.
+    """
+    if target.dim() != 1 or agents.dim() != 2 or agents.shape[1] != len(target) or not len(target) or bins < 1:
+        raise RedHeartError(
+            f"surd_from_samples takes a target [n], agents [N, n] and a bin or more: got {list(target.shape)}, "
+            f"{list(agents.shape)} and {bins}"
+        )
+    check_finite({"target": target, **{f"agent {i}": agent for i, agent in enumerate(agents, 1)}})
     rows = torch.cat([target[None], agents]).double()
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     width = torch.where(high > low, (high - low) / bins, torch.ones_like(low))
@@ -81,7 +91,8 @@ def surd_from_samples(target: torch.Tensor, agents: torch.Tensor, bins: int) -> 
 
 
 def joint_pmf(codes: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """The empirical joint distribution of integer codes [variables, n] -> [*sizes], float64."""
+    """The empirical joint distribution of integer codes [variables, n], each in [0, its size) -> [*sizes], float64."""
+    assert all(0 <= int(row.min()) <= int(row.max()) < size for row, size in zip(codes, sizes, strict=True))
     flat = torch.zeros(codes.shape[1], dtype=torch.long)
     for row, size in zip(codes.long(), sizes, strict=True):
         flat = flat * size + row
@@ -120,6 +131,7 @@ def pointwise_shares(pmf: torch.Tensor, t: int, a: tuple[int, ...]) -> tuple[lis
     its positive δ over the sum of all positive δ, None where none is positive; leak = 1 - p(t | a). Both are None for a
     combination of t and a that the distribution never saw.
     """
+    pmf = _checked(pmf)
     if pmf[(t, *a)] == 0:
         return None, None
     gained = {"redundant": 0.0, "unique": 0.0, "synergistic": 0.0}
@@ -158,6 +170,7 @@ def _checked(pmf: torch.Tensor) -> torch.Tensor:
     pmf = pmf.double()
     if not 1 <= pmf.dim() - 1 <= MAX_AGENTS:
         raise RedHeartError(f"surd takes 1 to {MAX_AGENTS} agents: got a pmf of {pmf.dim()} dimensions")
+    check_finite({"pmf": pmf})
     if bool((pmf < 0).any()) or abs(pmf.sum().item() - 1) > 1e-6:
         raise RedHeartError("surd needs a distribution: non-negative entries that sum to one")
     return pmf / pmf.sum()

@@ -11,9 +11,9 @@ from itertools import combinations
 
 import torch
 
+from redheart.causality.levels import LEVELS, level_edges, level_of
 from redheart.causality.null import surd_above_null
-
-LEVELS = 3
+from redheart.finite import check_finite
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,16 @@ class Informing:
 def informing(
     target: str, values: torch.Tensor, agents: Mapping[str, torch.Tensor], repeats: int = 20, seed: int = 0
 ) -> Informing:
-    """SURD above chance of `values` [n] given one to four agents [n] each, all cut into three levels of equal size.
+    """SURD above chance of `values` [n] given one to four agents [n] each, each cut into levels (causality/levels.py) by its own values.
 
-    Ties stay together, so a quantity with few distinct values has uneven levels. ValueError where the lengths differ.
+    ValueError where the lengths differ, RedHeartError that names the quantity where a value is not finite.
     """
     if any(a.shape != values.shape for a in agents.values()):
         raise ValueError(f"target and agents must be alike: {[tuple(v.shape) for v in (values, *agents.values())]}")
     names = list(agents)
-    result = surd_above_null(levels(values), torch.stack([levels(a) for a in agents.values()]), LEVELS, repeats, seed)
+    check_finite({target: values, **agents})
+    codes, *others = (level_of(v, level_edges(v)).double() for v in (values, *agents.values()))
+    result = surd_above_null(codes, torch.stack(others), LEVELS, repeats, seed)
     name = lambda key: tuple(names[i - 1] for i in key)  # noqa: E731 (agents are numbered from 1)
     return Informing(
         target,
@@ -67,15 +69,12 @@ def informing(
     )
 
 
-def levels(values: torch.Tensor) -> torch.Tensor:
-    """Each value's third, 0, 1 or 2, of [n]: by the values at one third and two thirds of the sorted ones."""
-    ordered = values.double().sort().values
-    edges = torch.stack([ordered[len(ordered) * k // LEVELS] for k in range(1, LEVELS)])
-    return torch.searchsorted(edges, values.double().contiguous(), right=True).double()
-
-
 def gradient_cosines(gradients: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], float]:
-    """Cosine of the angle between every two gradients of equal shape, in [-1, 1]; pairs with a zero gradient are left out."""
+    """Cosine of the angle between every two gradients of equal shape, in [-1, 1]; pairs with a zero gradient are left out.
+
+    RedHeartError that names the gradient where one is not finite.
+    """
+    check_finite({f"gradient of {name}": g for name, g in gradients.items()})
     norms = {name: g.double().norm() for name, g in gradients.items()}
     return {
         (a, b): float((gradients[a].double() * gradients[b].double()).sum() / (norms[a] * norms[b]))

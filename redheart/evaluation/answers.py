@@ -13,6 +13,8 @@ import torch
 
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import forward, predict_all
+from redheart.finite import check_finite
+from redheart.metrics import macro_f1
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import JUDGED_ORIGINS, LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS
@@ -54,6 +56,7 @@ def collect(
             weight = batch.weights[task.label]
             rows = torch.isin(origin, torch.tensor(JUDGES, dtype=origin.dtype)) & (weight > 0).any(1)
             if task.final and rows.any():
+                check_finite({f"predictions of {name}": prediction[rows]})
                 found = (prediction[rows], batch.labels[task.label][rows], weight[rows] > 0)
                 parts.setdefault(name, []).append(tuple(t.numpy() for t in found))
     return {n: Answers(*(np.concatenate(x) for x in zip(*p, strict=True))) for n, p in parts.items()}
@@ -87,8 +90,7 @@ def sums(kind: str, given: Answers, cut: np.ndarray | None) -> np.ndarray:
 def metric(kind: str, total: np.ndarray) -> np.ndarray:
     """Sums over rows [..., terms, size] -> macro-F1, accuracy or mean Pearson correlation [...]."""
     if kind == "multilabel":
-        tp, fp, fn = np.moveaxis(total, -2, 0)
-        return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(-1)
+        return macro_f1(*np.moveaxis(total, -2, 0))
     if kind == "binary":
         right, n = np.moveaxis(total, -2, 0)
         return right.sum(-1) / n.sum(-1)

@@ -6,6 +6,7 @@ far it agrees with labels of that kind, and are marked so wherever they are prin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,10 +14,10 @@ import torch
 
 from redheart.config import LossConfig
 from redheart.data.stream import SampleStream
-from redheart.metrics import FIELDS, Tally, empty_tally, summarise, tally
+from redheart.metrics import FIELDS, Tally, empty_tally, not_finite, summarise, tally
 from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import sum_over_ranks, together
-from redheart.schema import LABELS, ORIGINS, Batch
+from redheart.schema import LABELS, ORIGINS, Batch, RedHeartError
 from redheart.tasks import TASKS, task_losses
 
 Row = tuple[str, str]  # task, origin
@@ -24,12 +25,23 @@ Row = tuple[str, str]  # task, origin
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`losses`: loss ÷ labels per task; `total`: Σ factor·loss; `metrics`: by (task, origin), see metrics.summarise."""
+    """`losses`: loss ÷ labels per task; `total`: Σ factor·loss; `metrics`: by (task, origin), see metrics.summarise.
+
+    `not_finite`: how many labelled entries a task answered with a NaN or an infinity; it has no metrics for that origin.
+    """
 
     rows: int
     losses: dict[str, float]
     total: float
     metrics: dict[Row, dict[str, float]]
+    not_finite: dict[Row, int]
+
+    def check_finite(self) -> None:
+        """Raises RedHeartError that names the answers or losses that are not finite."""
+        told = [f"{task} of {n} labels by {origin}" for (task, origin), n in self.not_finite.items()]
+        told += [f"the loss of {task}" for task, value in self.losses.items() if not math.isfinite(value)]
+        if told:
+            raise RedHeartError(f"not finite: {', '.join(told)}; judge an earlier checkpoint")
 
 
 def evaluate(
@@ -129,11 +141,13 @@ def _merge(
     total_sums = dict(zip(TASKS, flat[: len(TASKS)], strict=True))
     total_counts = dict(zip(TASKS, flat[len(TASKS) : 2 * len(TASKS)], strict=True))
     flat = flat[2 * len(TASKS) :]
-    metrics = {}
+    metrics, bad = {}, {}
     for row in _rows():
         size = LABELS[TASKS[row[0]].label].size * len(FIELDS)
         merged, flat = torch.tensor(flat[:size], dtype=torch.float64).view(len(FIELDS), -1), flat[size:]
-        if summary := summarise(merged):
+        if count := not_finite(merged):
+            bad[row] = count
+        elif summary := summarise(merged):
             metrics[row] = summary
     losses = {n: total_sums[n] / total_counts[n] for n in TASKS if total_counts[n] > 0}
-    return Evaluation(rows, losses, sum(factors[n] * v for n, v in losses.items()), metrics)
+    return Evaluation(rows, losses, sum(factors[n] * v for n, v in losses.items()), metrics, bad)

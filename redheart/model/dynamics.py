@@ -14,7 +14,7 @@ from torch import nn
 from redheart.model.analyzers import masked_mean
 from redheart.model.layers import MLP, Keys, full_precision
 from redheart.schema import EMOTIONS
-from redheart.signals.dsp import envelope, oscillator
+from redheart.signals.dsp import follow, ring
 from redheart.signals.kalman import (
     FilterElement,
     combine,
@@ -66,8 +66,8 @@ class DspSimulator(nn.Module):
         gain = full_precision(self.trajectory_gain)
         drive = drive + gain * (torch.zeros_like(drive) if trajectory is None else trajectory)
         x = (torch.tanh(drive) * mask[..., None]).transpose(1, 2)  # [B, 7, T]
-        swell = envelope(x, attack, release, TOKEN_RATE_HZ)
-        swing = oscillator(x, frequency, decay, TOKEN_RATE_HZ)
+        swell = follow(x, attack, release, TOKEN_RATE_HZ)
+        swing = ring(x, frequency, decay, TOKEN_RATE_HZ)
         loss = -torch.expm1(-1 / (decay * TOKEN_RATE_HZ))[..., None]  # 1 - ρ, so that a steady drive stays of order one
         signals = controls[4][..., None] * swell + controls[5][..., None] * loss * swing
         return signals.transpose(1, 2) * mask[..., None]  # filters ring on behind the last token

@@ -5,7 +5,8 @@ zero, frequencies in Hz (any real number: they alias at the frame rate). Both fi
 is the time in which a state falls to 1/e: the factor per frame is exp(-1 / (τ · rate)), in (0, 1) for every τ > 0, so
 that both are stable whatever a network learns for τ. Parameters broadcast to the leading shape of x, a Python number
 included; gradients flow to the signal and to every parameter. float64 stays float64; everything else is computed in, and
-returned as, float32. Nothing here waits for a GPU: the values of the parameters are not looked at.
+returned as, float32. `envelope` and `oscillator` look at what they are given and refuse what is not finite, and time constants that
+are not above zero, by RedHeartError; `follow` and `ring` are the same without a look, so that nothing waits for a GPU (the network's).
 
 Source: Zölzer (ed., 2011), "DAFX: Digital Audio Effects", 2nd ed., chapter 4 (the peak follower with attack and release)
 and chapter 2 (the two-pole resonator, of which the oscillator is the real part of the complex one-pole form).
@@ -14,15 +15,46 @@ and chapter 2 (the two-pole resonator, of which the oscillator is the real part 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from redheart.finite import check_finite
+from redheart.schema import RedHeartError
+
 Parameter = torch.Tensor | float
 
 
 def envelope(x: torch.Tensor, attack_s: Parameter, release_s: Parameter, frame_rate_hz: float) -> torch.Tensor:
+    """The envelope of x [..., T] -> [..., T]: `follow`, where the formula stands, of values that are looked at first.
+
+    RedHeartError that names what is not finite or no time constant (seconds, above zero); ValueError for shapes that do not broadcast.
+    """
+    _check(x, {"frame_rate_hz": frame_rate_hz, "attack_s": attack_s, "release_s": release_s})
+    return follow(x, attack_s, release_s, frame_rate_hz)
+
+
+def oscillator(x: torch.Tensor, frequency_hz: Parameter, decay_s: Parameter, frame_rate_hz: float) -> torch.Tensor:
+    """What a damped oscillator makes of x [..., T] -> [..., T]: `ring`, where the formula stands, of values that are looked at first.
+
+    RedHeartError that names what is not finite or no decay (seconds, above zero); ValueError for shapes that do not broadcast.
+    """
+    check_finite({"frequency_hz": torch.as_tensor(frequency_hz)})
+    _check(x, {"frame_rate_hz": frame_rate_hz, "decay_s": decay_s})
+    return ring(x, frequency_hz, decay_s, frame_rate_hz)
+
+
+def _check(x: torch.Tensor, positive: Mapping[str, Parameter]) -> None:
+    values = {name: torch.as_tensor(value) for name, value in positive.items()}
+    check_finite({"x": x, **values})
+    for name, value in values.items():
+        if not bool((value > 0).all()):
+            raise RedHeartError(f"{name} must be above zero: the smallest is {value.min().item():g}")
+
+
+def follow(x: torch.Tensor, attack_s: Parameter, release_s: Parameter, frame_rate_hz: float) -> torch.Tensor:
     """The envelope of a signal, which rises with time constant `attack_s` and falls with `release_s`.
 
     e_t = α e_{t-1} + (1 - α) |x_t|, e_{-1} = 0, α = exp(-1 / (τ · rate)), τ = attack_s where |x_t| > e_{t-1}, else release_s.
@@ -42,7 +74,7 @@ def envelope(x: torch.Tensor, attack_s: Parameter, release_s: Parameter, frame_r
     return _Envelope.apply(x.to(dtype).abs().movedim(-1, 0), *gains).movedim(0, -1)
 
 
-def oscillator(x: torch.Tensor, frequency_hz: Parameter, decay_s: Parameter, frame_rate_hz: float) -> torch.Tensor:
+def ring(x: torch.Tensor, frequency_hz: Parameter, decay_s: Parameter, frame_rate_hz: float) -> torch.Tensor:
     """The response of a damped oscillator at rest that x pushes: Re s_t, s_t = ρ e^{iω} s_{t-1} + x_t.
 
     ρ = exp(-1 / (decay_s · rate)), ω = 2π frequency_hz / rate. x [..., T] -> [..., T]; frequency_hz and decay_s broadcast

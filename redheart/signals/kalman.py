@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from redheart.finite import check_finite
+
 
 class FilterResult(NamedTuple):
     """Moments after the update of every step, and the log density of all measurements in nats."""
@@ -35,9 +37,10 @@ def kalman_filter(
     """z [*, T, M]; x0 [*, S] and P0 [*, S, S] stand before the first prediction; predict, then update.
 
     F [S, S], H [M, S], Q [S, S] and R [M, M] may each vary: with the leading shape [*, T] (over the batch and over time) where they
-    have one dimension more than P0, else with a shape that broadcasts to [*]. ValueError where the shapes do not fit. The loop over T
-    costs about twenty small kernels a step.
+    have one dimension more than P0, else with a shape that broadcasts to [*]. ValueError where the shapes do not fit, RedHeartError
+    that names what is not finite (a NaN is no missing measurement). The loop over T costs about twenty small kernels a step.
     """
+    check_finite({"z": z, "F": F, "H": H, "Q": Q, "R": R, "x0": x0, "P0": P0})
     dtype = torch.promote_types(z.dtype, torch.float32)
     z, F, H, Q, R, x, P = (a.to(dtype) for a in (z, F, H, Q, R, x0, P0))
     if H.shape[-2] != z.shape[-1] or F.shape[-1] != x.shape[-1] or P.shape[-1] != x.shape[-1]:

@@ -51,8 +51,10 @@ class Synergy:
     def analyse(self, model: RedHeartModel, batch: Batch, factors: Mapping[str, float]) -> dict[str, float]:
         """Tags and values. The model's mode is kept; nothing is added to any parameter's gradient."""
         values = {f"cosine/{a}~{b}": c for (a, b), c in self._cosines(model, batch, factors).items()}
-        if sum(map(len, self._recent)) >= LEAST:
-            regret, emotion, bentham, acceptability = torch.cat(list(self._recent))[-RECENT:].T.double().cpu()
+        recent = torch.cat(list(self._recent))[-RECENT:].double().cpu() if self._recent else torch.empty(0, 4)
+        recent = recent[recent.isfinite().all(1)]  # of a step that the guard has skipped and counted
+        if len(recent) >= LEAST:
+            regret, emotion, bentham, acceptability = recent.T
             agents = {"emotion": emotion, "bentham": bentham, "acceptability": acceptability}
             told = informing("regret", regret, agents, repeats=8)
             values |= {f"regret/{kind}_share": v for kind, v in told.shares().items()}
@@ -84,4 +86,5 @@ class Synergy:
                 )
                 parts = [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
                 gradients[name] = torch.cat([p.flatten().float() for p in parts])
-        return gradient_cosines(gradients)
+        finite = {name: g for name, g in gradients.items() if g.isfinite().all()}  # the guard names the others
+        return gradient_cosines(finite)

@@ -41,6 +41,7 @@ def validate(
     weights = factors(task_weights(config.loss), progress.scales, config.loss.constant_floor)
     swapped = place(model, device, config.memory.swap if swap is None else swap)
     result = evaluate(model, held_out, config.loss, weights, device)
+    result.check_finite()
     facts = {
         "preset": config.preset,
         "parameters": f"{sum(parameter_counts(model).values()):,}",

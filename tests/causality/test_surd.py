@@ -108,6 +108,23 @@ def test_what_is_no_distribution_is_refused(bad):
         surd(bad)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_distribution_with_a_hole_is_refused(bad: float):
+    pmf = torch.tensor([[0.5, bad], [0.25, 0.25]], dtype=torch.float64)
+    with pytest.raises(RedHeartError, match="pmf: 1 of 4 values are not finite"):
+        surd(pmf)
+    with pytest.raises(RedHeartError, match="not finite"):
+        pointwise_shares(pmf, 0, (0,))
+
+
+@pytest.mark.parametrize(
+    ("target", "agents", "bins"), [((4,), (2, 5), 3), ((0,), (2, 0), 3), ((4,), (4,), 3), ((4,), (2, 4), 0)]
+)
+def test_samples_that_do_not_fit_are_refused(target, agents, bins):
+    with pytest.raises(RedHeartError, match="surd_from_samples takes"):
+        surd_from_samples(torch.zeros(target), torch.zeros(agents), bins)
+
+
 def test_published_code_on_exact_distributions():
     reference = json.loads((corpus("pid_reference") / "surd_reference_values.json").read_text())["cases"]
     assert len(reference) == 13

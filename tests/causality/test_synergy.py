@@ -8,7 +8,8 @@ import torch
 
 from redheart.causality.null import surd_above_null
 from redheart.causality.surd import surd_from_samples
-from redheart.causality.synergy import gradient_cosines, informing, levels
+from redheart.causality.synergy import gradient_cosines, informing
+from redheart.schema import RedHeartError
 from tests.corpora import corpus
 
 
@@ -63,11 +64,19 @@ def test_what_is_told_stays():
         assert result.leak == pytest.approx(0, abs=0.05)
 
 
-def test_levels_are_thirds_and_ties_stay_together():
-    assert levels(torch.arange(9)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    tied = levels(torch.tensor([1.0, 1, 1, 5, 5, 5]))
-    assert len(set(tied[:3].tolist())) == 1
-    assert len(set(tied[3:].tolist())) == 1
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_by_name(bad: float):
+    x, y = noise(2, 400, seed=4)
+    broken = y.clone()
+    broken[7] = bad
+    with pytest.raises(RedHeartError, match=r"bentham: 1 of 400 values are not finite .*number 7"):
+        informing("regret", x, {"emotion": x, "bentham": broken})
+    with pytest.raises(RedHeartError, match="gradient of b"):
+        gradient_cosines({"a": x, "b": broken})
+    with pytest.raises(RedHeartError, match="agent 2: 1 of 400"):
+        surd_from_samples(x, torch.stack([x, broken]), 3)
+    with pytest.raises(RedHeartError, match="target: 1 of 400"):
+        surd_from_samples(broken, torch.stack([x, y]), 3)
 
 
 def test_agents_are_named():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.signal import lfilter
 
+from redheart.schema import RedHeartError
 from redheart.signals.dsp import envelope, oscillator
 
 RATE = 50.0
@@ -188,3 +189,24 @@ def test_shapes_that_do_not_broadcast_are_refused(function, shape):
             function(x, 1.0, bad, RATE)
     else:
         assert function(x, bad, bad, RATE).shape == x.shape
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_by_name(bad):
+    x = signal(2, 9)
+    broken = x.clone()
+    broken[1, 4] = bad
+    for function, name in ((envelope, "attack_s"), (oscillator, "frequency_hz")):
+        with pytest.raises(RedHeartError, match=r"x: 1 of 18 values are not finite .*number 13"):
+            function(broken, 1.0, 1.0, RATE)
+        with pytest.raises(RedHeartError, match=f"{name}: 1 of 2"):
+            function(x, torch.tensor([1.0, bad]), 1.0, RATE)
+        with pytest.raises(RedHeartError, match="frame_rate_hz"):
+            function(x, 1.0, 1.0, bad)
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.1])
+def test_a_time_constant_that_is_none_is_refused_by_name(tau):
+    for function, name in ((envelope, "release_s"), (oscillator, "decay_s")):
+        with pytest.raises(RedHeartError, match=f"{name} must be above zero"):
+            function(signal(2, 9), 1.0, torch.tensor([1.0, tau]), RATE)

@@ -7,6 +7,7 @@ from filterpy.kalman import KalmanFilter
 from scipy.linalg import solve_discrete_are
 from scipy.stats import multivariate_normal
 
+from redheart.schema import RedHeartError
 from redheart.signals.kalman import (
     FilterElement,
     combine,
@@ -188,3 +189,12 @@ def test_shapes_that_do_not_fit_are_named():
     z, F, H, Q, R, x0, P0 = system(3, 2, 4)
     with pytest.raises(ValueError, match="do not fit"):
         kalman_filter(z[..., :1], F, H, Q, R, x0, P0)
+
+
+@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(place: int, bad: float):
+    given = [a.contiguous().clone() for a in system(3, 2, 4)]
+    given[place].view(-1)[1] = bad
+    with pytest.raises(RedHeartError, match=f"^{('z', 'F', 'H', 'Q', 'R', 'x0', 'P0')[place]}: 1 of .* not finite"):
+        kalman_filter(*given)
