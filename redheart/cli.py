@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from redheart.bench.commands import bench, emit
-from redheart.options import Checkpoint, Data, Device, Json, NetworkGbit, Preset, Set, StepSeconds, Swap
+from redheart.options import Checkpoint, Data, Device, Json, NetworkGbit, Preset, RunPreset, Set, StepSeconds, Swap
 from redheart.schema import RedHeartError
 from redheart.version import VERSION
 
@@ -195,7 +195,7 @@ def plan(
 @app.command()
 def train(
     data: Data,
-    preset: Preset = "local",
+    preset: RunPreset = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/PRESET]")] = None,
     resume: Annotated[
@@ -215,13 +215,13 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""
-    from redheart.config import load_config
     from redheart.console import console
     from redheart.ranks import is_main
+    from redheart.train.resume import settings
     from redheart.train.start import train as start
 
-    config = load_config(preset, set_ or ())
-    result = start(config, data, out or Path("runs") / config.preset, resume, overwrite, not no_param_update, init)
+    config, run = settings(preset, set_ or (), out, resume)
+    result = start(config, data, run, resume, overwrite, not no_param_update, init)
     state = result.state
     console.print(
         f"{'stopped' if result.signal else 'finished'} at step {state.step} of {result.total_steps} after {result.seconds:.0f} s; "
@@ -231,7 +231,7 @@ def train(
     if is_main():
         emit(result.to_json(), json_)
     if result.signal:
-        console.print(f"go on with: redheart train --preset {preset} --data {data} --out {result.run} --resume")
+        console.print(f"go on with: {result.go_on}", markup=False)
         raise typer.Exit(128 + result.signal)
 
 

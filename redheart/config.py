@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,10 +20,12 @@ from redheart.schema import RedHeartError
 Strategy = Literal[
     "plain", "gpu_8bit", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit"
 ]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Factor = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -131,7 +133,7 @@ class OptimizerConfig(Section):
     )
     learning_rate: float = Field(1e-4, gt=0)
     final_learning_rate: float = Field(1e-6, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
@@ -147,7 +149,7 @@ class LossShares(Section):
 
 
 class LossConfig(Section):
-    weights: dict[str, float] = Field(default_factory=dict, description="factor per output, 1.0 where not named")
+    weights: dict[str, Factor] = Field(default_factory=dict, description="factor per output, 1.0 where not named")
     shares: LossShares = LossShares()
     focal_gamma: float = Field(2.0, ge=0)
     huber_delta: float = Field(0.25, gt=0)
@@ -214,6 +216,66 @@ class RunConfig(Section):
                 f"optimizer.name = adamw contradicts memory.strategy = {self.memory.strategy}: leave one of them out"
             )
         return self
+
+
+class OnResume(NamedTuple):
+    """What `--resume` does with a key that differs from the checkpoint's: `free` and `stated` ones change from the next step
+    on (and `why` says what that means), `refused` ones end the start (and `why` is the reason)."""
+
+    kind: Literal["free", "stated", "refused"]
+    why: str
+
+
+_ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = (
+    ("free", "a name", "preset"),
+    ("free", "the same numbers, computed otherwise", "model.activation_checkpointing memory.swap"),
+    ("free", "the same steps, cut otherwise", "training.micro_batch_size"),
+    ("free", "what is seen and kept of the run", """training.log_every training.evaluate_every training.synergy_every
+     training.checkpoint_every training.keep_checkpoints training.log_samples"""),
+    ("free", "when it gives up", "training.max_bad_steps training.collective_timeout_s"),
+    ("free", "what the plan may take", "memory.gpu_memory_gib memory.host_memory_gib"),
+    ("free", "how data is fetched", "data.remote.attempts data.remote.timeout_s data.remote.cache_gib"),
+    ("free", "read by prepare alone", """data.encoder.batch_size data.encoder.languages data.labeler.name
+     data.labeler.quantization data.labeler.weight data.labeler.max_texts data.labeler.batch_size data.labeler.unpack
+     data.labeler.min_mass data.labeler.min_spread data.labeler.min_agreement data.augment.kind data.augment.max_texts
+     data.augment.min_similarity data.augment.max_shift data.augment.min_gain data.rows_per_shard data.dedup
+     data.dedup_threshold data.columns data.mixture"""),
+    ("stated", "the learning rates of the steps to come are those of a run with this value from its start",
+     "optimizer.learning_rate optimizer.final_learning_rate optimizer.warmup_fraction training.epochs training.max_steps"),
+    ("stated", "it holds for the steps to come; those done had the other one",
+     "optimizer.max_grad_norm model.dropout loss.balance loss.router_z"),
+    ("refused", "the weights of the checkpoint belong to another network", """model.encoder_width model.width model.heads
+     model.layers model.task_width model.task_heads model.num_experts model.ablate"""),
+    ("refused", "the checkpoint was trained on other features",
+     "data.encoder.name data.encoder.layers data.encoder.max_tokens"),
+    ("refused", "step s reads the positions from s × batch on, in an order drawn from the seed: samples would come twice or never",
+     "training.seed training.global_batch_size"),
+    ("refused", "the optimizer's state goes on with the value it was made with",
+     "optimizer.name optimizer.betas optimizer.eps optimizer.weight_decay"),
+    ("refused", "the states of the checkpoint are in another form", "memory.strategy training.precision"),
+    ("refused", "the losses before and after could not be compared, nor divided by the same scales", """loss.weights
+     loss.shares.heads loss.shares.analyzers loss.shares.aux loss.focal_gamma loss.huber_delta loss.extreme_penalty
+     loss.constant_floor"""),
+    ("refused", "`best` would compare unlike numbers", "training.best_metric training.evaluate_rows"),
+)  # fmt: skip
+ON_RESUME = {key: OnResume(kind, why) for kind, why, keys in _ON_RESUME for key in keys.split()}  # every leaf key
+SAME_STATES = {"zero1", "zero2"}  # strategies that read each other's checkpoints bit for bit
+
+
+def on_resume(key: str, old: Any, new: Any) -> OnResume:
+    """What `--resume` does where the checkpoint has `old` and this call wants `new`."""
+    if key == "memory.strategy" and {old, new} <= SAME_STATES:
+        return OnResume("stated", "the same states, reduced otherwise")
+    return ON_RESUME[key]
+
+
+def leaves(config: Section) -> dict[str, Any]:
+    """Every leaf key of a configuration by its dotted path, as plain values."""
+    found: dict[str, Any] = {}
+    for name, value in config:
+        inner = {f"{name}.{k}": v for k, v in leaves(value).items()} if isinstance(value, Section) else {name: value}
+        found |= inner
+    return found
 
 
 def preset_names() -> list[str]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,12 @@ def write_manifest(directory: Path) -> None:
     write_json(directory / MANIFEST, {"files": entries})
 
 
-def verify_manifest(directory: Path) -> None:
-    """Raises RedHeartError unless every file of the manifest is there with the recorded sha256."""
+def verify_manifest(directory: Path, only: Collection[str] | None = None) -> None:
+    """Raises RedHeartError unless every file of the manifest (or those of `only`) is there with the recorded sha256."""
     entries = read_json(directory / MANIFEST, "this directory was never committed; choose another one")["files"]
     for name, entry in entries.items():
+        if only is not None and name not in only:
+            continue
         path = directory / name
         if not path.is_file():
             raise RedHeartError(f"{path} is missing although {MANIFEST} names it: choose another checkpoint")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class Progress:
     out_of_memory: list[dict[str, Any]] = field(
         default_factory=list
     )  # when the micro-batch had to shrink: train/oom.py
+    order: str = ""  # which rows the data has and in which order: train/resume.py
+    changes: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of the configuration, each at the step of a resume: train/resume.py
 
     def improves(self, value: float) -> bool:
         """Whether `value` (lower is better) is the best so far; it is kept if so."""
@@ -97,6 +102,11 @@ def committed(run: Path) -> list[Path]:
 
 def find(wanted: str, run: Path) -> Path:
     """The checkpoint that `--resume` means: `last`, `best`, a checkpoint directory or a run directory. Verified, or an error."""
+    return verified(locate(wanted, run))
+
+
+def locate(wanted: str, run: Path) -> Path:
+    """As `find`, but not verified yet."""
     if wanted in ("last", "best"):
         directory = read_pointer(run / "checkpoints" / wanted)
         if directory is None:
@@ -107,15 +117,16 @@ def find(wanted: str, run: Path) -> Path:
         directory = Path(wanted)
         pointed = read_pointer(directory / "checkpoints" / "last")
         directory = pointed or directory
-    return verified(directory)
+    return directory
 
 
-def verified(directory: Path) -> Path:
-    """`directory`, if it is a whole checkpoint; otherwise an error that offers the one before it."""
+def verified(directory: Path, only: Collection[str] | None = None) -> Path:
+    """`directory`, if it is a whole checkpoint (of its files those of `only` are looked at); else an error that offers the one
+    before it."""
     if not directory.is_dir():
         raise RedHeartError(f"checkpoint {directory} does not exist")
     try:
-        verify_manifest(directory)
+        verify_manifest(directory, only)
     except RedHeartError as error:
         others = [d for d in committed(directory.parent.parent) if d.name < directory.name]
         offer = f"; the one before it is {others[-1]}" if others else ""

@@ -25,7 +25,9 @@ from redheart.train import checkpoint
 from redheart.train.agree import agree
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import PlainEngine
+from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
+from redheart.train.resume import accept, command, order_of_rows
 from redheart.train.stages import split_global_batch
 from redheart.train.stored import fitting
 from redheart.train.trainer import Trainer
@@ -41,6 +43,7 @@ class TrainResult:
     seconds: float
     signal: int | None
     memory: dict[str, dict[str, float]]  # planned beside taken: memory/compare.py
+    go_on: str  # how to go on with it
 
     def to_json(self) -> dict[str, Any]:
         state = self.state
@@ -50,7 +53,7 @@ class TrainResult:
             "best_value": state.best_value, "best_step": state.best_step, "last_loss": state.last_loss,
             "skipped_steps": state.skipped_steps, "signal": self.signal,
             "micro_batch_size": state.micro_batch_size, "out_of_memory": state.out_of_memory,
-            "memory": self.memory,
+            "changes": state.changes, "memory": self.memory,
         }  # fmt: skip
 
 
@@ -67,22 +70,22 @@ def train(
 
     `init`: an export, a checkpoint or a run whose weights the run starts from, instead of random ones.
     """
+    if init and resume:
+        raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
     streams = _open_streams(data, config)
     split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
-    if config.training.best_metric not in ("loss", *TASKS):
-        raise RedHeartError(f"training.best_metric must be loss or one of {', '.join(TASKS)}")
+    check_names(config, streams[1])
     source = checkpoint.find(resume, run) if resume else None
     state = checkpoint.read_progress(source) if source else Progress()
-    if source and state.encoder != streams[0].encoder:
-        raise RedHeartError(f"{source} was trained on features of another encoder ({state.encoder}) than {data} holds")
+    total_steps = steps_of(config, streams[0].rows_per_epoch)
+    if source:
+        accept(source, state, config, run, streams[0].index, total_steps)
     state.encoder, state.sources = streams[0].encoder, streams[0].index["sources"]
+    state.order = order_of_rows(streams[0].index)
     state.data = str(data) if "://" in str(data) else str(Path(data).resolve())
     state.micro_batch_size, accumulation = split_global_batch(
         config.training.global_batch_size, wanted_micro_batch_size(config, state), launched_world_size()
     )
-    total_steps = steps_of(config, streams[0].rows_per_epoch)
-    if init and source:
-        raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
     planned = None
     if launched_rank() == 0:
         planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
@@ -101,6 +104,8 @@ def train(
         agree(run, config, streams[0].index)
         if source:
             engine.load(source)
+            if launched_rank() == 0:
+                write_text(run / "config.yaml", dump_config(config))
         else:
             state.scales = constant_losses(*streams[0].label_sample(), config.loss)
         _announce(config, engine.world_size, accumulation, total_steps, state)
@@ -113,7 +118,8 @@ def train(
     seconds = time.perf_counter() - started
     memory = planned_and_taken(planned) if planned and launched_world_size() == 1 else {}
     show_taken(memory)
-    return TrainResult(run, state, total_steps, seconds, stop.signal, memory)
+    go_on = command(data, run) if update_parameters else "a dry run keeps no checkpoint: start it again"
+    return TrainResult(run, state, total_steps, seconds, stop.signal, memory, go_on)
 
 
 def steps_of(config: RunConfig, num_rows: int) -> int:
@@ -141,7 +147,8 @@ def _claim(run: Path, config: RunConfig, resuming: bool, overwrite: bool) -> Non
         if used and not resuming:
             shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", dump_config(config))
+        if not resuming:  # else it is written once the checkpoint is loaded
+            write_text(run / "config.yaml", dump_config(config))
 
 
 def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps: int, state: Progress) -> None:

@@ -1,0 +1,59 @@
+"""Names in a configuration that are looked up late, checked before anything is written: losses, modules, the best metric."""
+
+from __future__ import annotations
+
+import difflib
+
+from redheart.config import RunConfig
+from redheart.data.stream import SampleStream
+from redheart.model.select import ExecutionMode, select
+from redheart.schema import LABELS, RedHeartError
+from redheart.tasks import TASKS, task_weights
+
+CHUNK = 256  # dev rows looked at in one go
+
+
+def check_names(config: RunConfig, dev: SampleStream) -> None:
+    """Raises RedHeartError for a name that nothing has, and for a best metric that `dev` or this network cannot give."""
+    built = select(ExecutionMode.TRAINING, config.model.ablate).built
+    for name in config.loss.weights:
+        if name not in TASKS:
+            close = difflib.get_close_matches(name, TASKS, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise RedHeartError(f"loss.weights: no output is called {name!r}{hint}: choose from {', '.join(TASKS)}")
+    for name in config.memory.swap:
+        if name not in built:
+            raise RedHeartError(f"memory.swap: {name!r} is no module of this network: choose from {', '.join(built)}")
+    wanted, weights = config.training.best_metric, task_weights(config.loss)
+    if wanted not in ("loss", *TASKS):
+        raise RedHeartError(f"training.best_metric = {wanted}: choose loss or one of {', '.join(TASKS)}")
+    if wanted != "loss" and TASKS[wanted].module not in built:
+        raise RedHeartError(
+            f"training.best_metric = {wanted}: its module {TASKS[wanted].module} is left out by model.ablate: choose another one"
+        )
+    if not dev.num_rows:
+        if wanted == "loss":
+            return  # the newest checkpoint counts as the best
+        raise RedHeartError(
+            f"training.best_metric = {wanted}: the data has no dev rows: give some samples split 'dev', or leave it at loss, where "
+            "the newest checkpoint counts as the best"
+        )
+    names = [
+        n for n, task in TASKS.items() if task.module in built and (n == wanted or (wanted == "loss" and weights[n]))
+    ]
+    needed, found = {TASKS[n].label for n in names}, set()
+    for batch in dev.in_order(CHUNK, max_rows=config.training.evaluate_rows):
+        found |= {label for label in LABELS if batch.weights[label].any()}
+        if needed & found:
+            return
+    looked = f"none of the {min(dev.num_rows, config.training.evaluate_rows)} dev rows that training looks at"
+    if wanted == "loss":
+        raise RedHeartError(
+            f"{looked} has a label that enters the loss, so no checkpoint could be told to be the best: label some of them, or give "
+            "them split 'train'"
+        )
+    others = ", ".join(["loss", *(n for n, task in TASKS.items() if task.final and task.label in found)])
+    raise RedHeartError(
+        f"training.best_metric = {wanted}: {looked} has a label of it: label some, raise training.evaluate_rows, or choose "
+        f"from {others}"
+    )
