@@ -160,7 +160,7 @@ class LossConfig(Section):
 
 
 class TrainingConfig(Section):
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     epochs: float = Field(gt=0, description="passes over the training split; ignored where max_steps is given")
     max_steps: int | None = Field(None, gt=0)
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step over all ranks and micro-steps")

@@ -4,7 +4,18 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from redheart.config import RunConfig, dump_config, known_keys, load_config, parse_config, preset_names
+from redheart.config import (
+    _ON_RESUME,
+    ON_RESUME,
+    RunConfig,
+    dump_config,
+    known_keys,
+    leaves,
+    load_config,
+    on_resume,
+    parse_config,
+    preset_names,
+)
 from redheart.schema import RedHeartError
 
 PRESETS = ("330m", "base", "local")
@@ -139,10 +150,23 @@ def test_a_set_that_cannot_be_applied_is_quoted(override):
         "data.encoder.max_tokens=3",
         "data.labeler.quantization=int3",
         "memory.strategy=zero9",
+        "training.seed=-1",
+        "training.seed=9223372036854775808",
+        "optimizer.learning_rate=.inf",
+        "optimizer.max_grad_norm=.nan",
     ],
 )
 def test_a_bad_value_is_named_with_its_dotted_path(override):
     path, _, _ = override.partition("=")
+    with pytest.raises(RedHeartError, match=f"config key {path} = "):
+        load_config("local", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1"), ("loss.weights.emotion=-1", "loss.weights.emotion")],
+)
+def test_a_bad_entry_is_named_too(override, path):
     with pytest.raises(RedHeartError, match=f"config key {path} = "):
         load_config("local", [override])
 
@@ -183,3 +207,34 @@ def test_a_dump_reads_back_as_itself(name, tmp_path):
 
 def test_known_keys_reach_the_innermost_section():
     assert {"training", "epochs", "encoder", "layers", "quantization"} <= set(known_keys(RunConfig))
+
+
+def leaf_keys(section: type[BaseModel], path: str = "") -> set[str]:
+    """Dotted paths of a section's keys, from its classes alone."""
+    found: set[str] = set()
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        inner = isinstance(kind, type) and issubclass(kind, BaseModel)
+        found |= leaf_keys(kind, f"{path}{name}.") if inner else {path + name}
+    return found
+
+
+def test_every_key_stands_once_in_the_table_of_resuming():
+    keys = leaf_keys(RunConfig)
+    assert {"preset", "training.seed", "loss.shares.heads", "data.encoder.layers"} <= keys
+    assert sorted(key for _, _, group in _ON_RESUME for key in group.split()) == sorted(keys)
+    assert set(leaves(load_config("local"))) == keys
+    assert all(rule.why for rule in ON_RESUME.values())
+
+
+def test_a_new_key_would_be_missed_in_the_table():
+    class Longer(RunConfig):
+        note: str = ""
+
+    assert leaf_keys(Longer) - set(ON_RESUME) == {"note"}
+
+
+def test_only_strategies_with_the_same_states_may_follow_each_other():
+    assert on_resume("memory.strategy", "zero1", "zero2").kind == "stated"
+    assert on_resume("memory.strategy", "zero2", "zero3").kind == "refused"
+    assert on_resume("memory.strategy", "plain", "zero1").kind == "refused"

@@ -1,6 +1,7 @@
 """Whole runs: the same parameters on every path, after every interruption, on every number of ranks."""
 
 import json
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -46,12 +47,14 @@ def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, whol
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whole_run, tmp_path, number):
-    run = tmp_path / "interrupted"
+    run = tmp_path / "interrupted run"
     code, output = start_and_signal(data, run, 20, 5, number, "--set", "training.evaluate_every=10")
     assert code == 128 + number, output
     stopped_at = json.loads((read_pointer(run / "checkpoints" / "last") / "trainer.json").read_text())["step"]
     assert 5 <= stopped_at < 20
-    train(data, run, 20, "--set", "training.evaluate_every=10", "--resume")
+    hint = next(line for line in output.splitlines() if line.startswith("go on with: "))
+    resumed = redheart(*shlex.split(hint.removeprefix("go on with: redheart ")))  # carries every --set of the run
+    assert resumed.returncode == 0, resumed.stderr
     expected, got = last_weights(whole_run), last_weights(run)
     assert all(torch.equal(expected[k], got[k]) for k in expected)
     assert losses(run) == losses(whole_run)

@@ -1,0 +1,201 @@
+"""What a resume may change, what it refuses, and whose settings it takes; names that were looked up too late."""
+
+import copy
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from redheart.config import ON_RESUME, RunConfig, dump_config, leaves, load_config
+from redheart.data.stream import SampleStream
+from redheart.schema import Batch, RedHeartError
+from redheart.train.checkpoint import read_progress
+from redheart.train.named import check_names
+from redheart.train.resume import accept, changes, command, order_of_rows, settings
+from redheart.train.start import train as start
+from tests.train.tiny import make_batch
+
+SETTINGS = [
+    *("model.width=24", "model.heads=2", "model.layers=1", "model.task_width=16", "model.task_heads=2"),
+    *("memory.strategy=plain", "training.global_batch_size=4", "training.max_steps=2", "training.checkpoint_every=1"),
+    *("training.log_samples=true", "training.seed=5"),
+]
+OTHER = {  # another value of every key that a resume refuses
+    "model.encoder_width": 384, "model.width": 48, "model.heads": 3, "model.layers": 2, "model.task_width": 32,
+    "model.task_heads": 4, "model.num_experts": 4, "model.ablate": "[analyzers.surd]", "data.encoder.name": "package:other",
+    "data.encoder.layers": "[5, 6]", "data.encoder.max_tokens": 32, "training.seed": 6, "training.global_batch_size": 2,
+    "optimizer.name": "adamw_8bit", "optimizer.betas": "[0.8, 0.999]", "optimizer.eps": 1e-6, "optimizer.weight_decay": 0.1,
+    "memory.strategy": "zero2_offload", "training.precision": "bf16", "loss.weights": "{emotion: 2}",
+    "loss.shares.heads": 0.5, "loss.shares.analyzers": 0.5, "loss.shares.aux": 0.5, "loss.focal_gamma": 1,
+    "loss.huber_delta": 0.5, "loss.extreme_penalty": 0.2, "loss.constant_floor": 0.1, "training.best_metric": "emotion",
+    "training.evaluate_rows": 2,
+}  # fmt: skip
+
+
+def local(*more: str) -> RunConfig:
+    return load_config("local", [*SETTINGS, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("resume") / "run"
+    start(local(), data, run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_every_refused_key_is_tried():
+    assert set(OTHER) == {key for key, rule in ON_RESUME.items() if rule.kind == "refused"}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_that_the_checkpoint_cannot_take_is_refused_by_name_and_nothing_is_touched(data, trained, key):
+    before = content(trained)
+    with pytest.raises(RedHeartError) as error:
+        start(local("training.max_steps=4", f"{key}={OTHER[key]}"), data, trained, resume="last")
+    assert key in str(error.value)
+    if not key.startswith("data.encoder.") and key != "model.encoder_width":  # these, the data refuses already
+        old, new = changes(local(), local(f"{key}={OTHER[key]}"))[key]
+        assert f"{key}: {json.dumps(old)} → {json.dumps(new)}" in str(error.value)
+    assert content(trained) == before
+
+
+def test_what_may_change_does_and_is_recorded(data, run, capfd):
+    wanted = local("training.max_steps=3", "optimizer.learning_rate=0.002", "training.micro_batch_size=2")
+    start(wanted, data, run, resume="last")
+    saved = read_progress(run / "checkpoints" / "step-00000003")
+    recorded = [
+        {"step": 2, "key": "optimizer.learning_rate", "from": 0.0005, "to": 0.002},
+        {"step": 2, "key": "training.max_steps", "from": 2, "to": 3},
+        {"step": 2, "key": "training.micro_batch_size", "from": 16, "to": 2},
+    ]
+    assert sorted(saved.changes, key=lambda c: c["key"]) == recorded
+    assert (run / "config.yaml").read_text() == dump_config(wanted)
+    told = capfd.readouterr().err
+    assert "from step 2 on training.max_steps: 2 → 3 (the learning rates of the steps to come" in told
+    assert "from step 2 on training.micro_batch_size: 16 → 2\n" in told
+
+    start(local(*leaves_of(wanted), "training.max_steps=4"), data, run, resume="last")
+    again = read_progress(run / "checkpoints" / "step-00000004").changes
+    assert again == [*saved.changes, {"step": 3, "key": "training.max_steps", "from": 3, "to": 4}]
+
+
+def leaves_of(config: RunConfig) -> list[str]:
+    changed = ("optimizer.learning_rate", "training.micro_batch_size")
+    return [f"{key}={leaves(config)[key]}" for key in changed]
+
+
+def test_an_optimizer_that_is_named_or_implied_is_the_same():
+    assert changes(local(), local("optimizer.name=adamw")) == {}
+    eight = ["memory.strategy=zero2_offload_8bit", "optimizer.name=adamw_8bit"]
+    assert set(changes(local(), local(*eight))) == {"memory.strategy", "optimizer.name"}
+
+
+def test_a_resume_without_a_preset_takes_the_settings_of_the_run(trained):
+    config, run = settings(None, ["training.log_every=3"], trained, "last")
+    assert (config, run) == (local("training.log_every=3"), trained)
+    named, _ = settings("local", ["training.log_every=3"], trained, "last")
+    assert named.training.seed == 0  # and will be refused
+    fresh, where = settings(None, [], None, None)
+    assert (fresh, where) == (load_config("local"), Path("runs/local"))
+
+
+def test_a_path_to_resume_names_its_run(data, run, tmp_path):
+    step_1 = run / "checkpoints" / "step-00000001"
+    for wanted in (run, step_1):
+        assert settings(None, [], None, str(wanted)) == (local(), run)
+    loose = shutil.copytree(step_1, tmp_path / "loose")
+    with pytest.raises(RedHeartError, match=r"lies in no run.*--out"):
+        settings(None, [], None, str(loose))
+    other = shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(RedHeartError, match="holds another run"):
+        start(local("training.max_steps=3"), data, other, resume=str(step_1))
+
+
+def test_settings_that_were_changed_in_a_checkpoint_are_refused(run):
+    path = run / "checkpoints" / "step-00000002" / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 5", "seed: 7"))
+    with pytest.raises(RedHeartError, match=r"config\.yaml is damaged.*step-00000001"):
+        settings(None, [], run, "last")
+
+
+def test_other_rows_and_a_shorter_run_are_refused(data, trained):
+    source = trained / "checkpoints" / "step-00000002"
+    index = SampleStream(data, "train").index
+    accept(source, read_progress(source), local(), trained, index, 2)
+    for split in ("train", "dev"):
+        other = copy.deepcopy(index)
+        other["splits"][split]["shards"][0]["sha256"] = "0" * 64
+        assert order_of_rows(other) != order_of_rows(index)
+        with pytest.raises(RedHeartError, match="other rows than what"):
+            accept(source, read_progress(source), local(), trained, other, 2)
+    with pytest.raises(RedHeartError, match=r"is at step 2 and .*max_steps"):
+        accept(source, read_progress(source), local(), trained, index, 1)
+
+
+def test_the_command_to_go_on_with_survives_a_shell():
+    words = ["redheart", "train", "--data", "my data", "--out", "it's a run", "--resume"]
+    assert shlex.split(command("my data", Path("it's a run"))) == words
+
+
+class Rows:
+    """A dev split of eight rows without the labels in `missing`."""
+
+    def __init__(self, missing: tuple[str, ...] = (), num_rows: int = 8):
+        self.missing, self.num_rows = missing, num_rows
+
+    def in_order(self, batch_size: int, max_rows: int) -> Iterator[Batch]:
+        batch = make_batch(range(min(self.num_rows, max_rows)))
+        for label in self.missing:
+            batch.weights[label].zero_()
+        yield batch
+
+
+def test_a_best_metric_that_no_dev_row_can_give_is_refused_before_a_step():
+    check_names(local("training.best_metric=bentham"), Rows())
+    with pytest.raises(RedHeartError, match=r"best_metric = bentham: none of the 8 dev rows.*loss, emotion") as error:
+        check_names(local("training.best_metric=bentham"), Rows(("bentham",)))
+    assert "bentham" not in str(error.value).split("choose from")[1]
+    with pytest.raises(RedHeartError, match="none of the 8 dev rows"):
+        check_names(local("training.best_metric=heads.bentham/bentham"), Rows(("bentham",)))
+    with pytest.raises(RedHeartError, match="no dev rows"):
+        check_names(local("training.best_metric=bentham"), Rows(num_rows=0))
+    with pytest.raises(RedHeartError, match=r"left out by model\.ablate"):
+        check_names(local("training.best_metric=heads.emotion/emotion", "model.ablate=[heads.emotion]"), Rows())
+
+
+def test_the_loss_needs_a_dev_label_that_enters_it():
+    labels = tuple(make_batch(range(1)).weights)
+    check_names(local(), Rows(num_rows=0))  # the newest counts as the best
+    check_names(local(), Rows(tuple(x for x in labels if x != "vad")))
+    with pytest.raises(RedHeartError, match="none of the 8 dev rows"):
+        check_names(local(), Rows(labels))
+    shares = ["loss.shares.heads=0", "loss.shares.analyzers=0", "loss.weights.vad=0"]
+    with pytest.raises(RedHeartError, match="enters the loss"):
+        check_names(local(*shares), Rows(tuple(x for x in labels if x != "vad")))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("loss.weights.emotoin=2", r"emotoin.*did you mean emotion"),
+        ("memory.swap=[heads.x]", r"memory\.swap: 'heads\.x'"),
+        ("model.ablate=[heads.x]", r"unknown module 'heads\.x'"),
+        ("training.best_metric=emotoin", "best_metric = emotoin"),
+    ],
+)
+def test_a_name_that_nothing_has_is_refused_before_anything_is_written(data, tmp_path, setting, words):
+    with pytest.raises(RedHeartError, match=words):
+        start(local(setting), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
