@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,18 @@ from redheart.schema import RedHeartError
 
 BLOCK = 256
 CODES = 2  # the meaning of the codes; another number is another kernel's
-STATES = ("exp_avg_8bit", "exp_avg_sq_8bit", "exp_avg_scale", "exp_avg_sq_scale")
+CODE_STATES = {"exp_avg_8bit": torch.int8, "exp_avg_sq_8bit": torch.uint8}  # [n]
+SCALE_STATES = ("exp_avg_scale", "exp_avg_sq_scale")  # float32 [ceil(n / BLOCK)], powers of two or zero
+STATES = (*CODE_STATES, *SCALE_STATES)
+BARE = {"step", "number"}  # what a state may hold before it has moments
+
+
+class OptimizerValueError(RedHeartError, ValueError):
+    """Where torch.optim.AdamW raises ValueError: a setting out of range, a state that does not fit."""
+
+
+class OptimizerRuntimeError(RedHeartError, RuntimeError):
+    """Where torch.optim.AdamW raises RuntimeError: tensors that do not fit one another in a step."""
 
 
 @cache
@@ -69,25 +80,35 @@ def kernel(lanes: int = 0) -> Any:
 
 
 class CPUAdamW8bit(torch.optim.Optimizer):
-    """AdamW for fp32 parameters in host memory. `seed` draws the rounding noise: same seed, same run, bit for bit."""
+    """AdamW for fp32 parameters in host memory. `seed` draws the rounding noise: same seed, same run, bit for bit.
+
+    What AdamW refuses, it refuses with an error of the same type, and before it writes anything: the kernel is given addresses,
+    so that every tensor is looked at first. `lr` and `betas` may be tensors of one element, as for AdamW.
+    """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         seed: int = 0,
     ):
-        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
-            raise RedHeartError(
-                f"CPUAdamW8bit: lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range"
-            )
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "codes": CODES}
+        _check_settings(lr, betas, eps, weight_decay)
+        # the seed is kept in the groups, which are what copies, pickles and checkpoints carry
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "codes": CODES, "seed": seed}
         super().__init__(params, defaults)
-        self.seed = seed
-        self._kernel = kernel()
+        assert self._kernel  # compiled now, not within the first step
+
+    @cached_property
+    def _kernel(self) -> Any:  # not among what copies and pickles carry
+        return kernel()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("seed", self.defaults.get("seed", 0))  # of checkpoints before there was one
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -111,7 +132,9 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         copies = copies or {}
         given = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         for _, p in given:
-            _check(p, copies.get(p))
+            _check_step(p, copies.get(p))
+            if self.state.get(p, {}).keys() - BARE:
+                check_states(self.state[p], p.numel())
         if check_finite and not all(self._kernel.all_finite(p.grad.data_ptr(), p.numel()) for _, p in given):
             raise FloatingPointError("a gradient is not finite: the optimizer has changed nothing")
         left = 0
@@ -128,17 +151,17 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     def _update(self, p: torch.Tensor, group: dict[str, Any], copy: torch.Tensor | None) -> int:
         """How many blocks were left alone, for their gradient is not finite."""
         state = self.state[p]
-        state.setdefault("step", 0)
         if STATES[0] not in state:
             state.update(_empty_states(p.numel()))
         # which noise it draws: ZeRO shows one group at a time, so a place in param_groups would not tell them apart
         state.setdefault("number", 1 + max(other.get("number", 0) for other in self.state.values()))
-        state["step"] += 1
+        state["step"] = int(state.get("step", 0)) + 1
         gradient, address = p.grad, 0 if copy is None else copy.data_ptr()
         assert gradient is not None
         left: int = self._kernel.step(
-            p.data_ptr(), gradient.data_ptr(), self._pointers(state), address, p.numel(), group["lr"], *group["betas"],
-            group["eps"], group["weight_decay"], int(state["step"]), self.seed * 1_000_003 + state["number"],
+            p.data_ptr(), gradient.data_ptr(), self._pointers(state), address, p.numel(), float(group["lr"]),
+            *(float(beta) for beta in group["betas"]), float(group["eps"]), float(group["weight_decay"]), state["step"],
+            group["seed"] * 1_000_003 + state["number"],
         )  # fmt: skip
         return left
 
@@ -154,8 +177,10 @@ class CPUAdamW8bit(torch.optim.Optimizer):
 
     def moments(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and second moments of a parameter as fp32 tensors of its shape."""
-        m, v = torch.empty(p.shape), torch.empty(p.shape)
-        self._kernel.expand(self._pointers(self.state[p]), m.data_ptr(), v.data_ptr(), p.numel())
+        if not self.state.get(p, {}).keys() - BARE:
+            raise OptimizerValueError("CPUAdamW8bit: this parameter has no moments yet: it has never been stepped")
+        check_states(self.state[p], p.numel())
+        m, v = (x.view(p.shape) for x in expand_states(self.state[p]))
         return m, v
 
     def set_moments(self, p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, start: int = 0) -> None:
@@ -175,15 +200,16 @@ class CPUAdamW8bit(torch.optim.Optimizer):
                 or x.device.type != "cpu"
                 or not x.isfinite().all()
             ):
-                raise RedHeartError(
+                raise OptimizerValueError(
                     f"CPUAdamW8bit: moments must be {left} finite float32 numbers in host memory, "
                     f"these are {x.numel()} of {x.dtype} on {x.device}: check the checkpoint"
                 )
         if (v < 0).any():
-            raise RedHeartError("CPUAdamW8bit: a second moment is negative: check the checkpoint")
+            raise OptimizerValueError("CPUAdamW8bit: a second moment is negative: check the checkpoint")
         state = self.state[p]
         if STATES[0] not in state:
             state.update(_empty_states(p.numel()))
+        check_states(state, p.numel())
         block = start // BLOCK
         part = {name: state[name][start if state[name].numel() == p.numel() else block :] for name in STATES}
         self._kernel.compress(self._pointers(part), m.data_ptr(), v.data_ptr(), m.numel())
@@ -191,51 +217,153 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would turn the codes into floats: types and values stay as they were saved.
 
-        Raises RedHeartError for codes of another meaning.
+        Raises an error for the state of another optimizer, for codes of another meaning, and for states that do not fit.
         """
-        if state_dict["state"] and any(g.get("codes") != CODES for g in state_dict["param_groups"]):
-            raise RedHeartError(
-                "this checkpoint holds 8-bit optimizer states of another version of Red Heart, whose codes mean other numbers: go "
-                "on with that version, or start from its weights with --init"
-            )
-        super().load_state_dict(state_dict)
+        given: dict[str, Any] = {}
         order = [p for group in self.param_groups for p in group["params"]]
-        for index, saved in state_dict["state"].items():
-            for name in STATES:
-                self.state[order[index]][name] = saved[name].clone()
+
+        def look(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            """After every pre-hook of the user's, which may have made another state dict."""
+            numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+            if len(numbers) == len(order):  # or torch raises
+                _check_state_dict(state_dict, {number: p.numel() for number, p in zip(numbers, order, strict=True)})
+                given.update(
+                    {number: (p, state_dict["state"].get(number, {})) for number, p in zip(numbers, order, strict=True)}
+                )
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            """Before every post-hook of the user's."""
+            for p, saved in given.values():
+                for name in STATES if saved.keys() - BARE else ():
+                    self.state[p][name] = saved[name].detach().clone()
+
+        handles = (
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def expand_states(state: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(first, second) moments of a parameter's 8-bit state as flat fp32 tensors."""
     n = state[STATES[0]].numel()
-    m, v = torch.empty(n), torch.empty(n)
+    check_states(state, n)
+    m, v = (torch.empty(n, dtype=torch.float32, device="cpu") for _ in range(2))
     states = kernel().States(*(state[name].data_ptr() for name in STATES))
     kernel().expand(states, m.data_ptr(), v.data_ptr(), n)
     return m, v
 
 
 def _empty_states(n: int) -> dict[str, torch.Tensor]:
-    blocks = -(-n // BLOCK)
-    sizes, kinds = (n, n, blocks, blocks), (torch.int8, torch.uint8, torch.float32, torch.float32)
-    return {name: torch.zeros(s, dtype=k) for name, s, k in zip(STATES, sizes, kinds, strict=True)}
+    """Whatever torch's default dtype and device are, which the kernel could not know."""
+    sizes = _sizes(n)
+    return {name: torch.zeros(sizes[name], dtype=dtype_of(name), device="cpu") for name in STATES}
 
 
-def _check(p: torch.Tensor, copy: torch.Tensor | None) -> None:
+def _sizes(n: int) -> dict[str, int]:
+    return {name: n if name in CODE_STATES else -(-n // BLOCK) for name in STATES}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Of one of STATES."""
+    return CODE_STATES.get(name, torch.float32)
+
+
+def check_states(state: dict[str, Any], n: int) -> None:
+    """Raises unless a parameter's state is one that the kernel can be given, for `n` elements."""
+    for name, size in _sizes(n).items():
+        x = state.get(name)
+        if not isinstance(x, torch.Tensor):
+            raise OptimizerValueError(f"CPUAdamW8bit: the state has no {name}: {_whose(state)}")
+        if x.dtype != dtype_of(name) or x.numel() != size or x.device.type != "cpu" or not x.is_contiguous():
+            raise OptimizerRuntimeError(
+                f"CPUAdamW8bit: {name} must be {size} contiguous numbers of {dtype_of(name)} in host memory for a parameter of "
+                f"{n} elements, this is {x.numel()} of {x.dtype} on {x.device}: was the parameter resized, or the state another's?"
+            )
+    step = state.get("step", 0)
+    if int(step) != step or step < 0:
+        raise OptimizerValueError(
+            f"CPUAdamW8bit: the state's step is {step}, not a number of steps: check the checkpoint"
+        )
+
+
+def _check_state_dict(state_dict: dict[str, Any], sizes: dict[Any, int]) -> None:
+    """Of what may be loaded: our codes, of this version, for parameters of `sizes`, with scales that are powers of two or zero."""
+    states = {number: state for number, state in state_dict["state"].items() if state.keys() - BARE}
+    for number, state in states.items():
+        if not any(name in state for name in STATES):
+            raise OptimizerValueError(f"CPUAdamW8bit cannot load the state of parameter {number}: {_whose(state)}")
+    if states and any(g.get("codes") != CODES for g in state_dict["param_groups"]):
+        raise OptimizerValueError(
+            "this checkpoint holds 8-bit optimizer states of another version of Red Heart, whose codes mean other numbers: go "
+            "on with that version, or start from its weights with --init"
+        )
+    for number, state in states.items():
+        check_states(state, sizes[number])
+        for name in SCALE_STATES:
+            mantissa = torch.frexp(state[name]).mantissa
+            if not ((mantissa == 0.5) | (mantissa == 0.0)).all():  # NaN, infinities and negative ones are neither
+                raise OptimizerValueError(
+                    f"CPUAdamW8bit: {name} of parameter {number} is damaged: check the checkpoint"
+                )
+
+
+def _whose(state: dict[str, Any]) -> str:
+    """What a state that is not ours seems to be."""
+    keys = set(state)
+    if {"exp_avg", "exp_avg_sq"} <= keys:
+        return "it is AdamW's in fp32 (exp_avg, exp_avg_sq); set_moments codes such moments into 8 bits"
+    if {"state1", "state2"} & keys:
+        return "it is bitsandbytes' (state1, state2), whose codes mean other numbers; start from its weights"
+    return f"it is another optimizer's, with {', '.join(sorted(map(str, keys))) or 'nothing in it'}"
+
+
+def _check_settings(lr: Any, betas: Any, eps: float, weight_decay: float) -> None:
+    """AdamW's rules and words, and eps above zero, without which an element that never had a gradient becomes NaN."""
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise OptimizerValueError("Tensor lr must be 1-element")
+    if len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
+        raise OptimizerValueError("betas must be either both floats or both Tensors")
+    if not 0 <= float(lr) < float("inf"):
+        raise OptimizerValueError(f"Invalid learning rate: {float(lr)} is out of range")
+    for index, beta in enumerate(betas):
+        if isinstance(beta, torch.Tensor) and beta.numel() != 1:
+            raise OptimizerValueError(f"Tensor betas[{index}] must be 1-element")
+        if not 0 <= float(beta) < 1:
+            raise OptimizerValueError(f"Invalid beta parameter at index {index}: {float(beta)} is out of range")
+    if not 0 < eps < float("inf"):
+        raise OptimizerValueError(f"Invalid epsilon value: {eps} is out of range")
+    if not 0 <= weight_decay < float("inf"):
+        raise OptimizerValueError(f"Invalid weight_decay value: {weight_decay} is out of range")
+
+
+def _check_step(p: torch.Tensor, copy: torch.Tensor | None) -> None:
     gradient = p.grad
     assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise OptimizerRuntimeError("CPUAdamW8bit does not support sparse gradients, as AdamW does not")
     for what, x in (("parameter", p), ("gradient", gradient)):
         if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
-            raise RedHeartError(
+            raise OptimizerRuntimeError(
                 f"CPUAdamW8bit needs contiguous float32 tensors in host memory, this {what} is {x.dtype} on {x.device}, "
                 f"strides {x.stride()}: use it under ZeRO with the optimizer offloaded, or bitsandbytes' AdamW8bit on a GPU"
             )
+    if gradient.shape != p.shape:
+        raise OptimizerRuntimeError(
+            f"CPUAdamW8bit: a parameter is {tuple(p.shape)} and its gradient {tuple(gradient.shape)}: was the parameter resized "
+            "after the backward pass?"
+        )
     if copy is not None and (
         copy.device.type != "cpu"
         or copy.dtype != torch.bfloat16
         or not copy.is_contiguous()
         or copy.numel() != p.numel()
     ):
-        raise RedHeartError(
+        raise OptimizerRuntimeError(
             f"CPUAdamW8bit writes copies as contiguous bfloat16 in host memory, {p.numel()} elements here: this one is "
             f"{copy.dtype} on {copy.device}, {copy.numel()} elements"
         )

