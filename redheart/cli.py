@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from redheart.bench.commands import bench, emit
-from redheart.options import Checkpoint, Data, Device, Json, NetworkGbit, Preset, RunPreset, Set, StepSeconds, Swap
+from redheart.bench.commands import bench
+from redheart.caches import forget_empty_variables
+from redheart.console import any_encoding, emit, literal
+from redheart.options import Checkpoint, Data, Device, Json, NetworkGbit, Preset, RunPreset, Set, StepSeconds, Swap, Version
 from redheart.schema import RedHeartError
-from redheart.version import VERSION
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -25,13 +26,10 @@ app.add_typer(bench, name="bench")
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Version = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="REDHEART_DEBUG")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
-) -> None:
-    if version:
-        print(VERSION)
-        raise typer.Exit
+) -> None: ...
 
 
 @app.command()
@@ -382,6 +380,8 @@ def _with_optional_path(arguments: list[str], option: str, alone: str) -> list[s
 
 def main() -> None:
     """Entry point: an error of the user's is one line and exit code 1; wrong options are exit code 2."""
+    any_encoding()
+    forget_empty_variables()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
@@ -391,8 +391,8 @@ def main() -> None:
     debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
     try:
         app(arguments)
-    except RedHeartError as error:
-        if debug:
+    except (RedHeartError, OSError) as error:
+        if debug or (isinstance(error, OSError) and not error.filename):  # a path the user chose, or a fault of ours
             raise
-        print(f"redheart: {error}", file=sys.stderr)
+        print("redheart:", literal(" ".join(line.strip() for line in str(error).splitlines())), file=sys.stderr)
         sys.exit(1)

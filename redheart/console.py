@@ -1,13 +1,19 @@
-"""What people see while something runs: messages, tables and progress bars, on stderr, from the first process only.
+"""What people see: messages, tables and progress bars on stderr, from the first process only, and results on stdout.
 
-stdout is kept for results, so that `--json` output can be piped.
+stdout is kept for results, so that `--json` output can be piped. Whatever is printed is shown as it is written: Rich's markup and
+`:emoji:` codes are off, and what the terminal would obey or cannot show becomes an escape such as \\x1b or \\uc815.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import math
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,30 +26,91 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from redheart.ranks import launched_rank
 
-console = Console(stderr=True, quiet=launched_rank() != 0, highlight=False, soft_wrap=True)
+
+def literal(text: str, encoding: str = "utf-8") -> str:
+    """`text` without anything a terminal obeys: control characters but newline and tab, and what `encoding` lacks, as escapes."""
+    safe = (
+        c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+    return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
+
+
+class LiteralConsole(Console):
+    """A console on which no string is markup, whatever user's text, path or label stands in it. It never raises over an encoding."""
+
+    def __init__(self, quiet: bool = False, stderr: bool = False):
+        super().__init__(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=stderr, markup=False, emoji=False)
+
+    def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
+        return super().render_str(literal(text, self.encoding), **settings)
+
+
+console = LiteralConsole(stderr=True, quiet=launched_rank() != 0)
+
+
+def any_encoding() -> None:
+    """From here on stdout and stderr write characters that their encoding lacks as escapes, instead of failing over them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def emit(value: Any, wanted: bool) -> None:
+    """The result as JSON on stdout, where it is wanted. A number that is not finite is null there, and named on stderr."""
+    if not wanted:
+        return
+    lost: list[str] = []
+    text = strict_json(value, lost, unicode=_is_unicode(sys.stdout))
+    print(text)
+    if lost:
+        some = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        console.print(f"null in the JSON, because it is not a finite number: {some}")
+
+
+def strict_json(value: Any, lost: list[str], unicode: bool = True) -> str:
+    """JSON on one line that strict parsers take: NaN and infinities become null, their dotted paths are appended to `lost`."""
+    return json.dumps(_finite(value, "", lost), ensure_ascii=not unicode, allow_nan=False)
+
+
+def _finite(value: Any, path: str, lost: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v, f"{path}.{k}" if path else str(k), lost) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{path}[{i}]", lost) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(f"{path or 'the result'} ({value})")
+        return None
+    return value
+
+
+def _is_unicode(stream: IO[str]) -> bool:
+    return (getattr(stream, "encoding", None) or "").lower().startswith("utf")
 
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[tuple[Progress, TaskID]]:
     """A progress bar with elapsed and remaining time; a few plain lines where stderr is no terminal."""
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("ETA"),
+        TextColumn("ETA", markup=False),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, refresh_per_second=4) as bar:
-        yield bar, bar.add_task(title, total=total, completed=done, note="")
+    note = TextColumn("{task.fields[note]}", markup=False)
+    with Progress(*columns, note, console=console, refresh_per_second=4) as bar:
+        yield bar, bar.add_task(literal(title, console.encoding), total=total, completed=done, note="")
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """A table whose first column is left-aligned and whose others are right-aligned."""
-    made = Table(title=title, title_justify="left")
+    made = Table(title=title or None, title_justify="left")
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
@@ -58,10 +125,15 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def show_answers(text: str, answers: dict[str, Any]) -> None:
-    """What the network says of a text, as a table on stdout."""
+def show_answers(text: str, answers: dict[str, Any], untrained: Iterable[str] = ()) -> None:
+    """What the network says of a text, as a table on stdout; `untrained`: the answers, as ANSWER or ANSWER.ENTRY, to mark so."""
     rows: list[tuple[str, str, str]] = []
+    marked = set(untrained)
     for name, value in answers.items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [(name, entry, f"{v:.3f}") for entry, v in entries]
-    Console().print(table(text, ("answer", "entry", "value"), rows))
+        for entry, v in entries:
+            mark = " (not trained)" if marked & {name, f"{name}.{entry}"} else ""
+            rows.append((name, entry, f"{v:.3f}{mark}"))
+    out = LiteralConsole()
+    out.print(text, soft_wrap=True)  # whole, whatever the table's width
+    out.print(table("", ("answer", "entry", "value"), rows))

@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+from redheart.version import VERSION
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(VERSION)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+]
 Preset = Annotated[str, typer.Option("--preset", help="local, base, 330m, 1b3, or a .yaml file.")]
 RunPreset = Annotated[
     str | None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from redheart.console import emit
 from redheart.options import Checkpoint, Data, Json, Preset, Set
 
 bench = typer.Typer(
@@ -241,9 +242,3 @@ def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:
         rows = [(k, json.dumps(v) if isinstance(v, dict | list) else str(v)) for k, v in result.items()]
         console.print(table(f"bench {what}", ("figure", "measured"), rows))
     emit(result, json_)
-
-
-def emit(value: Any, wanted: bool) -> None:
-    """The result as JSON on stdout, where it is wanted."""
-    if wanted:
-        print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,97 @@
+"""What is printed is what was given: no markup, no terminal codes, no failure over an encoding, no number that JSON lacks."""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+from rich.table import Table
+
+from redheart.console import LiteralConsole, any_encoding, emit, literal, progress, show_answers, strict_json, table
+
+HOSTILE = [
+    "great [/s]",
+    "my [removed] dog",
+    "[bold]x[/bold]",
+    "a :smile: b",
+    "[link=http://x]y[/link]",
+    "[@click=f()]z",
+]
+
+
+def shown(what: str | Table, encoding: str = "utf-8") -> str:
+    raw = io.BytesIO()
+    console = LiteralConsole()
+    console.file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)  # errors: strict
+    console.print(what)
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_is_shown_as_it_is_written(text):
+    assert text in shown(text)
+    assert text in shown(table(text, ["column"], [["cell " * 9]]))
+    assert text in shown(table("title", ["column"], [[text]]))
+    assert text in shown(table("title", [text], [["cell"]]))
+
+
+def test_the_global_console_and_the_progress_bar_take_no_markup(monkeypatch, capsys):
+    import redheart.console as module
+
+    monkeypatch.setattr(module, "console", LiteralConsole(stderr=True))
+    with progress("reading [/x]", 2) as (bar, task):
+        bar.update(task, completed=2, note="[y] :smile:")
+    told = capsys.readouterr().err
+    assert "reading [/x]" in told
+    assert "[y] :smile:" in told
+
+
+def test_a_terminal_obeys_nothing_that_a_text_holds():
+    assert shown("a\x1b[2Jb\x07\x9bc\rd") == "a\\x1b[2Jb\\x07\\x9bc\\rd\n"
+    assert literal("two\nlines\tand a tab") == "two\nlines\tand a tab"
+    assert literal("half a pair \ud83d") == "half a pair \\ud83d"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_an_encoding_lacks_is_an_escape_of_the_right_width(encoding):
+    told = shown(table("é 😀", ["answer"], [["jeong 정"], ["plain"]]), encoding)
+    assert "jeong \\uc815" in told
+    assert "\\U0001f600" in told
+    assert ("é" in told) == (encoding != "ascii")
+    lines = told.splitlines()[1:]
+    assert len({len(line) for line in lines}) == 1
+    assert all(ord(c) < 256 for c in told)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_in_every_encoding(monkeypatch, encoding):
+    value = [{"text": "정 é 😀 [x]", "jeong 정": 0.5, "path": "half \udcff"}]
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+    any_encoding()
+    emit(value, True)
+    assert json.loads(raw.getvalue().decode(encoding)) == value
+    assert ("정".encode() in raw.getvalue()) == (encoding == "utf-8")
+
+
+def test_a_number_that_is_not_finite_is_null_and_named(capsys):
+    def no(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    value = {"loss": math.nan, "curve": [1.0, math.inf, (2, -math.inf)], "fine": 0.1, "n": 3, "yes": True}
+    lost: list[str] = []
+    told = json.loads(strict_json(value, lost), parse_constant=no)
+    assert told == {"loss": None, "curve": [1.0, None, [2, None]], "fine": 0.1, "n": 3, "yes": True}
+    assert lost == ["loss (nan)", "curve[1] (inf)", "curve[2][1] (-inf)"]
+    emit({"loss": math.nan}, False)
+    assert capsys.readouterr().out == ""
+
+
+def test_answers_are_printed_whole(capsys):
+    show_answers("word " * 60 + "[removed] end", {"emotion": {"joy": 0.25}, "regret": 0.5}, ["regret"])
+    told = capsys.readouterr().out
+    assert told.count("word") == 60
+    assert "[removed]" in told
+    assert "0.250" in told
+    assert "0.500 (not trained)" in told
