@@ -5,6 +5,7 @@ Also how they run out of memory: together (`together`), so that all of them can 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -137,16 +138,76 @@ def same_everywhere(mine: str) -> bool:
 
 def launched_world_size() -> int:
     """The number of processes the launcher started, before any process group exists (1 without a launcher)."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _launch()[1] if is_launched() else 1
 
 
 def launched_rank() -> int:
     """This process's number as the launcher gave it, before any process group exists (0 without a launcher)."""
-    import os
+    return _launch()[0] if is_launched() else 0
 
-    return int(os.environ.get("RANK", "0"))
+
+def is_launched() -> bool:
+    """Whether a launcher started this process: only where all of LAUNCH are set and fit together."""
+    return not _missing() and _contradiction() is None
+
+
+def check_launch() -> None:
+    """Raises RedHeartError where variables of a launcher are half set or contradict themselves, so that it is open how many
+    processes this run has. What can only mean one process (RANK=0 alone, an empty one, MASTER_PORT alone) is ignored."""
+    if is_launched():
+        return
+    if wrong := _contradiction():
+        raise RedHeartError(f"{wrong}: {_REMEDY}")
+    said = [n for n, least in (("WORLD_SIZE", 1), ("RANK", 0)) if _number(n, least) > least]
+    if said:
+        shown = " and ".join(f"{n}={os.environ[n]}" for n in said)
+        raise RedHeartError(
+            f"{shown} is set without {', '.join(_missing())}, so that nobody knows how many processes this run has: "
+            f"`unset {' '.join(said)}` if it is left over, else {_REMEDY}"
+        )
+    for name in STARTERS:
+        if os.environ.get(name, "").strip().isdecimal() and int(os.environ[name]) > 1:
+            raise RedHeartError(
+                f"{name}={os.environ[name]}: several processes were started side by side, and none was told its RANK and "
+                f"WORLD_SIZE: `unset {name}` if only one runs this, else {_REMEDY}"
+            )
+
+
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch, accelerate and deepspeed read
+STARTERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # of mpirun and srun
+_REMEDY = "start several processes with `accelerate launch`, `deepspeed` or `torchrun`, which set all of them"
+
+
+def _missing() -> list[str]:
+    """Those of LAUNCH that are not set; an empty one is not."""
+    return [name for name in LAUNCH if not os.environ.get(name, "").strip()]
+
+
+def _number(name: str, absent: int) -> int:
+    """A variable as a whole number; `absent` where it is not set, -1 where it is no such number."""
+    text = os.environ.get(name, "").strip()
+    return absent if not text else int(text) if text.isdecimal() else -1
+
+
+def _launch() -> tuple[int, int]:
+    return _number("RANK", 0), _number("WORLD_SIZE", 1)
+
+
+def _contradiction() -> str | None:
+    """What is wrong with the variables that are set, each for itself and, where all are set, with each other."""
+    for name, least, most in (
+        ("RANK", 0, None),
+        ("LOCAL_RANK", 0, None),
+        ("WORLD_SIZE", 1, None),
+        ("MASTER_PORT", 1, 65535),
+    ):
+        value = _number(name, least)
+        if value < least or (most is not None and value > most):
+            return f"{name}={os.environ[name]!r} is no number from {least} up" + (f" to {most}" if most else "")
+    rank, world_size = _launch()
+    if not _missing() and max(rank, _number("LOCAL_RANK", 0)) >= world_size:
+        return f"RANK={rank} and LOCAL_RANK={_number('LOCAL_RANK', 0)} do not lie below WORLD_SIZE={world_size}"
+    return None
 
 
 def bf16_is_fast() -> bool:

@@ -170,12 +170,19 @@ def _encode_part(
 
 def wait_for(files: Sequence[Path], patience_s: float = 1800.0) -> None:
     """Waits until other processes have written `files`; an error names the first that is missing after `patience_s` of no news."""
+    told = False
     missing, since = [f for f in files if not f.is_file()], time.monotonic()
     while missing:
         time.sleep(0.2)
         left = [f for f in missing if not f.is_file()]
         if len(left) < len(missing):
             since = time.monotonic()
+        elif not told and time.monotonic() - since > 10:
+            told = True
+            console.print(
+                f"waiting for another of the {launched_world_size()} processes of this launch to write {left[0]} (if nobody started "
+                "them: `unset RANK WORLD_SIZE`, and start again) …"
+            )
         elif time.monotonic() - since > patience_s:
             raise RedHeartError(f"{left[0]} was not written by another process within {patience_s:g} s: run this again")
         missing = left

@@ -29,7 +29,7 @@ from redheart.data.order import CHUNK, WINDOW_SHARDS
 from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
 from redheart.data.store import Store
 from redheart.files import read_json, write_json, write_text
-from redheart.ranks import launched_rank
+from redheart.ranks import check_launch, launched_rank
 from redheart.schema import SPLITS, RedHeartError
 
 
@@ -70,6 +70,7 @@ def prepare(
     skip_invalid: bool = False,
 ) -> PrepareReport:
     """Prepares a data directory; see the module's docstring. Raises RedHeartError on any input that breaks the schema."""
+    check_launch()
     if force and launched_rank() == 0 and out.is_dir() and ((out / INDEX).is_file() or (out / "work").is_dir()):
         shutil.rmtree(out)
     gathered = gather(sources, config, skip_invalid, out / "rejected.jsonl")

@@ -18,13 +18,15 @@ from redheart.files import write_text
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
-from redheart.ranks import barrier, bf16_is_fast, launched_rank, launched_world_size, naming_lost_ranks
+from redheart.owned import make_directory
+from redheart.ranks import barrier, bf16_is_fast, check_launch, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_answers, constant_losses
 from redheart.train import checkpoint
 from redheart.train.agree import agree
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import PlainEngine
+from redheart.train.engine.machinery import START_S
 from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.resume import accept, command, order_of_rows
@@ -70,6 +72,7 @@ def train(
 
     `init`: an export, a checkpoint or a run whose weights the run starts from, instead of random ones.
     """
+    check_launch()
     if init and resume:
         raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
     streams = _open_streams(data, config)
@@ -94,7 +97,9 @@ def train(
         fitting(model_config(config, state.encoder), init)
     _claim(run, config, bool(source), overwrite)
     if config.memory.strategy != "plain":
-        console.print("starting DeepSpeed (its kernels compile on first use, about a minute) …")
+        others = launched_world_size() - 1
+        waiting = f"; waiting up to {START_S} s for {others} other processes of this launch" if others else ""
+        console.print(f"starting DeepSpeed (its kernels compile on first use, about a minute){waiting} …")
     constants = None if source else constant_answers(*streams[0].label_sample())
     with naming_lost_ranks(
         "once all processes have ended, the same command with --resume goes on from the last checkpoint "
@@ -146,7 +151,7 @@ def _claim(run: Path, config: RunConfig, resuming: bool, overwrite: bool) -> Non
             )
         if used and not resuming:
             shutil.rmtree(run)
-        run.mkdir(parents=True, exist_ok=True)
+        make_directory(run, "--out")
         if not resuming:  # else it is written once the checkpoint is loaded
             write_text(run / "config.yaml", dump_config(config))
 

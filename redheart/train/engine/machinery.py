@@ -16,6 +16,8 @@ import torch
 from redheart.config import RunConfig
 from redheart.files import read_json
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
+from redheart.optim.building import build_root
+from redheart.ranks import is_launched
 
 START_S = 600  # how long processes wait for each other to start: nodes read and compile at their own pace
 FILES = {"gpu_8bit": "zero2"}  # strategies that share the file of another
@@ -25,7 +27,7 @@ def import_machinery() -> tuple[Any, Any]:
     """accelerate and deepspeed, told about the CPU and about a run without a launcher before they look around."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:  # no launcher: a world of one
+    if not is_launched():  # a world of one, whatever an earlier launch left behind
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -91,6 +93,7 @@ def ds_config_path(strategy: str) -> Path:
 def compile_kernels() -> None:
     """Compiles (once, then cached) the kernels that training here needs: DeepSpeed's and our own."""
     import_machinery()
+    build_root()
     from deepspeed.accelerator import get_accelerator
 
     names = ["CPUAdamBuilder"] if torch.cuda.is_available() else ["CPUAdamBuilder", "ShareMemCommBuilder"]
