@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from redheart.files import read_text
 from redheart.schema import RedHeartError
 
 Strategy = Literal[
@@ -285,10 +286,7 @@ def preset_names() -> list[str]:
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a preset's name or of a YAML file, with `a.b=c` overrides (values are read as YAML)."""
     if preset.endswith((".yaml", ".yml")):
-        path = Path(preset)
-        if not path.is_file():
-            raise RedHeartError(f"configuration file {preset} does not exist")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(Path(preset), f"give a YAML file, or one of {', '.join(preset_names())}")
     elif preset in preset_names():
         text = resources.files("redheart").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8")
     else:

@@ -12,7 +12,7 @@ from redheart.config import EncoderConfig
 from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
 from redheart.evaluation.evaluate import predict_all
-from redheart.memory.swap import place
+from redheart.memory.swap import device_of, place
 from redheart.model.redheart import RedHeartModel
 from redheart.model.select import MODULES, ExecutionMode
 from redheart.schema import CULTURE_HANGUL, LABELS, RedHeartError
@@ -55,6 +55,7 @@ class RedHeartPipeline:
         swap: Collection[str] = (),
     ) -> RedHeartPipeline:
         """`path`: an export, a checkpoint, or a run directory (its best checkpoint). Loads the encoder it was trained with."""
+        device_of(device)  # before anything is loaded
         model = load_model(Path(path)).model
         made_with = model.config.encoder
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])

@@ -30,6 +30,15 @@ def make_directory(path: Path, option: str) -> None:
         raise RedHeartError(f"{option} {path} cannot be made ({error.strerror}): name another directory") from None
 
 
+def check_can_make(path: Path, option: str) -> None:
+    """Raises RedHeartError where `path` could not be made, before long work whose result would go there. Makes nothing."""
+    there = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not there.is_dir():
+        raise RedHeartError(f"{option} {path}: {there} is a file: name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RedHeartError(f"{option} {path}: {there} cannot be written to: name another place")
+
+
 def owned(directory: Path, kind: str) -> list[str]:
     """The names in `directory` that the product wrote as a `kind` ("run", "data"); none where it never did."""
     path = directory / MARKER

@@ -28,6 +28,7 @@ from redheart.files import read_json, write_json
 from redheart.memory.activations import PAIR_SHARE
 from redheart.memory.budget import gib
 from redheart.memory.plan import GIB, Candidate, Plan, plan
+from redheart.owned import make_directory
 from redheart.schema import RedHeartError
 
 TARGET = {"preset": "330m", "tokens": 64, "cap_gib": 8.0, "samples_per_s": 120.0}
@@ -72,6 +73,7 @@ def bench_gpu(
     wanted = _strategies(strategies)
     sizes = [gib(cap, "--caps") for cap in caps]
     configs = [load_config(preset) for preset in presets]
+    make_directory(out, "--out")
     console.print("looking at the machine, compiling kernels where that has not been done yet …")
     machine = _process({"what": "machine"}, None)
     if machine.get("error"):

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from redheart.caches import cache_directory
 from redheart.config import DataConfig, LabelerConfig
 from redheart.console import console
 from redheart.data.order import Order, positions
 from redheart.data.prepare import prepare
-from redheart.data.pretrained import cache_directory
 from redheart.data.stream import SampleStream
 from redheart.schema import LABELS, Batch, RedHeartError
 

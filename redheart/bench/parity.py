@@ -25,6 +25,7 @@ from redheart.bench.picture import Line, draw
 from redheart.config import load_config
 from redheart.console import console, progress, table
 from redheart.files import write_json
+from redheart.owned import check_can_make, make_directory
 from redheart.schema import RedHeartError
 
 STRATEGIES = {"adamw": "zero2_offload", "adamw_8bit": "zero2_offload_8bit"}
@@ -52,6 +53,11 @@ def bench_parity(
 
     `controls`: the seeds that fp32 states run with once more.
     """
+    make_directory(work, "--work")
+    if out:
+        if out.is_dir():
+            raise RedHeartError(f"--out {out} is a directory: name a .json file")
+        check_can_make(out, "--out")
     every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
     wanted = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
     eps = load_config(preset, overrides).optimizer.eps * CONTROL_EPS

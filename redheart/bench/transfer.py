@@ -22,6 +22,7 @@ from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.files import read_json, write_json
 from redheart.model.build import build_model
+from redheart.owned import make_directory
 from redheart.schema import RedHeartError
 from redheart.train.grow import grow
 from redheart.train.start import train
@@ -44,6 +45,7 @@ def bench_transfer(
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs what is not finished yet under `out`; curves and steps go to `out`/transfer.json, a picture to transfer.png."""
+    make_directory(out, "--out")
     bench = _Bench(data, out, small, large, source_steps, steps, evaluate_every, overrides)
     rate = {"source": bench.tune("source", seeds[0], learning_rates, None)}
     origin = bench.path("source", seeds[0], rate["source"])

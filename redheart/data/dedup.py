@@ -19,6 +19,7 @@ from redheart.data.neighbours import near_leaks
 from redheart.data.shards import INDEX, Shard, SplitsWriter, open_shard
 from redheart.data.store import Store
 from redheart.files import flush_to_disk, write_json, write_text
+from redheart.owned import check_can_make
 from redheart.schema import SPLITS, RedHeartError
 
 FIELDS = ("id", "source", "split", "text", "contrast_text")
@@ -44,6 +45,8 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
         raise RedHeartError(f"--threshold {threshold:g} must lie above 0 and at most at 1")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RedHeartError(f"{out} is there already: choose another --out")
+    if out is not None:
+        check_can_make(out, "--out")
     store = Store(data)
     width = store.index["encoder"]["width"]
     records: list[dict[str, Any]] = []

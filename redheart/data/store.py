@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from redheart.caches import cache_directory, writable
 from redheart.config import RemoteConfig
 from redheart.console import console
-from redheart.data.pretrained import cache_directory
 from redheart.data.shards import FORMAT_VERSION, INDEX
 from redheart.files import read_json, sha256_of
 from redheart.schema import SPLITS, RedHeartError
@@ -54,7 +54,7 @@ class Store:
         if path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]:
             os.utime(path)
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        writable(path.parent)
         self._retry(f"shard {entry['file']}", lambda: self._download(entry, path))
         self._shrink_cache(path)
         return path
@@ -68,6 +68,11 @@ class Store:
             except ValueError as error:
                 raise RedHeartError(f"{where} is not valid JSON ({error}): is this a data directory?") from None
         else:
+            if Path(self.location).is_file():
+                raise RedHeartError(
+                    f"{self.location} is a file, and what is wanted is a directory made from it: run `redheart prepare --source "
+                    f"NAME={self.location} --out DIR` and give that DIR"
+                )
             index = read_json(Path(where), f"run `redheart prepare --source NAME=PATH --out {self.location}` first")
         if not isinstance(index, dict) or index.get("version") != FORMAT_VERSION:
             version = index.get("version") if isinstance(index, dict) else None

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from redheart.caches import cache_directory, writable
 from redheart.config import RunConfig
 from redheart.files import write_json
 from redheart.losses.combine import combine
@@ -160,9 +160,9 @@ def activations(
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         return Activations(MicroStep(**known["low"]), MicroStep(**known["high"]), sizes)
+    writable(path.parent)
     low = measure(config, sizes[0], tokens, checkpointing, dtype, autocast)
     high = low if sizes[0] == sizes[1] else measure(config, sizes[1], tokens, checkpointing, dtype, autocast)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"low": asdict(low), "high": asdict(high)})
     return Activations(low, high, sizes)
 
@@ -197,8 +197,7 @@ def _cache_file(
         _code(),
     ]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return home / "redheart" / "activations" / f"{name}.json"
+    return cache_directory() / "activations" / f"{name}.json"
 
 
 def _code() -> str:

@@ -14,16 +14,20 @@ from typing import Any
 
 from torch.utils.cpp_extension import get_default_build_root
 
+from redheart.caches import cache_directory, writable
+
 
 def build_root() -> Path:
-    """Where torch keeps compiled extensions."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    """Where torch keeps compiled extensions; RedHeartError where nothing can be written there."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not given:
+        cache_directory()  # says so where there is no home; torch would take the current directory for one
+    return writable(Path(given or get_default_build_root()), "TORCH_EXTENSIONS_DIR")
 
 
 def built_alone(name: str, build: Callable[[], Any]) -> Any:
     """What `build` returns, which compiles or loads torch's extension `name`; other processes that call this wait their turn."""
     root = build_root()
-    root.mkdir(parents=True, exist_ok=True)
     with (root / f"{name}.flock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):

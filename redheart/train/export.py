@@ -14,6 +14,7 @@ from redheart.console import quiet_libraries
 from redheart.files import committed_directory, read_json, read_pointer, write_text
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
 from redheart.model.select import ExecutionMode
+from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import Progress, read_progress, verified
 from redheart.train.engine import consolidated_weights
@@ -29,6 +30,8 @@ class Trained(NamedTuple):
 
 def resolve(path: Path) -> Path:
     """An export, a checkpoint, or a run directory (its best checkpoint) -> the directory that holds the weights."""
+    if path.is_file():
+        raise RedHeartError(f"checkpoint {path} is a file: name the export, checkpoint or run directory that holds it")
     if not path.is_dir():
         raise RedHeartError(f"checkpoint {path} does not exist")
     if (path / "config.json").is_file():
@@ -60,6 +63,7 @@ def export(checkpoint: Path, out: Path) -> dict[str, Any]:
     """Writes the export in one step; returns its parameter counts."""
     if out.exists():
         raise RedHeartError(f"{out} exists already: name another --out")
+    check_can_make(out, "--out")
     model, config, progress = load_model(checkpoint)
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)

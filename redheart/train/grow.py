@@ -24,6 +24,7 @@ from redheart.losses.combine import factors
 from redheart.model.growth import grown_tensors, reachable, relative_differences, tensors_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.model.select import ExecutionMode
+from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
 from redheart.tasks import task_weights
 from redheart.train.checkpoint import Progress
@@ -67,6 +68,7 @@ def grow(
     """
     if out.exists():
         raise RedHeartError(f"{out} exists already: name another --out")
+    check_can_make(out, "--out")
     source = open_stored(checkpoint)
     sizes = reachable(source.sizes, target)
     stream = _samples(source, data) if verify else None

@@ -11,8 +11,9 @@ from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.evaluate import evaluate
 from redheart.evaluation.report import Report, compare
 from redheart.losses.combine import factors
-from redheart.memory.swap import place
+from redheart.memory.swap import device_of, place
 from redheart.model.redheart import parameter_counts
+from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, task_weights
 from redheart.train.export import load_model, resolve
@@ -28,6 +29,11 @@ def validate(
 ) -> tuple[Report, Path | None]:
     """(the report, where it was written). `data` defaults to what the checkpoint was trained on, `out` to its run directory,
     `swap` (modules kept off `device` but for their turn) to its memory.swap."""
+    device_of(device)  # this and the next before anything is loaded
+    if out is not None:
+        if out.is_dir():
+            raise RedHeartError(f"--report {out} is a directory: name a file in it, such as {out / 'report.md'}")
+        check_can_make(out, "--report")
     directory = resolve(checkpoint)
     model, config, progress = load_model(directory)
     data = data or progress.data

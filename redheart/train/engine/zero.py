@@ -18,6 +18,7 @@ from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
 from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
+from redheart.optim.building import build_root
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import (
@@ -41,6 +42,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, build: Build, config: RunConfig, accumulation: int, micro_batch_size: int):
         accelerate, self._deepspeed = self._accelerate, _ = import_machinery()
+        build_root()  # DeepSpeed compiles its kernels there
         world_size = launched_world_size()
         settings = deepspeed_config(config, accumulation, micro_batch_size, world_size)
         self.settings = settings
