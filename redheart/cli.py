@@ -13,7 +13,21 @@ import typer
 from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
 from redheart.console import any_encoding, emit, literal
-from redheart.options import Checkpoint, Data, Device, Json, NetworkGbit, Preset, RunPreset, Set, StepSeconds, Swap, Version
+from redheart.options import (  # fmt: skip
+    Augment,
+    Checkpoint,
+    Data,
+    Device,
+    Json,
+    NetworkGbit,
+    Preset,
+    RunPreset,
+    Set,
+    Sources,
+    StepSeconds,
+    Swap,
+    Version,
+)
 from redheart.schema import RedHeartError
 
 app = typer.Typer(
@@ -34,16 +48,7 @@ def _root(
 
 @app.command()
 def prepare(
-    source: Annotated[
-        list[str],
-        typer.Option(
-            "--source",
-            metavar="NAME=PATH",
-            help="May be repeated. A known corpus (goemotions, emobank, kote, ethics, moral_stories, social_chem, "
-            "amazon_counterfactual) and its directory; any NAME and a .json, .jsonl, .csv or .parquet file, or a hub id; "
-            "`everyday` alone is the shipped corpus.",
-        ),
-    ],
+    source: Sources,
     out: Annotated[Path, typer.Option("--out", help="Directory of the shards.")],
     preset: Preset = "local",
     set_: Set = None,
@@ -59,14 +64,7 @@ def prepare(
     dedup: Annotated[
         bool, typer.Option("--dedup", help="Drop rows that nearly repeat a dev or test row (data.dedup; uses FAISS).")
     ] = False,
-    augment: Annotated[
-        str | None,
-        typer.Option(
-            "--augment",
-            metavar="KIND",
-            help="`paraphrase` or `counterfactual`: the LLM writes about training texts; gated, marked, counted (data.augment).",
-        ),
-    ] = None,
+    augment: Augment = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload to a data set of the hub.")
     ] = None,

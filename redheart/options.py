@@ -51,3 +51,21 @@ StepSeconds = Annotated[
     float | None,
     typer.Option("--step-seconds", min=1e-6, help="A measured step of one node alone on its share of the batch."),
 ]
+Sources = Annotated[
+    list[str],
+    typer.Option(
+        "--source",
+        metavar="NAME=PATH",
+        help="May be repeated. A known corpus (goemotions, emobank, kote, ethics, moral_stories, social_chem, "
+        "amazon_counterfactual) and its directory; any NAME and a .json, .jsonl, .csv or .parquet file, or a hub id; "
+        "`everyday` alone is the shipped corpus.",
+    ),
+]
+Augment = Annotated[
+    str | None,
+    typer.Option(
+        "--augment",
+        metavar="KIND",
+        help="`paraphrase` or `counterfactual`: the LLM writes about training texts; gated, marked, counted (data.augment).",
+    ),
+]
