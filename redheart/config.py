@@ -260,14 +260,6 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
     ("refused", "`best` would compare unlike numbers", "training.best_metric training.evaluate_rows"),
 )  # fmt: skip
 ON_RESUME = {key: OnResume(kind, why) for kind, why, keys in _ON_RESUME for key in keys.split()}  # every leaf key
-SAME_STATES = {"zero1", "zero2"}  # strategies that read each other's checkpoints bit for bit
-
-
-def on_resume(key: str, old: Any, new: Any) -> OnResume:
-    """What `--resume` does where the checkpoint has `old` and this call wants `new`."""
-    if key == "memory.strategy" and {old, new} <= SAME_STATES:
-        return OnResume("stated", "the same states, reduced otherwise")
-    return ON_RESUME[key]
 
 
 def leaves(config: Section) -> dict[str, Any]:

@@ -22,7 +22,10 @@ Version = Annotated[
 Preset = Annotated[str, typer.Option("--preset", help="local, base, 330m, 1b3, or a .yaml file.")]
 RunPreset = Annotated[
     str | None,
-    typer.Option("--preset", help="As elsewhere. [default: local; with --resume the run's own settings]"),
+    typer.Option(
+        "--preset",
+        help="local, base, 330m, 1b3, or a .yaml file. [default: local; with --resume the run's own settings]",
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one config key; may be repeated.")

@@ -12,7 +12,6 @@ from redheart.config import (
     known_keys,
     leaves,
     load_config,
-    on_resume,
     parse_config,
     preset_names,
 )
@@ -232,9 +231,3 @@ def test_a_new_key_would_be_missed_in_the_table():
         note: str = ""
 
     assert leaf_keys(Longer) - set(ON_RESUME) == {"note"}
-
-
-def test_only_strategies_with_the_same_states_may_follow_each_other():
-    assert on_resume("memory.strategy", "zero1", "zero2").kind == "stated"
-    assert on_resume("memory.strategy", "zero2", "zero3").kind == "refused"
-    assert on_resume("memory.strategy", "plain", "zero1").kind == "refused"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redheart.config import ON_RESUME, RunConfig, leaves, load_config, on_resume
+from redheart.config import ON_RESUME, RunConfig, leaves, load_config
 from redheart.console import console
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
@@ -72,7 +72,7 @@ def accept(
         )
     saved = load_config(str(source / SETTINGS))
     changed = changes(saved, config)
-    refused = [key for key in changed if on_resume(key, *changed[key]).kind == "refused"]
+    refused = [key for key in changed if ON_RESUME[key].kind == "refused"]
     if refused:
         told = "; ".join(f"{_told(key, *changed[key])} ({ON_RESUME[key].why})" for key in refused)
         raise RedHeartError(
@@ -83,7 +83,7 @@ def accept(
             f"{source} is at step {state.step} and training.max_steps or training.epochs end the run at {total_steps}: raise them"
         )
     for key, (old, new) in changed.items():
-        rule = on_resume(key, old, new)
+        rule = ON_RESUME[key]
         meaning = f" ({rule.why})" if rule.kind == "stated" else ""
         console.print(f"from step {state.step} on {_told(key, old, new)}{meaning}", markup=False)
         state.changes.append({"step": state.step, "key": key, "from": old, "to": new})

@@ -109,7 +109,7 @@ def train(
         agree(run, config, streams[0].index)
         if source:
             engine.load(source)
-            if launched_rank() == 0:
+            if launched_rank() == 0 and update_parameters:
                 write_text(run / "config.yaml", dump_config(config))
         else:
             state.scales = constant_losses(*streams[0].label_sample(), config.loss)
