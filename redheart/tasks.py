@@ -14,6 +14,7 @@ import torch
 
 from redheart.config import LossConfig
 from redheart.losses.bentham import hedonic, pair_logistic
+from redheart.losses.constant import best_constant
 from redheart.losses.elementwise import SumCount, cross_entropy, squared
 from redheart.losses.emotion import gate_balance, router_z, soft_focal
 from redheart.losses.regret import huber
@@ -26,11 +27,13 @@ from redheart.schema import LABELS
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LossConfig], SumCount]
 Link = Literal["sigmoid", "tanh", "none", "surd", "density"]
-INVERSE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # the raw answer of who always says `mean` [size]
-    "sigmoid": lambda mean: torch.logit(mean, eps=1e-4),
-    "tanh": lambda mean: torch.atanh(mean.clamp(-0.999, 0.999)),
-    "none": lambda mean: mean,
-    "surd": lambda mean: torch.cat([mean[:3].clamp(min=1e-4).log(), torch.logit(mean[3:], eps=1e-4)]),
+INVERSE: dict[
+    str, Callable[[torch.Tensor], torch.Tensor]
+] = {  # the raw answer of who says `value`, of any shape; [4] of shares and leak
+    "sigmoid": lambda value: torch.logit(value, eps=1e-4),
+    "tanh": lambda value: torch.atanh(value.clamp(-0.999, 0.999)),
+    "none": lambda value: value,
+    "surd": lambda value: torch.cat([value[:3].clamp(min=1e-4).log(), torch.logit(value[3:], eps=1e-4)]),
 }
 LINKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -69,14 +72,19 @@ class Task:
         raw = self.raw(outputs)
         return None if raw is None else LINKS[self.link](raw)
 
-    def constant(self, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The raw answer of the best predictor that always says the same, for labels and weights [N, size]."""
+    def constant(self, target: torch.Tensor, weight: torch.Tensor, config: LossConfig) -> torch.Tensor:
+        """The raw answer of the predictor with the least loss of all that always say the same, for labels and weights [N, size]."""
         if self.link == "density":
             share = (levels(target, NUM_LEVELS) * weight).sum(0) / weight.sum().clamp(min=1e-12)
             return share.clamp(min=1e-6).log().expand(len(target), len(SUBSETS), -1)
-        total = weight.sum(0)
-        mean = torch.where(total > 0, (target * weight).sum(0) / total.clamp(min=1e-12), 0.5)
-        return INVERSE[self.link](mean).expand_as(target)
+        label, raw = LABELS[self.label], INVERSE[self.link]
+        if self.link == "surd":  # its entries hang together, and the least squared error is the mean's
+            total = weight.sum(0)
+            best = torch.where(total > 0, (target * weight).sum(0) / total.clamp(min=1e-12), 0.5)
+        else:
+            loss = lambda x, t, w: self.loss(x, t, w, config)  # noqa: E731
+            best = best_constant(loss, raw, target, weight, label.low, label.high).to(target.dtype)
+        return raw(best).expand_as(target)
 
 
 JUDGEMENTS: dict[str, tuple[Loss, Link, Literal["multilabel", "binary", "score"]]] = {  # by label
@@ -157,14 +165,13 @@ def task_weights(config: LossConfig) -> dict[str, float]:
 
 
 def constant_answers(
-    labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+    labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig
 ) -> dict[str, torch.Tensor]:
     """Raw answer [size] of the best constant predictor of every label that is there, for labels[name] [N, size]; by label, and
     for the SURD analyzer's density by its task."""
-    known = {label: TASKS[label] for label in LABELS if weights[label].sum() > 0}
-    answers = {label: task.constant(labels[label], weights[label])[0] for label, task in known.items()}
-    density = {n: t.constant(labels[t.label], weights[t.label])[0, 0] for n, t in TASKS.items() if t.link == "density"}
-    return answers | (density if "regret" in known else {})
+    known = {n: t for n, t in TASKS.items() if (n in LABELS or t.link == "density") and weights[t.label].sum() > 0}
+    answers = {n: t.constant(labels[t.label], weights[t.label], config)[0] for n, t in known.items()}
+    return {n: a[0] if TASKS[n].link == "density" else a for n, a in answers.items()}
 
 
 def constant_losses(
@@ -175,8 +182,13 @@ def constant_losses(
     A task without any label gets 1.0 (its loss is 0 throughout), and so do the regularisers, which have no constant predictor.
     """
     scales = dict.fromkeys(GATES, 1.0)
+    found: dict[tuple[str, Link], float] = {}  # modules that answer for one label have one loss
     for name, task in TASKS.items():
-        target, weight = labels[task.label], weights[task.label]
-        value, count = task.loss(task.constant(target, weight), target, weight, config)
-        scales[name] = (value / count).item() if count > 0 else 1.0
+        key, target, weight = (task.label, task.link), labels[task.label], weights[task.label]
+        if key not in found:
+            found[key] = 1.0
+            if weight.sum() > 0:
+                value, count = task.loss(task.constant(target, weight, config), target, weight, config)
+                found[key] = (value / count).item()
+        scales[name] = found[key]
     return scales

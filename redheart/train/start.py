@@ -100,7 +100,7 @@ def train(
         others = launched_world_size() - 1
         waiting = f"; waiting up to {START_S} s for {others} other processes of this launch" if others else ""
         console.print(f"starting DeepSpeed (its kernels compile on first use, about a minute){waiting} …")
-    constants = None if source else constant_answers(*streams[0].label_sample())
+    constants = None if source else constant_answers(*streams[0].label_sample(), config.loss)
     with naming_lost_ranks(
         "once all processes have ended, the same command with --resume goes on from the last checkpoint "
         "(training.collective_timeout_s is how long ranks wait for each other)"

@@ -30,7 +30,7 @@ def losses_of(network, batch, labels) -> dict[str, float]:
 
 def test_answers_start_near_the_constant_predictor():
     batch, labels = skewed_labels()
-    constants = constant_answers(labels, batch.weights)
+    constants = constant_answers(labels, batch.weights, LossConfig())
     best = constant_losses(labels, batch.weights, LossConfig())
     config = load_config("local", SETTINGS)
     torch.manual_seed(0)
