@@ -10,12 +10,12 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from redheart.files import read_text
+from redheart.files import read_text, seal, unseal, write_text
 from redheart.schema import RedHeartError
 
 Strategy = Literal[
@@ -23,6 +23,10 @@ Strategy = Literal[
 ]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(ge=0)]
+
+
+S = TypeVar("S", bound=BaseModel)
+SEALED = "restore it, or remove its last line if the change is yours"
 
 
 class Section(BaseModel):
@@ -278,7 +282,8 @@ def preset_names() -> list[str]:
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a preset's name or of a YAML file, with `a.b=c` overrides (values are read as YAML)."""
     if preset.endswith((".yaml", ".yml")):
-        text = read_text(Path(preset), f"give a YAML file, or one of {', '.join(preset_names())}")
+        path = Path(preset)
+        text = unseal(read_text(path, f"give a YAML file, or one of {', '.join(preset_names())}"), path, SEALED)
     elif preset in preset_names():
         text = resources.files("redheart").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8")
     else:
@@ -287,24 +292,44 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise RedHeartError(
             f"unknown preset {preset!r}{hint}: choose one of {', '.join(preset_names())}, or give a .yaml file"
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RedHeartError(f"configuration {preset} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RedHeartError(f"configuration {preset} must be a mapping of sections")
+    values = _yaml(text, preset)
     values.setdefault("preset", Path(preset).stem)
     for override in overrides:
         _apply(values, override)
     return parse_config(values)
 
 
-def parse_config(values: dict[str, Any]) -> RunConfig:
+def parse_config(values: Any) -> RunConfig:
     """RunConfig from plain values; every wrong key or value is named with its dotted path."""
+    return parse_section(RunConfig, values)
+
+
+def read_config(path: Path, remedy: str) -> RunConfig:
+    """The complete configuration that `redheart train` left in a YAML file; one that was changed since is an error."""
+    return parse_config(_yaml(unseal(read_text(path, remedy, "YAML"), path, remedy), str(path)))
+
+
+def parse_section(section: type[S], values: Any) -> S:
+    """One section from plain values, as `parse_config`."""
     try:
-        return RunConfig.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
         raise RedHeartError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _yaml(text: str, name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, for instance
+        raise RedHeartError(f"configuration {name} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RedHeartError(f"configuration {name} must be a mapping of sections")
+    return values
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """The resolved configuration of a run, sealed: `load_config` and `read_config` notice a change."""
+    write_text(path, seal(dump_config(config)))
 
 
 def dump_config(config: RunConfig) -> str:

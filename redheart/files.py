@@ -105,9 +105,54 @@ def read_sealed_json(path: Path, remedy: str) -> dict[str, Any]:
 def check_sealed_json(value: Any, path: object, remedy: str) -> dict[str, Any]:
     """The second half of `read_sealed_json`, for texts that came another way than from a local file."""
     said = value.pop("sha256", None) if isinstance(value, dict) else None
-    if said is None or said != _digest(value):
+    if said is None:
+        raise RedHeartError(f"{path} has no sha256 of its own: it is damaged, or of an earlier version: {remedy}")
+    if said != _digest(value):
         raise RedHeartError(f"{path} is damaged (its sha256 is not that of its content): {remedy}")
     return value
+
+
+def sealed_line(value: dict[str, Any]) -> str:
+    """A line for a file that grows line by line (JSON lines): the mapping with one more key, `sha256`, as of `write_sealed_json`."""
+    return json.dumps({**value, "sha256": _digest(value)}, ensure_ascii=False) + "\n"
+
+
+def read_sealed_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
+    """What `sealed_line` was given, of the lines that are whole; a damaged line is an error that names the file and its number.
+
+    What follows the last line break is what a kill cut short; it is left out.
+    """
+    found = []
+    for number, line in enumerate(read_text(path, remedy).split("\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        found.append(check_sealed_json(value, f"line {number} of {path}", remedy))
+    return found
+
+
+def write_sealed_bytes(path: Path, content: bytes) -> None:
+    """Replaces `path` in one step by `content` and, behind it, its sha256 (32 bytes)."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_sealed_bytes(path: Path, remedy: str) -> bytes:
+    """What `write_sealed_bytes` was given; a file that was changed since is an error that names it and `remedy`."""
+    try:
+        whole = path.read_bytes()
+    except OSError as error:
+        raise RedHeartError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+    content, digest = whole[:-32], whole[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise RedHeartError(f"{path} is damaged (its sha256 is not that of its content): {remedy}")
+    return content
 
 
 def _digest(value: dict[str, Any]) -> str:
@@ -116,25 +161,46 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def write_manifest(directory: Path) -> None:
-    """Lists every file below `directory` with its sha256 and size, and flushes each to the disk. Written last."""
+    """Lists every file below `directory` with its sha256 and size, and flushes each to the disk. Written last, and sealed."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {str(p.relative_to(directory)): {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in files}
     for path in files:
         flush_to_disk(path)
-    write_json(directory / MANIFEST, {"files": entries})
+    write_sealed_json(directory / MANIFEST, {"files": entries})
 
 
-def verify_manifest(directory: Path, only: Collection[str] | None = None) -> None:
-    """Raises RedHeartError unless every file of the manifest (or those of `only`) is there with the recorded sha256."""
-    entries = read_json(directory / MANIFEST, "this directory was never committed; choose another one")["files"]
-    for name, entry in entries.items():
-        if only is not None and name not in only:
+def verify_manifest(
+    directory: Path,
+    remedy: str = "choose another checkpoint",
+    only: Collection[str] | None = None,
+    free: Collection[str] = frozenset(),
+) -> None:
+    """Raises RedHeartError, with `remedy`, unless every file of the manifest (or those of `only`) is there with the recorded sha256.
+
+    `free`: names that may be changed or missing.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise RedHeartError(f"{path} does not exist: this directory was never committed; choose another one")
+    for name, digest in _entries(read_sealed_json(path, remedy), path, remedy).items():
+        file = directory / name
+        if name in free or (only is not None and name not in only):
             continue
-        path = directory / name
-        if not path.is_file():
-            raise RedHeartError(f"{path} is missing although {MANIFEST} names it: choose another checkpoint")
-        if sha256_of(path) != entry["sha256"]:
-            raise RedHeartError(f"{path} is damaged (its sha256 differs from {MANIFEST}): choose another checkpoint")
+        if not file.is_file():
+            raise RedHeartError(f"{file} is missing although {MANIFEST} names it: {remedy}")
+        if sha256_of(file) != digest:
+            raise RedHeartError(f"{file} is damaged (its sha256 differs from {MANIFEST}): {remedy}")
+
+
+def _entries(content: dict[str, Any], path: Path, remedy: str) -> dict[str, str]:
+    """The sha256 of each file that a manifest names."""
+    found = content.get("files")
+    files = found if isinstance(found, dict) else {"": None}
+    digests = {name: entry.get("sha256") for name, entry in files.items() if isinstance(entry, dict)}
+    named = {name: digest for name, digest in digests.items() if isinstance(digest, str)}
+    if set(content) != {"files"} or named.keys() != files.keys():
+        raise RedHeartError(f"{path} is no manifest of this program (files: name, sha256, bytes): {remedy}")
+    return named
 
 
 @contextmanager

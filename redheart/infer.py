@@ -58,6 +58,10 @@ class RedHeartPipeline:
         device_of(device)  # before anything is loaded
         model = load_model(Path(path)).model
         made_with = model.config.encoder
+        if made_with is None:
+            raise RedHeartError(
+                f"{path} does not say which encoder it was trained with: export a run of `redheart train`"
+            )
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
         return cls(model, TextEncoder(config), modules, device, swap)
 

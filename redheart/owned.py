@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from redheart.files import flush_to_disk, read_json, write_json
+from redheart.files import flush_to_disk, read_sealed_json, write_sealed_json
 from redheart.schema import RedHeartError
 
 MARKER, LOCK = ".redheart.json", ".redheart.lock"
@@ -44,8 +44,8 @@ def owned(directory: Path, kind: str) -> list[str]:
     path = directory / MARKER
     if not path.exists():
         return []
-    said = read_json(path, "nothing in this directory is touched without it; name another one")
-    names = said.get("names") if isinstance(said, dict) else None
+    said = read_sealed_json(path, "nothing in this directory is touched without it; name another one")
+    names = said.get("names")
     if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
         raise RedHeartError(f"{path} is damaged: nothing in this directory is touched without it; name another one")
     if said.get("kind") != kind:
@@ -66,7 +66,7 @@ def own(directory: Path, kind: str, names: Iterable[str]) -> None:
                 f"{directory / name} is there already and was not written by redheart: move it away, or name another directory"
             )
     if new or not before:
-        write_json(directory / MARKER, {"kind": kind, "names": [*before, *new]})
+        write_sealed_json(directory / MARKER, {"kind": kind, "names": [*before, *new]})
 
 
 def remove_owned(directory: Path, kind: str) -> None:

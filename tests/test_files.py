@@ -13,13 +13,17 @@ from redheart.files import (
     committed_directory,
     read_json,
     read_pointer,
+    read_sealed_bytes,
     read_sealed_json,
+    read_sealed_lines,
     seal,
+    sealed_line,
     unseal,
     verify_manifest,
     write_json,
     write_manifest,
     write_pointer,
+    write_sealed_bytes,
     write_sealed_json,
     write_text,
 )
@@ -229,3 +233,65 @@ def test_what_is_no_json_is_named(tmp_path, content):
         read_json(tmp_path / "trainer.json", "again")
     with pytest.raises(RedHeartError, match="cannot be read"):
         read_json(tmp_path, "again")
+
+
+def test_every_flipped_bit_of_a_manifest_is_refused_or_changes_nothing(committed):
+    path = committed / MANIFEST
+    content = path.read_bytes()
+    value = json.loads(content)
+    for bit in range(0, len(content) * 8, 7):
+        path.write_bytes(flipped(content, bit))
+        with suppress(RedHeartError):
+            verify_manifest(committed)
+            assert json.loads(path.read_bytes()) == value
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"files": []}, {"files": {"a": "b"}}, {"files": {"a": {"sha256": 1}}}, {"files": {}, "x": 1}]
+)
+def test_a_sealed_manifest_of_another_form_is_named(tmp_path, content):
+    write_sealed_json(tmp_path / MANIFEST, content)
+    with pytest.raises(RedHeartError, match=r"manifest\.json is no manifest"):
+        verify_manifest(tmp_path)
+
+
+def test_a_manifest_without_its_own_sum_is_refused_and_a_free_file_may_change(committed):
+    (committed / "deep" / "state.json").write_text("mine")
+    verify_manifest(committed, free={"deep/state.json"})
+    (committed / "deep" / "state.json").unlink()
+    verify_manifest(committed, free={"deep/state.json"})
+    write_json(committed / MANIFEST, {"files": json.loads((committed / MANIFEST).read_text())["files"]})
+    with pytest.raises(RedHeartError, match=r"manifest\.json has no sha256 of its own"):
+        verify_manifest(committed)
+
+
+def test_sealed_lines_come_back_and_a_damaged_one_is_named_by_its_number(tmp_path):
+    values = [{"step": n, "text": "정\u2028"} for n in range(3)]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(map(sealed_line, values)) + '{"half', encoding="utf-8")
+    assert read_sealed_lines(path, "again") == values
+    content = "".join(map(sealed_line, values)).encode()
+    middle = content.index(b"\n") + 1
+    for bit in range(middle * 8, content.index(b"\n", middle) * 8, 3):
+        path.write_bytes(flipped(content, bit))
+        with suppress(RedHeartError):
+            assert read_sealed_lines(path, "again") == values
+    path.write_text("".join(map(sealed_line, values)).replace(": 1", ": 2"), encoding="utf-8")
+    with pytest.raises(RedHeartError, match=r"line 2 of .*lines\.jsonl is damaged"):
+        read_sealed_lines(path, "again")
+
+
+def test_sealed_bytes_come_back_and_any_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "part"
+    write_sealed_bytes(path, b"features")
+    assert read_sealed_bytes(path, "again") == b"features"
+    content = path.read_bytes()
+    for bit in range(len(content) * 8):
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(RedHeartError, match=r"part is damaged .*: again"):
+            read_sealed_bytes(path, "again")
+    path.write_bytes(b"short")
+    with pytest.raises(RedHeartError, match="part is damaged"):
+        read_sealed_bytes(path, "again")
+    with pytest.raises(RedHeartError, match="cannot be read"):
+        read_sealed_bytes(tmp_path / "absent", "again")

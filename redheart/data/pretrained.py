@@ -56,9 +56,9 @@ def unpacked(gguf: Path) -> Path:
     """The directory in the cache that holds a GGUF file's weights in bf16; made on first use."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target = cache_directory() / f"{gguf.stem}-{revision_of(str(gguf.parent), None).split(':')[1]}"
+    target = cache_directory() / f"{gguf.stem}-{revision_of(str(gguf.parent), None).split(':')[1]}-sealed"
     if target.is_dir():
-        verify_manifest(target)
+        verify_manifest(target, f"delete {target}, which is made again")
         return target
     writable(target.parent)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

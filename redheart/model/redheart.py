@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from redheart.config import ModelConfig, parse_section
 from redheart.model.analyzers import BenthamCalculator, EmotionAnalyzer, RegretAnalyzer, SurdAnalyzer, masked_mean
 from redheart.model.backbone import Backbone
 from redheart.model.dynamics import DspSimulator, KalmanFusion, posterior_sd
@@ -24,6 +25,7 @@ from redheart.model.heads.emotion import EmotionHead
 from redheart.model.heads.regret import RegretHead
 from redheart.model.heads.surd import SurdHead
 from redheart.model.layers import full_precision, number_dropout_sites
+from redheart.model.loading import draw_missing, load_whole
 from redheart.model.select import MODULES, ExecutionMode, Selection, select
 from redheart.schema import EMOTIONS
 
@@ -50,9 +52,14 @@ class RedHeartConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.encoder_width, self.width, self.heads, self.layers = encoder_width, width, heads, layers
-        self.task_width, self.task_heads, self.num_experts = task_width, task_heads, num_experts
-        self.dropout, self.ablate, self.encoder = dropout, list(ablate), encoder
+        sizes = {
+            "encoder_width": encoder_width, "width": width, "heads": heads, "layers": layers, "task_width": task_width,
+            "task_heads": task_heads, "num_experts": num_experts, "dropout": dropout, "ablate": tuple(ablate),
+        }  # fmt: skip
+        checked = parse_section(ModelConfig, sizes)
+        for name in sizes:
+            setattr(self, name, getattr(checked, name))
+        self.ablate, self.encoder = list(checked.ablate), encoder
 
 
 @dataclass
@@ -99,6 +106,7 @@ class RedHeartModel(PreTrainedModel):
     main_input_name = "features"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    config: RedHeartConfig
 
     def __init__(self, config: RedHeartConfig, place: Callable[[str, nn.Module], None] = lambda name, module: None):
         """`place` is called with every module, its name first, as soon as it is built: ZeRO-3 takes its partition and frees the rest."""
@@ -131,7 +139,9 @@ class RedHeartModel(PreTrainedModel):
                 getattr(self, room)[name.split(".")[1]] = module
         self.idle: frozenset[str] = frozenset()  # modules that set_mode has put aside
         number_dropout_sites(self)
-        self.post_init()
+        self._assembled = False
+        self.post_init()  # asks _init_weights, which has nothing to do: all is drawn
+        self._assembled = True
 
     def set_mode(self, mode: ExecutionMode, wanted: Collection[str] = MODULES) -> Selection:
         """Applies model/select.py: which modules get gradients, and in INFERENCE which are left idle for the `wanted` readings."""
@@ -142,8 +152,16 @@ class RedHeartModel(PreTrainedModel):
         self.idle = frozenset(self.built) - frozenset(selection.resident)
         return selection
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As of Transformers, but files that are not what the export's manifest says, and tensors that are missing, unexpected
+        or of another shape, raise RedHeartError: see model/loading.py."""
+        return load_whole(super().from_pretrained, pretrained_model_name_or_path, model_args, kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Every layer initialises itself where it is built; nothing is drawn a second time."""
+        """Layers draw themselves where they are built; Transformers asks again for those whose tensors were missing."""
+        if self._assembled:
+            draw_missing(self, module, lambda: type(self)(self.config))
 
     def forward(
         self,

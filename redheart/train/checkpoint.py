@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from redheart.config import RunConfig, dump_config
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from redheart.config import RunConfig, write_config
 from redheart.files import (
     MANIFEST,
     commit_directory,
@@ -22,7 +24,6 @@ from redheart.files import (
     verify_manifest,
     write_json,
     write_pointer,
-    write_text,
 )
 from redheart.ranks import barrier, is_main
 from redheart.schema import RedHeartError
@@ -34,6 +35,8 @@ STEP = re.compile(r"step-(\d{8})$")
 @dataclass
 class Progress:
     """Where a run stands; everything else is a function of the configuration and of this."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # when it is read back
 
     step: int = 0  # optimizer steps done
     world_size: int = 1
@@ -84,7 +87,7 @@ def save(engine: Engine, run: Path, config: RunConfig, state: Progress, is_best:
     barrier()
     if is_main():
         write_json(temporary / "trainer.json", asdict(state))
-        write_text(temporary / "config.yaml", dump_config(config))
+        write_config(temporary / "config.yaml", config)
         commit_directory(temporary, final)
         write_pointer(run / "checkpoints" / "last", final.name)
         if is_best:
@@ -126,7 +129,7 @@ def verified(directory: Path, only: Collection[str] | None = None) -> Path:
     if not directory.is_dir():
         raise RedHeartError(f"checkpoint {directory} does not exist")
     try:
-        verify_manifest(directory, only)
+        verify_manifest(directory, only=only)
     except RedHeartError as error:
         others = [d for d in committed(directory.parent.parent) if d.name < directory.name]
         offer = f"; the one before it is {others[-1]}" if others else ""
@@ -135,7 +138,20 @@ def verified(directory: Path, only: Collection[str] | None = None) -> Path:
 
 
 def read_progress(directory: Path) -> Progress:
-    return Progress(**read_json(directory / "trainer.json", "choose another checkpoint"))
+    path = directory / "trainer.json"
+    return parse_progress(read_json(path, "choose another checkpoint"), path)
+
+
+def parse_progress(values: Any, path: Path) -> Progress:
+    """Progress from plain values; a key that is missing, unknown or of another type is an error that names it and `path`."""
+    try:
+        return TypeAdapter(Progress).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RedHeartError(
+            f"{path}: {where}: {first['msg']}; it was written by another version: choose another one"
+        ) from None
 
 
 def _prune(checkpoints: Path, keep: int) -> None:

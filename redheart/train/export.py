@@ -7,18 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from redheart.config import RunConfig, parse_config
+from redheart.config import RunConfig, parse_config, read_config
 from redheart.console import quiet_libraries
 from redheart.files import committed_directory, read_json, read_pointer, write_text
-from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
+from redheart.model.build import model_config
+from redheart.model.loading import refuse_other_tensors, shapes_of, verify_export
+from redheart.model.redheart import RedHeartModel, parameter_counts
 from redheart.model.select import ExecutionMode
 from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
-from redheart.train.checkpoint import Progress, read_progress, verified
+from redheart.train.checkpoint import Progress, parse_progress, read_progress, verified
 from redheart.train.engine import consolidated_weights
 
+AGAIN = "export the checkpoint again"
 SETTINGS = "redheart.json"  # beside config.json: the run's configuration and where it stood
 
 
@@ -45,18 +46,31 @@ def load_model(path: Path) -> Trained:
     quiet_libraries()
     directory = resolve(path)
     if (directory / "config.json").is_file():
-        kept = read_json(directory / SETTINGS, "export the checkpoint again")
-        model = RedHeartModel.from_pretrained(directory)
+        verify_export(directory)
+        config, progress = read_settings(directory)
+        try:
+            model = RedHeartModel.from_pretrained(directory)
+        except (OSError, ValueError) as error:  # no weights, or no JSON, in words of Transformers
+            raise RedHeartError(f"{directory} is no whole export ({' '.join(str(error).split())}): {AGAIN}") from None
         model.set_mode(ExecutionMode.EVALUATION)
-        return Trained(model, parse_config(kept["config"]), Progress(**kept["progress"]))
+        return Trained(model, config, progress)
     progress = read_progress(directory)
-    config = parse_config(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
-    sizes = config.model.model_dump()
-    sizes.pop("activation_checkpointing")
-    model = RedHeartModel(RedHeartConfig(**sizes, encoder=progress.encoder))
-    model.load_state_dict(consolidated_weights(directory))
+    config = read_config(directory / "config.yaml", "choose another checkpoint")
+    model = RedHeartModel(model_config(config, progress.encoder))
+    weights = consolidated_weights(directory)
+    refuse_other_tensors(directory, shapes_of(model.state_dict()), shapes_of(weights))
+    model.load_state_dict(weights)
     model.set_mode(ExecutionMode.EVALUATION)
     return Trained(model, config, progress)
+
+
+def read_settings(directory: Path) -> tuple[RunConfig, Progress]:
+    """What an export says of its run, from redheart.json."""
+    path = directory / SETTINGS
+    kept = read_json(path, AGAIN)
+    if not isinstance(kept, dict) or kept.keys() != {"config", "progress"}:
+        raise RedHeartError(f"{path} must hold config and progress: {AGAIN}")
+    return parse_config(kept["config"]), parse_progress(kept["progress"], path)
 
 
 def export(checkpoint: Path, out: Path) -> dict[str, Any]:

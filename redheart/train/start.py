@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redheart.config import RunConfig, dump_config
+from redheart.config import RunConfig, write_config
 from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.stream import SampleStream
-from redheart.files import write_text
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
@@ -110,7 +109,7 @@ def train(
         if source:
             engine.load(source)
             if launched_rank() == 0 and update_parameters:
-                write_text(run / "config.yaml", dump_config(config))
+                write_config(run / "config.yaml", config)
         else:
             state.scales = constant_losses(*streams[0].label_sample(), config.loss)
         _announce(config, engine.world_size, accumulation, total_steps, state)
@@ -153,7 +152,7 @@ def _claim(run: Path, config: RunConfig, resuming: bool, overwrite: bool) -> Non
             shutil.rmtree(run)
         make_directory(run, "--out")
         if not resuming:  # else it is written once the checkpoint is loaded
-            write_text(run / "config.yaml", dump_config(config))
+            write_config(run / "config.yaml", config)
 
 
 def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps: int, state: Progress) -> None:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import yaml
-from safetensors import safe_open
 from torch import nn
 
-from redheart.config import RunConfig, parse_config
+from redheart.config import RunConfig, read_config
 from redheart.console import quiet_libraries
 from redheart.files import read_json
+from redheart.model.build import model_config
+from redheart.model.loading import Shape, open_safetensors, refuse_other_tensors, shapes_of, verify_export
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import Progress, read_progress
 from redheart.train.engine import consolidated_weights
-from redheart.train.export import SETTINGS, resolve
+from redheart.train.export import AGAIN, read_settings, resolve
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # Transformers' names
 
@@ -39,35 +39,46 @@ def open_stored(path: Path) -> Stored:
     quiet_libraries()
     directory = resolve(path)
     if (directory / "config.json").is_file():
-        kept = read_json(directory / SETTINGS, "export the checkpoint again")
-        sizes = RedHeartConfig.from_pretrained(directory)
-        assert isinstance(sizes, RedHeartConfig)
-        return Stored(directory, sizes, parse_config(kept["config"]), Progress(**kept["progress"]), _reader(directory))
-    progress = read_progress(directory)
-    config = parse_config(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
-    values = config.model.model_dump()
-    del values["activation_checkpointing"]
-    weights = consolidated_weights(directory)
-    return Stored(directory, RedHeartConfig(**values, encoder=progress.encoder), config, progress, weights.__getitem__)
-
-
-def _reader(directory: Path) -> Callable[[str], torch.Tensor]:
-    if (directory / INDEX).is_file():
-        places: dict[str, str] = read_json(directory / INDEX, "export the checkpoint again")["weight_map"]
-    elif (directory / SINGLE).is_file():
-        with safe_open(directory / SINGLE, framework="pt") as file:
-            places = dict.fromkeys(file.keys(), SINGLE)
+        verify_export(directory)
+        config, progress = read_settings(directory)
+        sizes = _sizes(directory / "config.json")
+        read, shapes = _reader(directory)
     else:
-        raise RedHeartError(f"{directory} has neither {SINGLE} nor {INDEX}: export the checkpoint again")
+        progress = read_progress(directory)
+        config = read_config(directory / "config.yaml", "choose another checkpoint")
+        sizes = model_config(config, progress.encoder)
+        weights = consolidated_weights(directory)
+        read, shapes = weights.__getitem__, shapes_of(weights)
+    with torch.device("meta"):
+        refuse_other_tensors(directory, shapes_of(RedHeartModel(sizes).state_dict()), shapes)
+    return Stored(directory, sizes, config, progress, read)
 
-    files = {file: safe_open(directory / file, framework="pt") for file in set(places.values())}  # maps, reads nothing
 
-    def read(name: str) -> torch.Tensor:
-        if name not in places:
-            raise RedHeartError(f"{directory} has no weights for {name}: it was made by another version; export again")
-        return files[places[name]].get_tensor(name)
+def _sizes(path: Path) -> RedHeartConfig:
+    values = read_json(path, AGAIN)
+    if not isinstance(values, dict) or values.get("model_type") != RedHeartConfig.model_type:
+        raise RedHeartError(f"{path} is of no network of this program (model_type redheart): {AGAIN}")
+    return RedHeartConfig.from_dict(values)
 
-    return read
+
+def _reader(directory: Path) -> tuple[Callable[[str], torch.Tensor], dict[str, Shape]]:
+    """What reads a tensor by its name, and the shapes of all that are there."""
+    if (directory / INDEX).is_file():
+        index = read_json(directory / INDEX, AGAIN)
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+            raise RedHeartError(f"{directory / INDEX} does not say which file holds which weights: {AGAIN}")
+        names = sorted(set(places.values()))
+    elif (directory / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        raise RedHeartError(f"{directory} has neither {SINGLE} nor {INDEX}: {AGAIN}")
+    holder: dict[str, Any] = {}
+    for name in names:
+        file = open_safetensors(directory / name, AGAIN)
+        holder |= dict.fromkeys(file.keys(), file)
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in holder.items()}
+    return lambda name: holder[name].get_tensor(name), shapes
 
 
 def load_stored(stored: Stored) -> RedHeartModel:

@@ -1,0 +1,104 @@
+"""What is asked of weights before they become a network: whole files, and exactly the tensors that the network has.
+
+Transformers builds a network on `meta`, so a tensor that its file lacks would otherwise be memory that nobody wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from redheart.files import MANIFEST, verify_manifest
+from redheart.schema import RedHeartError
+
+Shape = tuple[int, ...]
+LOADED = "_is_hf_initialized"  # how Transformers marks a tensor that needs no initialisation
+CARD = "README.md"  # the only file of an export that is the user's to change
+
+
+def verify_export(directory: Path) -> None:
+    """Raises RedHeartError where a file of an export is not what its manifest says. Without a manifest there is nothing to compare."""
+    if (directory / MANIFEST).exists():
+        remedy = f"export the checkpoint again, or remove {directory / MANIFEST} if the change is yours"
+        verify_manifest(directory, remedy, free={CARD})
+
+
+def load_whole(load: Callable[..., Any], path: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """`load` (a `from_pretrained` of Transformers) with every tensor accounted for; RedHeartError otherwise.
+
+    With `ignore_mismatched_sizes=True` what fits is taken and the rest is drawn as in a fresh network (`draw_missing`); so is
+    what `state_dict` lacks where there is no path.
+    """
+    told, allowed = options.pop("output_loading_info", False), options.pop("ignore_mismatched_sizes", False)
+    if path is not None and (directory := Path(path, options.get("subfolder") or "")).is_dir():
+        verify_export(directory)
+    try:
+        model, info = load(path, *arguments, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise RedHeartError(f"{path} has no whole safetensors file ({error}): export the checkpoint again") from None
+    if not allowed and path is not None:
+        other = {name: (tuple(theirs), tuple(ours)) for name, theirs, ours in info["mismatched_keys"]}
+        refuse_other_tensors(
+            path,
+            dict.fromkeys(info["missing_keys"], ()) | {name: ours for name, (_, ours) in other.items()},
+            dict.fromkeys(info["unexpected_keys"], ()) | {name: theirs for name, (theirs, _) in other.items()},
+            "; with ignore_mismatched_sizes=True what fits is taken and the rest drawn as in a fresh network",
+        )
+    return (model, info) if told else model
+
+
+@torch.no_grad()
+def draw_missing(model: torch.nn.Module, asked: torch.nn.Module, fresh: Callable[[], torch.nn.Module]) -> None:
+    """Gives every tensor of `model` that was not loaded its value in a `fresh` network: how a layer begins is said once, in its
+    constructor. Nothing happens where the module `asked` lacks none: Transformers asks for one after the other.
+    """
+    own = [*asked.parameters(recurse=False), *asked.buffers(recurse=False)]
+    if all(getattr(tensor, LOADED, False) for tensor in own):
+        return
+    with torch.device("cpu"):
+        drawn = fresh().state_dict()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not getattr(tensor, LOADED, False):
+            tensor.copy_(drawn[name])
+            setattr(tensor, LOADED, True)
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def refuse_other_tensors(
+    where: object, wanted: Mapping[str, Shape], found: Mapping[str, Shape], hint: str = ""
+) -> None:
+    """Raises RedHeartError, with the first few names, unless `found` has the tensors of the network, each in its shape."""
+    lacks = wanted.keys() - found.keys()
+    strange = found.keys() - wanted.keys()
+    other = [n for n in wanted.keys() & found.keys() if wanted[n] != found[n]]
+    faults = [
+        *_names("lacks", lacks),
+        *_names("has, unknown to this network,", strange),
+        *_names("has in another shape", other, lambda n: f"{n} {list(found[n])} instead of {list(wanted[n])}"),
+    ]
+    if faults:
+        raise RedHeartError(f"{where} {', and '.join(faults)}: export the checkpoint again{hint}")
+
+
+def _names(what: str, names: Iterable[str], show: Any = str) -> list[str]:
+    names = sorted(names)
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    word = "tensor" if len(names) == 1 else "tensors"
+    return [f"{what} {len(names)} {word} ({', '.join(map(show, names[:3]))}{rest})"] if names else []
+
+
+def open_safetensors(path: Path, remedy: str) -> Any:
+    """A safetensors file, mapped; one that is missing or not whole is an error that names it and `remedy`."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise RedHeartError(f"{path} does not exist: {remedy}") from None
+    except (OSError, SafetensorError) as error:
+        raise RedHeartError(f"{path} is no whole safetensors file ({error}): {remedy}") from None
