@@ -1,15 +1,20 @@
 """Files that are either whole or absent: write-and-rename, sha256 manifests, completion markers.
 
-A directory is committed by its manifest: `committed_directory` fills `NAME.tmp`, writes `manifest.json` (sha256 of every
-file), flushes everything to the disk and renames. A directory without a valid manifest was never committed.
+A directory is committed by its manifest: `committed_directory` fills a hidden one beside it, writes `manifest.json` (sha256 of
+every file), flushes everything to the disk and renames. A directory without a valid manifest was never committed. What is not
+finished has a name that no user chooses, `.NAME.redheart-XXXXXXXX.tmp`: a NAME.tmp or NAME.old beside NAME is somebody else's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,7 +23,7 @@ from typing import Any
 
 from redheart.schema import RedHeartError
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".redheart.lock"
 
 
 def sha256_of(path: Path) -> str:
@@ -38,13 +43,53 @@ def flush_to_disk(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` with `text` in one step; a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = unfinished_name(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     flush_to_disk(path.parent)
+
+
+def unfinished_name(final: Path) -> Path:
+    """A new hidden name beside `final` for what is to become it."""
+    return final.with_name(f".{final.name[:60]}.redheart-{secrets.token_hex(4)}.tmp")
+
+
+def unfinished_of(final: Path) -> list[Path]:
+    """What has such a name beside `final`, of whatever process."""
+    pattern = re.compile(rf"\.{re.escape(final.name[:60])}\.redheart-[0-9a-f]{{8}}\.tmp")
+    return [p for p in final.parent.glob(".*.tmp") if pattern.fullmatch(p.name)]
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole directory, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+# torch's and safetensors' own errors of a write that the system refused; torch does not say why
+NO_ROOM_SAID = re.compile(rf"file write failed|unexpected pos|os error ({'|'.join(map(str, sorted(NO_ROOM)))})")
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why a write found no room (disk full, quota, limit on the size of a file), in a few words; None for other errors."""
+    if isinstance(error, OSError):
+        if error.errno not in NO_ROOM:
+            return None
+        said = os.strerror(error.errno)
+        return f"{said}: {error.filename}" if error.filename else said
+    if isinstance(error, MemoryError) or not (found := NO_ROOM_SAID.search(str(error))):
+        return None
+    return os.strerror(int(found[1])) if found[1] else "a write was cut off"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -162,7 +207,7 @@ def _digest(value: dict[str, Any]) -> str:
 
 def write_manifest(directory: Path) -> None:
     """Lists every file below `directory` with its sha256 and size, and flushes each to the disk. Written last, and sealed."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (MANIFEST, LOCK))
     entries = {str(p.relative_to(directory)): {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in files}
     for path in files:
         flush_to_disk(path)
@@ -204,27 +249,69 @@ def _entries(content: dict[str, Any], path: Path, remedy: str) -> dict[str, str]
 
 
 @contextmanager
-def committed_directory(final: Path) -> Iterator[Path]:
-    """Yields `final`.tmp to be filled; on success it becomes `final`, on an error it is left out of sight and `final` untouched."""
-    temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    commit_directory(temporary, final)
+def unfinished_directory(final: Path) -> Iterator[Path]:
+    """A new hidden directory beside `final`, to be filled and renamed to it; removed in the end where that did not happen.
+
+    It holds a locked file as long as this process lives. What killed processes left on their way to `final` is removed first.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in unfinished_of(final):
+        if (left / LOCK).is_file() and not _is_locked(left / LOCK):
+            shutil.rmtree(left)
+    temporary = unfinished_name(final)
+    temporary.mkdir()
+    handle = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody finds it unlocked either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield temporary
+        if not temporary.exists():
+            (final / LOCK).unlink(missing_ok=True)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        os.close(handle)
 
 
-def commit_directory(temporary: Path, final: Path) -> None:
-    """The second half of `committed_directory`, for callers whose ranks fill the directory together."""
+def _is_locked(path: Path) -> bool:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def committed_directory(final: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields a hidden directory to be filled; on success it becomes `final`, on an error it is removed and `final` untouched.
+
+    Raises RedHeartError where `final` is there by then, unless it may be replaced.
+    """
+    with unfinished_directory(final) as temporary:
+        yield temporary
+        commit_directory(temporary, final, unfinished_name(final) if replace else None)
+
+
+def commit_directory(temporary: Path, final: Path, aside: Path | None) -> None:
+    """The second half of `committed_directory`, for callers whose ranks fill the directory together.
+
+    A `final` that is there is moved to `aside`, and removed once the new one has its name.
+    """
     write_manifest(temporary)
     for directory in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         flush_to_disk(directory)
-    aside = final.with_name(final.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
+        if aside is None:
+            raise RedHeartError(f"{final} has come to exist meanwhile: move it away, or name another directory")
+        remove(aside)
         os.rename(final, aside)
     os.rename(temporary, final)
     flush_to_disk(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside is not None:
+        remove(aside)
 
 
 def write_pointer(path: Path, target: str) -> None:
@@ -233,7 +320,9 @@ def write_pointer(path: Path, target: str) -> None:
 
 
 def read_pointer(path: Path) -> Path | None:
-    """The directory that a pointer names, or None where the pointer does not exist."""
-    if not path.is_file():
+    """The sibling that a pointer names, or None where there is no pointer that names one."""
+    try:
+        name = path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError):
         return None
-    return path.parent / path.read_text(encoding="utf-8").strip()
+    return path.parent / name if name and name == Path(name).name else None

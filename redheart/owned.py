@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from redheart.files import flush_to_disk, read_sealed_json, write_sealed_json
+from redheart.files import LOCK, flush_to_disk, read_sealed_json, remove, write_sealed_json
 from redheart.schema import RedHeartError
 
-MARKER, LOCK = ".redheart.json", ".redheart.lock"
+MARKER = ".redheart.json"
 
 
 def make_directory(path: Path, option: str) -> None:
@@ -53,8 +52,8 @@ def owned(directory: Path, kind: str) -> list[str]:
     return names
 
 
-def own(directory: Path, kind: str, names: Iterable[str]) -> None:
-    """Says, before they are written, that these `names` in `directory` are ours.
+def own(directory: Path, kind: str, names: Iterable[str], dry: bool = False) -> None:
+    """Says, before they are written, that these `names` in `directory` are ours; `dry`: looks only whether they could be.
 
     Raises RedHeartError where one of them is there already and was not ours.
     """
@@ -65,8 +64,14 @@ def own(directory: Path, kind: str, names: Iterable[str]) -> None:
             raise RedHeartError(
                 f"{directory / name} is there already and was not written by redheart: move it away, or name another directory"
             )
-    if new or not before:
+    if (new or not before) and not dry:
         write_sealed_json(directory / MARKER, {"kind": kind, "names": [*before, *new]})
+
+
+def adopt(directory: Path, kind: str, names: Iterable[str]) -> None:
+    """Says of what is there already, and was written before directories had a marker, that it is ours."""
+    assert not owned(directory, kind)
+    write_sealed_json(directory / MARKER, {"kind": kind, "names": list(names)})
 
 
 def remove_owned(directory: Path, kind: str) -> None:
@@ -75,14 +80,6 @@ def remove_owned(directory: Path, kind: str) -> None:
         remove(directory / name)
     (directory / MARKER).unlink(missing_ok=True)
     flush_to_disk(directory)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a whole directory, where it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

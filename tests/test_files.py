@@ -1,16 +1,23 @@
 """Files are whole or absent, and damage is found and named."""
 
+import errno
 import json
 import os
 import re
+import resource
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from redheart import files
 from redheart.files import (
     MANIFEST,
     committed_directory,
+    no_room,
     read_json,
     read_pointer,
     read_sealed_bytes,
@@ -161,10 +168,89 @@ def test_what_an_interrupted_attempt_left_is_not_taken_over(tmp_path):
     with committed_directory(final) as directory:
         (directory / "fresh").write_text("1")
     assert {p.name for p in final.iterdir()} == {"fresh", MANIFEST}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_neighbours_that_look_like_ours_are_left_alone(tmp_path):
+    for name in ("model.old", "model.tmp", ".model.tmp", "model.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "note").write_text("mine")
+    for name in ("card.tmp", "card.old", ".card.tmp"):
+        (tmp_path / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):
+        with committed_directory(tmp_path / "model", replace=True) as directory:
+            (directory / "a").write_text("1")
+        write_text(tmp_path / "card", "x")
+    new = {tmp_path / "model", tmp_path / "model" / "a", tmp_path / "model" / MANIFEST, tmp_path / "card"}
+    assert set(tmp_path.rglob("*")) == {*before, *new}
+    assert all(p.read_text() == "mine" for p in before if p.is_file())
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_fills_is_not(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from redheart.files import committed_directory\n"
+        "with committed_directory(Path(sys.argv[1])) as d: (d / 'a').write_text('1'); print('there', flush=True); sys.stdin.read()"
+    )
+    final = tmp_path / "model"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(final)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "there\n"
+        (theirs,) = tmp_path.iterdir()
+        with committed_directory(final, replace=True):
+            assert theirs.exists()
+        assert {theirs, final} == set(tmp_path.iterdir())
+        other.kill()
+    with committed_directory(final, replace=True):
+        assert not theirs.exists()
+    assert [final] == list(tmp_path.iterdir())
+
+
+def test_what_came_to_exist_meanwhile_is_not_replaced(tmp_path):
+    final = tmp_path / "model"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "note").write_text("mine")
+    with pytest.raises(RedHeartError, match="come to exist"), committed_directory(final):
+        os.rename(tmp_path / "other", final)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "note"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_write_that_finds_no_room_is_known_by_its_error(number):
+    assert no_room(OSError(number, "x", "weights.bin")) == f"{os.strerror(number)}: weights.bin"
+    assert no_room(SafetensorError(f"Error while serializing: I/O error: x (os error {number})")) == os.strerror(number)
+    assert no_room(OSError(errno.EACCES, "x")) is None
+    assert no_room(RuntimeError("file not found")) is None
+
+
+def test_torch_s_own_error_of_a_write_that_finds_no_room_is_known(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            torch.save({"a": torch.zeros(10_000)}, tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert no_room(caught.value)
+
+
+def test_a_text_that_finds_no_room_leaves_the_old_one_and_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "note.txt"
+    write_text(path, "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [path] == list(tmp_path.iterdir())
 
 
 def test_a_directory_is_replaced_as_a_whole(committed):
-    with committed_directory(committed) as directory:
+    with committed_directory(committed, replace=True) as directory:
         (directory / "other").write_text("1")
     assert {p.name for p in committed.iterdir()} == {"other", MANIFEST}
     verify_manifest(committed)
@@ -172,7 +258,7 @@ def test_a_directory_is_replaced_as_a_whole(committed):
 
 def test_a_crash_while_replacing_loses_nothing_committed(committed, monkeypatch):
     monkeypatch.setattr(os, "rename", crash)
-    with pytest.raises(PowerCutError), committed_directory(committed) as directory:
+    with pytest.raises(PowerCutError), committed_directory(committed, replace=True) as directory:
         (directory / "other").write_text("1")
     verify_manifest(committed)
 
@@ -190,6 +276,12 @@ def test_a_pointer_names_a_sibling(tmp_path):
     write_pointer(tmp_path / "last", "step-00000010")
     write_pointer(tmp_path / "last", "step-00000020")
     assert read_pointer(tmp_path / "last") == tmp_path / "step-00000020"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"../elsewhere\n", b"/etc\n"])
+def test_a_damaged_pointer_names_nothing(tmp_path, content):
+    (tmp_path / "last").write_bytes(content)
+    assert read_pointer(tmp_path / "last") is None
 
 
 def flipped(content, bit):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from redheart.data.card import dataset_card
 from redheart.data.neighbours import near_leaks
 from redheart.data.shards import INDEX, Shard, SplitsWriter, open_shard
 from redheart.data.store import Store
-from redheart.files import flush_to_disk, write_json, write_text
+from redheart.files import flush_to_disk, unfinished_directory, write_json, write_text
 from redheart.owned import check_can_make
 from redheart.schema import SPLITS, RedHeartError
 
@@ -66,10 +65,15 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
 
 def _write(store: Store, out: Path, dropped: frozenset[str], report: dict[str, Any]) -> dict[str, int]:
     """Writes the directory without the rows in `dropped`, whole or not at all; returns its rows by split."""
+    with unfinished_directory(out) as unfinished:
+        rows = _fill(store, out, unfinished, dropped, report)
+        unfinished.replace(out)
+    flush_to_disk(out.parent)
+    return rows
+
+
+def _fill(store: Store, out: Path, unfinished: Path, dropped: frozenset[str], report: dict[str, Any]) -> dict[str, int]:
     encoder = store.index["encoder"]
-    unfinished = out.with_name(out.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier call
-    unfinished.mkdir()
     writer = SplitsWriter(unfinished, encoder["width"], encoder["max_tokens"])
     for entry, shard in _shards(store, encoder["width"]):
         rows = shard.table.drop_columns(["features", "contrast_features"]).to_pylist()
@@ -82,8 +86,6 @@ def _write(store: Store, out: Path, dropped: frozenset[str], report: dict[str, A
     index = {**store.index, "plan": _plan(store, report["threshold"]), "report": told, "splits": splits}
     write_text(unfinished / "README.md", dataset_card(index))
     write_json(unfinished / INDEX, index)
-    unfinished.replace(out)
-    flush_to_disk(out.parent)
     return rows_of
 
 

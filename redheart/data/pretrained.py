@@ -65,7 +65,7 @@ def unpacked(gguf: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    with committed_directory(target) as temporary:
+    with committed_directory(target, replace=True) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return target

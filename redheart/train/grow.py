@@ -7,7 +7,6 @@ the other, on real samples, and compares every answer, latent and reading.
 from __future__ import annotations
 
 import gc
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +97,6 @@ def grow(
             difference = differences[worst]
             # written as `not … <=` so that a NaN does not pass
             if not difference <= MAX_RELATIVE_DIFFERENCE or not abs(loss_after - loss_before) <= MAX_LOSS_DIFFERENCE:
-                shutil.rmtree(temporary)
                 raise RedHeartError(
                     f"the grown network is not the same function: {worst} differs by {difference:.1e} of its scale (at "
                     f"most {MAX_RELATIVE_DIFFERENCE:.0e}), dev loss {loss_before:.6f} before and {loss_after:.6f} after; "
