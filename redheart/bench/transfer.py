@@ -22,8 +22,9 @@ from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.files import read_json, write_json
 from redheart.model.build import build_model
-from redheart.owned import make_directory
+from redheart.owned import make_directory, own
 from redheart.schema import RedHeartError
+from redheart.train.checkpoint import committed
 from redheart.train.grow import grow
 from redheart.train.start import train
 
@@ -182,10 +183,11 @@ class _Bench:
             init = self.out / f"{arm}-seed{seed}"
             if not init.exists():
                 grow(origin, self.large, init, seed=seed, moments=arm == "moments")
-        resume = "last" if (run / "checkpoints" / "last").is_file() else None
+        resume = "last" if committed(run) else None
         done = train(config, self.data, run, resume, overwrite=resume is None, init=None if resume else init)
         if done.signal:
             raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")
+        own(run, "run", ["finished.json"])
         write_json(run / "finished.json", {"dev_loss": dev_losses(run), "seconds": done.seconds})
 
     def _config(self, arm: str, seed: int, learning_rate: float) -> RunConfig:

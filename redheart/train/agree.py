@@ -20,15 +20,16 @@ from redheart.ranks import any_rank, barrier, is_main, rank, same_everywhere, wo
 from redheart.schema import RedHeartError
 
 
-def agree(run: Path, config: RunConfig, index: Mapping[str, Any]) -> None:
+def agree(run: Path, config: RunConfig, index: Mapping[str, Any], source: Path | None) -> None:
     """Raises RedHeartError on every rank where they differ. Collective.
 
-    `index`: of the data directory, with the sha256 of every shard.
+    `index`: of the data directory, with the sha256 of every shard; `source`: the checkpoint that the run goes on from.
     """
     if world_size() == 1:
         return
     _check_shared(run)
     _check_same(dump_config(config), "configuration: give every node the same preset and the same --set")
+    _check_same(source.name if source else "", "checkpoint to go on from: start it again")
     content = hashlib.sha256(json.dumps(index["splits"], sort_keys=True, default=str).encode()).hexdigest()
     _check_same(content, "data: copy the directory that one node has to the others, or share it")
 
@@ -42,7 +43,7 @@ def _check_shared(run: Path) -> None:
     """Whether every rank sees a file that the main one just made."""
     from torch.distributed import broadcast_object_list
 
-    name = [f"shared-{uuid4().hex}.tmp"]  # a new name: no network file system remembers that it is absent
+    name = [f".redheart-shared-{uuid4().hex}.tmp"]  # a new name: no network file system remembers that it is absent
     broadcast_object_list(name, src=0)
     marker = run / name[0]
     if is_main():

@@ -1,26 +1,31 @@
 """Checkpoints that are whole or absent (DESIGN §8): RUN/checkpoints/step-00000040/ with a manifest, `last` and `best` pointers.
 
 A directory holds the engine's shards, trainer.json (step, dev losses, world size) and config.yaml. All ranks write into
-step-….tmp; the main one then writes the manifest, flushes, renames and moves the pointer.
+step-….tmp; the main one then writes the manifest, flushes, renames and settles. Which checkpoint is the last and which the
+best is read from the checkpoints themselves, never from the pointers, which are for people and other tools: a kill between
+any two operations changes neither answer, and what it left lying is cleared away at the next start.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
-import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from redheart.config import RunConfig, write_config
+from redheart.console import console
 from redheart.files import (
     MANIFEST,
     commit_directory,
     read_json,
     read_pointer,
+    remove,
     verify_manifest,
     write_json,
     write_pointer,
@@ -29,7 +34,17 @@ from redheart.ranks import barrier, is_main
 from redheart.schema import RedHeartError
 from redheart.train.engine import Engine
 
-STEP = re.compile(r"step-(\d{8})$")
+STEP = re.compile(r"step-(\d{8})(\.old)?")  # .old: set aside while another took its name
+# what is on its way in or out: of this version, and of earlier ones
+LEFT = re.compile(
+    r"step-\d{8}\.(tmp|removed|universal)|\.step-\d{8}\.redheart-universal|(last|best)\.tmp|\..+\.redheart-[0-9a-f]{8}\.tmp"
+)
+LEFT_BESIDE = re.compile(
+    r"\.redheart-shared-[0-9a-f]{32}\.tmp"
+    r"|\.(\.redheart\.json|config\.yaml|ds_config\.json|report\.md|(samples|non_finite|finished).*)\.redheart-[0-9a-f]{8}\.tmp"
+)
+REBUILD = "rebuild.tmp"  # train/oom.py
+TRAINER = "trainer.json"
 
 
 @dataclass
@@ -60,10 +75,19 @@ class Progress:
     changes: list[dict[str, Any]] = field(
         default_factory=list
     )  # of the configuration, each at the step of a resume: train/resume.py
+    branch: int = 0  # how often the run went back to an earlier checkpoint
+    branched_at: int = 0  # from which step on the checkpoints of lower branches are abandoned
+
+    def evaluated(self, total: float, losses: Mapping[str, float]) -> None:
+        """Keeps what is finite of an evaluation's dev losses; what is not is told."""
+        self.last_dev_loss = total if math.isfinite(total) else None
+        self.dev_losses = {name: v for name, v in losses.items() if math.isfinite(v)}
+        if wrong := sorted(losses.keys() - self.dev_losses.keys()):
+            console.print(f"step {self.step}: dev losses that are not finite: {', '.join(wrong)}")
 
     def improves(self, value: float) -> bool:
-        """Whether `value` (lower is better) is the best so far; it is kept if so."""
-        if self.best_value is not None and value >= self.best_value:
+        """Whether `value` (lower is better) is the best so far; it is kept if so. What is not finite never is."""
+        if not math.isfinite(value) or (self.best_value is not None and value >= self.best_value):
             return False
         self.best_value, self.best_step = value, self.step
         return True
@@ -75,32 +99,91 @@ class Progress:
         return "  ".join(parts)
 
 
-def save(engine: Engine, run: Path, config: RunConfig, state: Progress, is_best: bool, keep: int) -> Path:
-    """Commits a checkpoint of the current step and prunes old ones. Collective."""
+_PROGRESS = TypeAdapter(Progress)
+
+
+def save(engine: Engine, run: Path, config: RunConfig, state: Progress, keep: int) -> Path:
+    """Commits a checkpoint of the current step, drops what it makes obsolete. Collective."""
     final = run / "checkpoints" / f"step-{state.step:08d}"
     temporary = final.with_name(final.name + ".tmp")
     if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
     barrier()
     engine.save(temporary)
     barrier()
     if is_main():
-        write_json(temporary / "trainer.json", asdict(state))
+        write_json(temporary / TRAINER, asdict(state))
         write_config(temporary / "config.yaml", config)
-        commit_directory(temporary, final)
-        write_pointer(run / "checkpoints" / "last", final.name)
-        if is_best:
-            write_pointer(run / "checkpoints" / "best", final.name)
-        _prune(run / "checkpoints", keep)
+        commit_directory(temporary, final, final.with_name(final.name + ".old"))
+        _settle(run, keep)
     barrier()
     return final
 
 
+class _Lineage(NamedTuple):
+    """Where a checkpoint stands in its run; tuples are in the order in which checkpoints were made."""
+
+    branch: int
+    step: int
+    branched_at: int
+
+
 def committed(run: Path) -> list[Path]:
-    """The checkpoints of a run that were committed, oldest first."""
-    directories = (run / "checkpoints").glob("step-*")
-    return sorted(d for d in directories if STEP.search(d.name) and (d / MANIFEST).is_file())
+    """The checkpoints of a run, in the order in which they were made, without those of a branch that the newest one left."""
+    found = _lineages(run)
+    if not found:
+        return []
+    newest = max(found.values())
+    kept = [d for d, one in found.items() if one.branch == newest.branch or one.step <= newest.branched_at]
+    return sorted(kept, key=lambda d: found[d])
+
+
+def _lineages(run: Path) -> dict[Path, _Lineage]:
+    """Of every checkpoint that was committed; one whose trainer.json is damaged stands where its name says."""
+    by_step: dict[int, Path] = {}
+    for directory in sorted((run / "checkpoints").glob("step-*")):  # step-….old comes after step-…
+        if (name := STEP.fullmatch(directory.name)) and (directory / MANIFEST).is_file():
+            by_step.setdefault(int(name[1]), directory)
+    found = {}
+    for step, directory in by_step.items():
+        try:
+            verify_manifest(directory, only=[TRAINER])
+            said = read_progress(directory)
+            found[directory] = _Lineage(said.branch, step, said.branched_at)
+        except RedHeartError:
+            found[directory] = _Lineage(0, step, 0)
+    return found
+
+
+def last(run: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    return next(reversed(committed(run)), None)
+
+
+def best(run: Path) -> Path | None:
+    """The checkpoint with the best dev loss, as the newest one says; None where no dev loss was finite, or it is gone.
+
+    Raises RedHeartError where the newest one is damaged and cannot say.
+    """
+    newest = last(run)
+    if newest is None:
+        return None
+    said = read_progress(verified(newest, [TRAINER]))
+    if said.best_step is None or said.best_value is None or not math.isfinite(said.best_value):
+        return None
+    return next((d for d in committed(run) if _step(d) == said.best_step), None)
+
+
+def _step(directory: Path) -> int:
+    name = STEP.fullmatch(directory.name)
+    assert name is not None
+    return int(name[1])
+
+
+def holds(run: Path, step: int) -> bool:
+    """Whether `run` has a checkpoint of this step."""
+    return step in map(_step, committed(run))
 
 
 def find(wanted: str, run: Path) -> Path:
@@ -111,15 +194,14 @@ def find(wanted: str, run: Path) -> Path:
 def locate(wanted: str, run: Path) -> Path:
     """As `find`, but not verified yet."""
     if wanted in ("last", "best"):
-        directory = read_pointer(run / "checkpoints" / wanted)
+        directory = last(run) if wanted == "last" else best(run)
         if directory is None:
             raise RedHeartError(
                 f"--resume: {run} has no {wanted} checkpoint: start it without --resume, or name the run with --out"
             )
     else:
         directory = Path(wanted)
-        pointed = read_pointer(directory / "checkpoints" / "last")
-        directory = pointed or directory
+        directory = last(directory) or directory
     return directory
 
 
@@ -137,26 +219,92 @@ def verified(directory: Path, only: Collection[str] | None = None) -> Path:
     return directory
 
 
+def go_on(state: Progress, source: Path, run: Path) -> None:
+    """Makes `state`, read from `source`, that of a run that goes on from there in `run`."""
+    lineages, newest = _lineages(run), last(run)
+    if newest is not None and source.resolve().parent != newest.resolve().parent:
+        raise RedHeartError(
+            f"{run} has checkpoints of its own and {source} is not among them: name a new --out to go on from it"
+        )
+    if newest is not None and source.resolve() != newest.resolve():
+        state.branch, state.branched_at = max(lineages.values()).branch + 1, state.step
+        left = ", ".join(d.name for d in committed(run) if _step(d) > state.step)
+        console.print(
+            f"going back to step {state.step}: {left} will be removed once a new checkpoint is there", markup=False
+        )
+    if state.best_value is not None and not math.isfinite(state.best_value):  # earlier versions took NaN for the best
+        state.best_value = state.best_step = None
+    if state.best_step is not None and state.best_step not in {one.step for one in lineages.values()}:
+        console.print(
+            f"the best checkpoint so far, of step {state.best_step}, is not in {run}: the search for it starts anew",
+            markup=False,
+        )
+        state.best_value = state.best_step = None
+
+
+def clear(run: Path) -> None:
+    """Removes what a run that died left half-done, and brings the pointers up to date; says so. For the process that holds `run`."""
+    found = run / "checkpoints"
+    left = [p for p in found.iterdir() if LEFT.fullmatch(p.name)] if found.is_dir() else []
+    left += [p for p in run.iterdir() if LEFT_BESIDE.fullmatch(p.name)]
+    left += [run / REBUILD] if (run / REBUILD).exists() else []
+    for path in left:
+        remove(path)
+    names = [path.name for path in left]
+    for aside in found.glob("step-*.old"):
+        if (final := aside.with_suffix("")).exists():
+            remove(aside)
+            names.append(aside.name)
+        else:
+            os.rename(aside, final)
+            console.print(f"{final} has its name again, which an earlier end had taken from it", markup=False)
+    if names:
+        console.print(f"removed what an earlier end left unfinished: {', '.join(sorted(names))}", markup=False)
+    for line in _settle(run, None):
+        console.print(line, markup=False)
+
+
+def _settle(run: Path, keep: int | None) -> list[str]:
+    """Brings `last` and `best` up to date, then removes the checkpoints of abandoned branches and, with `keep`, all but the
+    newest `keep` and the best; what it changed. In this order a pointer never names what is gone."""
+    standing, newest = committed(run), last(run)
+    if newest is None:
+        return []
+    changed = []
+    try:
+        kept = {"last": newest, "best": best(run)}
+    except RedHeartError as error:  # the newest is damaged: it is refused when it is read
+        return [str(error)]
+    for name, directory in kept.items():
+        path = run / "checkpoints" / name
+        if directory is None and path.exists():
+            changed.append(f"{path} named no checkpoint with a finite dev loss: removed")
+            path.unlink()
+        elif directory is not None and read_pointer(path) != directory:
+            changed.append(f"{path} names {directory.name} again")
+            write_pointer(path, directory.name)
+    obsolete = [d for d in _lineages(run) if d not in standing]
+    obsolete += [d for d in standing[:-keep] if d not in kept.values()] if keep else []
+    for directory in obsolete:
+        removed = directory.with_name(directory.name + ".removed")
+        remove(removed)
+        os.rename(directory, removed)  # whole, or out of sight
+        remove(removed)
+    return [*changed, *(f"{d.name} was of a branch that the run has left: removed" for d in obsolete)]
+
+
 def read_progress(directory: Path) -> Progress:
-    path = directory / "trainer.json"
+    path = directory / TRAINER
     return parse_progress(read_json(path, "choose another checkpoint"), path)
 
 
 def parse_progress(values: Any, path: Path) -> Progress:
     """Progress from plain values; a key that is missing, unknown or of another type is an error that names it and `path`."""
     try:
-        return TypeAdapter(Progress).validate_python(values)
+        return _PROGRESS.validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise RedHeartError(
             f"{path}: {where}: {first['msg']}; it was written by another version: choose another one"
         ) from None
-
-
-def _prune(checkpoints: Path, keep: int) -> None:
-    """Keeps the newest `keep` and whatever the pointers name."""
-    named = {read_pointer(checkpoints / p) for p in ("last", "best")}
-    for old in committed(checkpoints.parent)[:-keep]:
-        if old not in named:
-            shutil.rmtree(old)

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redheart.config import RunConfig, parse_config, read_config
-from redheart.console import quiet_libraries
-from redheart.files import committed_directory, read_json, read_pointer, write_text
+from redheart.console import console, quiet_libraries
+from redheart.files import committed_directory, read_json, write_text
 from redheart.model.build import model_config
 from redheart.model.loading import refuse_other_tensors, shapes_of, verify_export
 from redheart.model.redheart import RedHeartModel, parameter_counts
 from redheart.model.select import ExecutionMode
 from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
-from redheart.train.checkpoint import Progress, parse_progress, read_progress, verified
+from redheart.train import checkpoint
+from redheart.train.checkpoint import Progress, parse_progress, read_progress
 from redheart.train.engine import consolidated_weights
 
 AGAIN = "export the checkpoint again"
@@ -37,8 +38,13 @@ def resolve(path: Path) -> Path:
         raise RedHeartError(f"checkpoint {path} does not exist")
     if (path / "config.json").is_file():
         return path
-    best = read_pointer(path / "checkpoints" / "best") or read_pointer(path / "checkpoints" / "last")
-    return verified(best or path)
+    directory = checkpoint.best(path)
+    if directory is None and (directory := checkpoint.last(path)) is not None:
+        console.print(
+            f"{path} has no dev loss that says which checkpoint is the best: reading the last, {directory.name}",
+            markup=False,
+        )
+    return checkpoint.verified(directory or path)
 
 
 def load_model(path: Path) -> Trained:
@@ -73,12 +79,12 @@ def read_settings(directory: Path) -> tuple[RunConfig, Progress]:
     return parse_config(kept["config"]), parse_progress(kept["progress"], path)
 
 
-def export(checkpoint: Path, out: Path) -> dict[str, Any]:
+def export(path: Path, out: Path) -> dict[str, Any]:
     """Writes the export in one step; returns its parameter counts."""
     if out.exists():
         raise RedHeartError(f"{out} exists already: name another --out")
     check_can_make(out, "--out")
-    model, config, progress = load_model(checkpoint)
+    model, config, progress = load_model(path)
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)
         write_card(temporary, model, config, progress)

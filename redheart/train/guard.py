@@ -12,6 +12,7 @@ from pathlib import Path
 
 from redheart.console import console
 from redheart.files import write_json
+from redheart.owned import own
 from redheart.ranks import is_main
 from redheart.schema import RedHeartError
 from redheart.train.stages import Update
@@ -80,6 +81,7 @@ class NonFiniteGuard:
             return
         path = self.run_directory / f"non_finite_step_{step:08d}.json"
         if is_main():
+            own(self.run_directory, "run", [path.name])
             printable = {t: str(v) for t, v in losses.items()}
             write_json(
                 path,

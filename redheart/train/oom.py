@@ -9,7 +9,6 @@ the backward pass itself may fail. The global batch stays the same, so does ever
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,13 @@ from torch import nn
 
 from redheart.config import LossConfig, RunConfig
 from redheart.console import console
-from redheart.files import write_json
+from redheart.files import remove, write_json
 from redheart.model.build import Place, build_model, model_config
 from redheart.model.prior import Raw, start_at
 from redheart.model.redheart import RedHeartModel
 from redheart.ranks import barrier, is_main, launched_world_size, together
 from redheart.schema import Batch, RedHeartError
-from redheart.train.checkpoint import Progress
+from redheart.train.checkpoint import REBUILD, Progress
 from redheart.train.engine import Build, DeepSpeedEngine, Engine, free_memory, make_engine
 from redheart.train.moments import carry
 from redheart.train.stages import Window, loss_of, split_global_batch
@@ -99,9 +98,9 @@ def shrink(engine: Engine, config: RunConfig, run: Path, state: Progress, reason
         "same global batch; rebuilding the engine …"
     )
     free_memory()
-    directory = run / "rebuild.tmp"
+    directory = run / REBUILD
     if is_main():
-        shutil.rmtree(directory, ignore_errors=True)
+        remove(directory)
         directory.mkdir(parents=True)
     barrier()
     engine.save(directory)
@@ -111,7 +110,7 @@ def shrink(engine: Engine, config: RunConfig, run: Path, state: Progress, reason
     rebuilt.load(directory)
     barrier()
     if is_main():
-        shutil.rmtree(directory)
+        remove(directory)
     state.micro_batch_size = after
     state.out_of_memory.append(
         {

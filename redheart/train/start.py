@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ from redheart.data.stream import SampleStream
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
-from redheart.owned import make_directory
 from redheart.ranks import barrier, bf16_is_fast, check_launch, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_answers, constant_losses
 from redheart.train import checkpoint
 from redheart.train.agree import agree
 from redheart.train.checkpoint import Progress
+from redheart.train.claim import Claim, naming_no_room
 from redheart.train.engine import PlainEngine
 from redheart.train.engine.machinery import START_S
 from redheart.train.named import check_names
@@ -74,6 +73,22 @@ def train(
     check_launch()
     if init and resume:
         raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
+    if overwrite and resume:
+        raise RedHeartError("--overwrite replaces a run and --resume goes on with one: give only one of them")
+    with Claim(run) as claim:
+        return _train(claim, config, data, run, resume, overwrite, update_parameters, init)
+
+
+def _train(
+    claim: Claim,
+    config: RunConfig,
+    data: str | Path,
+    run: Path,
+    resume: str | None,
+    overwrite: bool,
+    update_parameters: bool,
+    init: Path | None,
+) -> TrainResult:
     streams = _open_streams(data, config)
     split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     check_names(config, streams[1])
@@ -88,28 +103,41 @@ def train(
     state.micro_batch_size, accumulation = split_global_batch(
         config.training.global_batch_size, wanted_micro_batch_size(config, state), launched_world_size()
     )
+    if source:
+        checkpoint.go_on(state, source, run)
     planned = None
     if launched_rank() == 0:
         planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
 
     if init:
         fitting(model_config(config, state.encoder), init)
-    _claim(run, config, bool(source), overwrite)
+    if init and overwrite and init.resolve().is_relative_to(run.resolve()):
+        raise RedHeartError(f"--overwrite would remove {init}, which --init reads: name another --out")
+    claim.take(bool(source), overwrite, config.training.log_samples)
+    if launched_rank() == 0 and not source:  # else it is written once the checkpoint is loaded
+        write_config(run / "config.yaml", config)
     if config.memory.strategy != "plain":
         others = launched_world_size() - 1
         waiting = f"; waiting up to {START_S} s for {others} other processes of this launch" if others else ""
         console.print(f"starting DeepSpeed (its kernels compile on first use, about a minute){waiting} …")
     constants = None if source else constant_answers(*streams[0].label_sample(), config.loss)
-    with naming_lost_ranks(
-        "once all processes have ended, the same command with --resume goes on from the last checkpoint "
-        "(training.collective_timeout_s is how long ranks wait for each other)"
+    with (
+        naming_no_room(run),
+        naming_lost_ranks(
+            "once all processes have ended, the same command with --resume goes on from the last checkpoint "
+            "(training.collective_timeout_s is how long ranks wait for each other)"
+        ),
     ):
         engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, constants)
-        agree(run, config, streams[0].index)
+        agree(run, config, streams[0].index, source)
         if source:
             engine.load(source)
-            if launched_rank() == 0 and update_parameters:
-                write_config(run / "config.yaml", config)
+            barrier()  # every rank has read what it needs
+            if launched_rank() == 0:
+                checkpoint.clear(run)
+                if update_parameters:
+                    write_config(run / "config.yaml", config)
+            barrier()
         else:
             state.scales = constant_losses(*streams[0].label_sample(), config.loss)
         _announce(config, engine.world_size, accumulation, total_steps, state)
@@ -138,21 +166,6 @@ def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, Sa
         raise RedHeartError(f"{data} has no training rows: prepare more samples, or give some of them split 'train'")
     check_encoder(streams[0].encoder, config.data.encoder, config.model.encoder_width)
     return streams
-
-
-def _claim(run: Path, config: RunConfig, resuming: bool, overwrite: bool) -> None:
-    """Makes the run directory ours; refuses to start afresh over an old run."""
-    if launched_rank() == 0:
-        used = (run / "config.yaml").exists()
-        if used and not resuming and not overwrite:
-            raise RedHeartError(
-                f"{run} holds a run already: go on with --resume, replace it with --overwrite, or name another --out"
-            )
-        if used and not resuming:
-            shutil.rmtree(run)
-        make_directory(run, "--out")
-        if not resuming:  # else it is written once the checkpoint is loaded
-            write_config(run / "config.yaml", config)
 
 
 def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps: int, state: Progress) -> None:

@@ -6,6 +6,7 @@ A run is its configuration, its data and one integer, the step: whatever dies re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -54,15 +55,16 @@ class Trainer:
         self.guard.skipped = state.skipped_steps
         self.board, self.synergy = Board(run, state.step), Synergy(config.loss)
         self.rehearsals = oom.Rehearsals(config)
+        self.saved = state.step if checkpoint.holds(run, state.step) else None  # the step of the last checkpoint
         self.log = SampleLog(run, engine.rank, engine.world_size, state.step) if config.training.log_samples else None
 
     def run(self) -> StopRequest:
         """Runs to the end, or to a signal; the last thing it does is a checkpoint."""
         state, settings = self.state, self.config.training
         with StopRequest().listening() as stop, progress("training", self.total_steps, state.step) as (bar, task):
-            if state.initial_dev_loss is None and self.dev_stream.num_rows:
-                before = self._fitting(self._evaluate)
-                state.initial_dev_loss, state.initial_dev_losses = before.total, before.losses
+            if not state.step and state.initial_dev_loss is None and self.dev_stream.num_rows:
+                self._fitting(self._evaluate)
+                state.initial_dev_loss, state.initial_dev_losses = state.last_dev_loss, state.dev_losses
             self.board.restart_clock()
             while state.step < self.total_steps:
                 if not self._fitting(lambda: self._step(stop.wanted)):
@@ -74,10 +76,10 @@ class Trainer:
                 if self.dev_stream.num_rows and (done or every(state.step, settings.evaluate_every)):
                     improved = self._is_best(self._fitting(self._evaluate))
                 if self.update_parameters and (improved or done or every(state.step, settings.checkpoint_every)):
-                    self._save(improved)
+                    self._save()
                     self.board.restart_clock()
-            if self.update_parameters and state.step < self.total_steps:
-                self._save(False)
+            if self.update_parameters and self.saved != state.step:
+                self._save()
         self.board.close()
         return stop
 
@@ -114,7 +116,7 @@ class Trainer:
         if want_log:
             losses = stages.global_losses(sums, window.counts)
             total = sum(self.factors[n] * v for n, v in losses.items())
-            self.state.last_loss = total
+            self.state.last_loss = total if math.isfinite(total) else None
             self.board.train(step + 1, losses, total, update, learning_rate, self.guard.skipped)
         return True
 
@@ -131,7 +133,7 @@ class Trainer:
             self.state.micro_batch_size, engine.rank, engine.world_size, settings.evaluate_rows,
             engine.forward_has_collectives,
         )  # fmt: skip
-        self.state.last_dev_loss, self.state.dev_losses = result.total, result.losses
+        self.state.evaluated(result.total, result.losses)
         self.board.dev(self.state.step, result)
         return result
 
@@ -139,8 +141,6 @@ class Trainer:
         wanted = self.config.training.best_metric
         return self.state.improves(result.total if wanted == "loss" else result.losses[wanted])
 
-    def _save(self, is_best: bool) -> None:
-        self.state.world_size = self.engine.world_size
-        is_best = is_best or not self.dev_stream.num_rows  # without dev rows the newest counts as the best
-        keep = self.config.training.keep_checkpoints
-        checkpoint.save(self.engine, self.run_directory, self.config, self.state, is_best, keep)
+    def _save(self) -> None:
+        self.state.world_size, self.saved = self.engine.world_size, self.state.step
+        checkpoint.save(self.engine, self.run_directory, self.config, self.state, self.config.training.keep_checkpoints)

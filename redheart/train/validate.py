@@ -16,6 +16,7 @@ from redheart.model.redheart import parameter_counts
 from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, task_weights
+from redheart.train.claim import is_run, own_report
 from redheart.train.export import load_model, resolve
 
 
@@ -62,7 +63,8 @@ def validate(
     if swapped.names:
         console.print(str(swapped.report()))
     run = directory.parent.parent
-    if out is None and (run / "config.yaml").is_file():
+    if out is None and directory.parent.name == "checkpoints" and is_run(run):
+        own_report(run)
         out = run / "report.md"
     if out is not None:
         report.write(out)

@@ -33,7 +33,7 @@ def num_ranks_of(checkpoint: Path) -> int:
 @contextlib.contextmanager
 def universal_checkpoint(checkpoint: Path) -> Iterator[Path]:
     """A universal checkpoint made of `checkpoint`, there until the context ends. Collective: the main process makes it."""
-    work = checkpoint.parent.with_name(checkpoint.parent.name + ".universal")
+    work = checkpoint.parent.with_name(f".{checkpoint.parent.name}.redheart-universal")  # no name of a user's
     if is_main():
         shutil.rmtree(work, ignore_errors=True)
         (work / "plain").mkdir(parents=True)

@@ -1,0 +1,179 @@
+"""What is in a run directory: the run's own is replaced and removed, everything else is left, and one process is at work."""
+
+import json
+import resource
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from redheart.config import RunConfig, dump_config, load_config
+from redheart.files import sha256_of, verify_manifest
+from redheart.owned import MARKER, exclusive, own, owned
+from redheart.schema import RedHeartError
+from redheart.train import trainer
+from redheart.train.checkpoint import best, committed, last, read_progress
+from redheart.train.export import resolve
+from redheart.train.start import train
+from tests.train.tiny import SETTINGS
+
+QUICK = ["memory.strategy=plain", "training.log_every=1", "training.evaluate_every=1", "training.log_samples=true"]
+
+
+def config(steps: int, *settings: str) -> RunConfig:
+    return load_config(
+        "local", [*SETTINGS, "training.synergy_every=1000", *QUICK, f"training.max_steps={steps}", *settings]
+    )
+
+
+@pytest.fixture(scope="module")
+def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps, each evaluated and, where better, saved."""
+    run = tmp_path_factory.mktemp("claim") / "run"
+    train(config(3), data, run)
+    return run
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): sha256_of(p) for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_overwriting_removes_the_run_and_nothing_else(data: Path, run: Path):
+    (run / "thesis.txt").write_text("mine")
+    (run / "checkpoints.old").mkdir()
+    (run / "report.md").write_text("mine: evaluate never wrote one")
+    before = {p.name for p in run.iterdir()}
+    with pytest.raises(RedHeartError, match="holds a run already"):
+        train(config(1), data, run)
+    train(config(1), data, run, overwrite=True)
+    assert [d.name for d in committed(run)] == ["step-00000001"]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert {p.name for p in run.iterdir()} == before
+    assert (run / "thesis.txt").read_text() == "mine"
+    assert (run / "report.md").read_text().startswith("mine")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints", "tensorboard", "ds_config.json"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_the_user_s_is_refused_by_name_and_left(data: Path, tmp_path: Path, name: str, overwrite: bool):
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / name).write_text("mine")
+    (project / "data" / "index.json").write_text("mine")
+    with pytest.raises(RedHeartError, match=f"{name} is there already and was not written by redheart"):
+        train(config(1), data, project, overwrite=overwrite)
+    assert sorted(p.relative_to(project).as_posix() for p in project.rglob("*")) == sorted(
+        [name, "data", "data/index.json"]
+    )
+
+
+def test_prepared_data_are_no_place_for_a_run(data: Path, tmp_path: Path):
+    own(tmp_path, "data", ["index.json"])
+    with pytest.raises(RedHeartError, match="holds a data, not a run"):
+        train(config(1), data, tmp_path, overwrite=True)
+
+
+def test_a_second_process_is_refused_before_it_writes_anything(data: Path, run: Path):
+    before = content(run)
+    step_2 = str(run / "checkpoints" / "step-00000002")
+    with exclusive(run, "training"):
+        held = content(run)
+        for resume, overwrite in (("last", False), (step_2, False), (None, True)):
+            with pytest.raises(RedHeartError, match=r"another process \(pid \d+\) is training in"):
+                train(config(6, "training.seed=1"), data, run, resume, overwrite)
+        assert content(run) == held
+    assert {n: d for n, d in held.items() if n != ".redheart.lock"} == {
+        n: d for n, d in before.items() if n != ".redheart.lock"
+    }
+    assert train(config(4), data, run, "last").state.step == 4
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_not_overwritten(data: Path, run: Path):
+    (run / MARKER).unlink()
+    (run / "thesis.txt").write_text("mine")
+    before = content(run)
+    for overwrite in (False, True):
+        with pytest.raises(RedHeartError, match=r"an earlier version wrote it"):
+            train(config(4), data, run, overwrite=overwrite)
+    assert content(run) == before
+    train(config(4), data, run, "last")
+    assert {"config.yaml", "checkpoints", "tensorboard", "samples-rank0.jsonl"} <= set(owned(run, "run"))
+    assert "thesis.txt" not in owned(run, "run")
+
+
+def test_what_would_undo_itself_is_refused(data: Path, run: Path):
+    before = content(run)
+    with pytest.raises(RedHeartError, match="give only one"):
+        train(config(4), data, run, "last", overwrite=True)
+    with pytest.raises(RedHeartError, match="--init reads"):
+        train(config(4), data, run, overwrite=True, init=run)
+    after = content(run)
+    assert after == before
+
+
+def test_losses_that_are_not_finite_leave_the_best_where_it_was(
+    data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    good = best(run)
+    real = trainer.evaluate
+
+    def broken(*arguments, **options):
+        result = real(*arguments, **options)
+        return replace(result, total=float("nan"), losses=dict.fromkeys(result.losses, float("nan")))
+
+    monkeypatch.setattr(trainer, "evaluate", broken)
+    monkeypatch.setattr("redheart.train.trainer.every", lambda step, n: n == 1 or step % n == 0)
+    result = train(config(6, "training.checkpoint_every=1", "training.keep_checkpoints=1"), data, run, "last")
+    assert (best(run), last(run).name) == (good, "step-00000006")
+    assert result.state.best_step == read_progress(good).step
+    assert result.state.last_dev_loss is None
+    json.dumps(result.to_json(), allow_nan=False)
+    for name in ("trainer.json",):
+        assert "NaN" not in (last(run) / name).read_text()
+    verify_manifest(good)
+    fresh = run.parent / "fresh"
+    train(config(2), data, fresh)
+    assert best(fresh) is None
+    assert resolve(fresh) == last(fresh)
+    assert "reading the last, step-00000002" in capsys.readouterr().err
+    assert not (fresh / "checkpoints" / "best").exists()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_that_was_saved(data: Path, run: Path):
+    before = content(run / "checkpoints")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(p.stat().st_size for p in run.rglob("plain_state.pt"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
+    try:
+        with pytest.raises(RedHeartError, match=r"writing into .* failed .* --resume goes on from .*step-00000003"):
+            train(config(5, "training.checkpoint_every=1"), data, run, "last")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert content(run / "checkpoints") == before
+    assert train(config(5), data, run, "last").state.step == 5
+
+
+def test_a_tensorboard_that_finds_no_room_is_one_line_too(
+    data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(RedHeartError, match=r"No space left on device.*--resume goes on from"):
+        train(config(5), data, run, "last")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_configuration_is_the_run_s(data: Path, run: Path):
+    train(config(4), data, run, "last")
+    assert dump_config(config(4)) == (last(run) / "config.yaml").read_text(encoding="utf-8")
