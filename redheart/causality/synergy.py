@@ -5,7 +5,7 @@ Both are pure functions of tensors; train/synergy.py calls them now and then dur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -69,15 +69,16 @@ def informing(
     )
 
 
-def gradient_cosines(gradients: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], float]:
-    """Cosine of the angle between every two gradients of equal shape, in [-1, 1]; pairs with a zero gradient are left out.
+def gradient_cosines(names: Sequence[str], products: torch.Tensor) -> dict[tuple[str, str], float]:
+    """Cosine of the angle between every two gradients, in [-1, 1], from their inner products [N, N] (which add up over rows and
+    ranks); pairs with a zero gradient are left out.
 
     RedHeartError that names the gradient where one is not finite.
     """
-    check_finite({f"gradient of {name}": g for name, g in gradients.items()})
-    norms = {name: g.double().norm() for name, g in gradients.items()}
+    norms = products.diagonal().sqrt()
+    check_finite({f"gradient of {name}": norm[None] for name, norm in zip(names, norms, strict=True)})
     return {
-        (a, b): float((gradients[a].double() * gradients[b].double()).sum() / (norms[a] * norms[b]))
-        for a, b in combinations(gradients, 2)
-        if norms[a] > 0 and norms[b] > 0
+        (names[i], names[j]): float(products[i, j] / (norms[i] * norms[j]))
+        for i, j in combinations(range(len(names)), 2)
+        if norms[i] > 0 and norms[j] > 0
     }

@@ -112,7 +112,7 @@ class Trainer:
         self.board.count(self.config.training.global_batch_size)
         if every(step + 1, self.config.training.synergy_every):
             first = batches[0].to(self.engine.device, self.engine.dtype)
-            self.board.synergy(step + 1, self.synergy.analyse(self.engine.model, first, self.factors))
+            self.board.synergy(step + 1, self.synergy.analyse(self.engine, first, self.factors))
         if want_log:
             losses = stages.global_losses(sums, window.counts)
             total = sum(self.factors[n] * v for n, v in losses.items())

@@ -72,7 +72,7 @@ def test_what_is_not_finite_is_refused_by_name(bad: float):
     with pytest.raises(RedHeartError, match=r"bentham: 1 of 400 values are not finite .*number 7"):
         informing("regret", x, {"emotion": x, "bentham": broken})
     with pytest.raises(RedHeartError, match="gradient of b"):
-        gradient_cosines({"a": x, "b": broken})
+        gradient_cosines(["a", "b"], torch.stack([x, broken]) @ torch.stack([x, broken]).T)
     with pytest.raises(RedHeartError, match="agent 2: 1 of 400"):
         surd_from_samples(x, torch.stack([x, broken]), 3)
     with pytest.raises(RedHeartError, match="target: 1 of 400"):
@@ -93,7 +93,6 @@ def test_agents_are_named():
 
 
 def test_cosines_of_known_gradients():
-    got = gradient_cosines(
-        {"a": torch.tensor([1.0, 0]), "b": torch.tensor([1.0, 1]), "c": torch.tensor([-2.0, 0]), "d": torch.zeros(2)}
-    )
+    gradients = torch.tensor([[1.0, 0], [1, 1], [-2, 0], [0, 0]])
+    got = gradient_cosines(["a", "b", "c", "d"], gradients @ gradients.T)
     assert got == pytest.approx({("a", "b"): math.sqrt(0.5), ("a", "c"): -1.0, ("b", "c"): -math.sqrt(0.5)})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ Build = Callable[[Place], RedHeartModel]  # a fresh network, each of whose modul
 class Engine(ABC):
     """Holds the model and its optimizer. `dtype` is what features are cast to."""
 
-    model: RedHeartModel  # the bare module, for evaluation
+    model: RedHeartModel  # the bare module, for evaluation and analysis
     device: torch.device
     dtype: torch.dtype
     rank: int
@@ -39,6 +40,11 @@ class Engine(ABC):
     @abstractmethod
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         """Adds the gradients of one micro-batch; `is_last` ends the accumulation window."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For passes through `model` alone that end in torch.autograd.grad of activations: the training step is not touched."""
+        yield
 
     @abstractmethod
     def non_finite(self) -> bool:

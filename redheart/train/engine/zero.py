@@ -5,7 +5,9 @@ DeepSpeed steps inside Accelerate's `backward`; here backward and step stand apa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ from redheart.train.engine.machinery import START_S, deepspeed_config, import_ma
 from redheart.train.engine.moments import Read, adopt, partitions
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
 
+# parameters below which ZeRO-3 does not look ahead for the next use of what it has gathered: DeepSpeed 0.19.8 walks through all
+# that is left of the pass at every module, for two minutes in the first steps of a small network, whose tensors stay gathered anyway
+SMALL = 10_000_000
 TAG = "pytorch_model"  # Accelerate's name for a DeepSpeed checkpoint
 
 
@@ -51,10 +56,11 @@ class DeepSpeedEngine(Engine):
         patience = timedelta(seconds=max(START_S, config.training.collective_timeout_s))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         bf16 = config.training.precision == "bf16"
+        plugin = accelerate.utils.DeepSpeedPlugin(
+            hf_ds_config=settings, gradient_accumulation_steps=accumulation, zero3_init_flag=False
+        )
         self._accelerator = accelerate.Accelerator(
-            deepspeed_plugin=accelerate.utils.DeepSpeedPlugin(
-                hf_ds_config=settings, gradient_accumulation_steps=accumulation, zero3_init_flag=False
-            ),
+            deepspeed_plugin=plugin,
             gradient_accumulation_steps=accumulation,
             mixed_precision="bf16" if bf16 else "no",
             kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=backend, timeout=patience)],
@@ -68,10 +74,14 @@ class DeepSpeedEngine(Engine):
         if on_cpu:
             map_pieces(None)
         model = build(self._place())
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves empty ones
         if on_cpu:
-            map_pieces(sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+            map_pieces(num_parameters)
         if self._stage == 3:
             self._gather_together(model)
+            if num_parameters < SMALL:
+                for where in (settings, plugin.deepspeed_config):
+                    where["zero_optimization"]["stage3_max_reuse_distance"] = 0
         self._names = {id(p): n for n, p in model.named_parameters()}
         optimizer = self._optimizer(model, config)
         self._engine, _ = self._accelerator.prepare(model, optimizer)
@@ -130,6 +140,22 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         self._engine.backward(loss)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """ZeRO-3 reduces a leaf module's gradients whenever a backward pass has gone through it, there or not: not here."""
+        hooked = {module: module._backward_hooks for module in self.model.modules() if module._backward_hooks}
+        for module in hooked:
+            module._backward_hooks = OrderedDict()
+        try:
+            yield
+        finally:
+            for module, hooks in hooked.items():
+                module._backward_hooks = hooks
+        if (
+            self._stage == 3
+        ):  # modules none of whose inputs has a gradient stay gathered; DeepSpeed's backward ends so, too
+            self._zero.parameter_offload.release_backward_leftovers()
 
     def non_finite(self) -> bool:
         return bool(self._zero.has_overflow())
