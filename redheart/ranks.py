@@ -6,7 +6,7 @@ Also how they run out of memory: together (`together`), so that all of them can 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from redheart.schema import RedHeartError
@@ -134,6 +134,32 @@ def same_everywhere(mine: str) -> bool:
     texts: list[str | None] = [None] * world_size()
     dist.all_gather_object(texts, mine)
     return len(set(texts)) == 1
+
+
+def after_main(action: Callable[[], str]) -> str:
+    """Runs `action` in the launch's first process; the others wait for it, and get its result or its RedHeartError.
+
+    For commands that need no process group otherwise: makes one for this, and takes it down again.
+    """
+    if launched_world_size() == 1:
+        return action()
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    said: list[str | None] = [None, None]  # result, error
+    try:
+        if dist.get_rank() == 0:
+            try:
+                said[0] = action()
+            except RedHeartError as error:
+                said[1] = str(error)
+        dist.broadcast_object_list(said, src=0)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    if said[0] is None:
+        raise RedHeartError(said[1] or "the first process of this launch failed")
+    return said[0]
 
 
 def launched_world_size() -> int:

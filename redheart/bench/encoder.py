@@ -37,7 +37,7 @@ def bench_encoder(max_train: int = 4000, max_dev: int = 1500) -> dict[str, Any]:
     if missing:
         raise RedHeartError(f"{root / missing[0]} is missing: set REDHEART_DATA to the corpora")
     specs = [f"{name}={root / name}" for name in SOURCES]
-    records = gather(specs, DataConfig(), False, Path(os.devnull)).records
+    records = gather(specs, DataConfig(), False).records
     tasks = {name: _split(records, wanted, max_train, max_dev) for name, wanted in TASKS.items()}
     result: dict[str, Any] = {
         "dev": {},

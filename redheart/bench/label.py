@@ -9,9 +9,7 @@ Transformers loads them and with the same layers unpacked once; the faster of th
 from __future__ import annotations
 
 import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,7 @@ def bench_label(num_texts: int = 32) -> dict[str, Any]:
     """
     quiet_libraries()
     every = sorted(
-        {r["text"] for r in gather(["everyday"], DataConfig(), False, Path(os.devnull)).records},
+        {r["text"] for r in gather(["everyday"], DataConfig(), False).records},
         key=lambda t: (len(t), t),
     )
     texts = [every[i] for i in np.linspace(0, len(every) - 1, num_texts).round().astype(int)]

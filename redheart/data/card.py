@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from redheart.console import console
+from redheart.data.shards import content_digest
 from redheart.data.store import Store
 from redheart.schema import SPLITS, RedHeartError
 
@@ -22,7 +23,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
                 "config_name": "default",
                 # `datasets` caches a directory under its name and this head alone: without a word of the content in it, data prepared
                 # anew, or another directory of the same name, would be read as the old rows
-                "description": f"plan {index['plan'][:16]}",
+                "description": f"content {content_digest(index)[:16]}",
                 "data_files": [{"split": s, "path": f"{s}-*.arrow"} for s in SPLITS if s in splits],
             }
         ],

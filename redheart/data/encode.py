@@ -6,6 +6,8 @@ revision, layers, width, cut) is stored in the index and checked wherever featur
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from redheart.config import EncoderConfig
 from redheart.console import console, progress, quiet_libraries
-from redheart.data.pretrained import encoder_path, no_such_model, revision_of
+from redheart.data.pretrained import encoder_path, no_such_model, revision
+from redheart.files import flush_to_disk
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 
@@ -48,7 +51,7 @@ class TextEncoder:
         self.width = self.model.config.hidden_size * len(config.layers)
         self.fingerprint: dict[str, Any] = {
             "name": config.name,
-            "revision": revision_of(path, getattr(self.model.config, "_commit_hash", None)),
+            "revision": revision(config.name),
             "layers": list(config.layers),
             "width": self.width,
             "max_tokens": config.max_tokens,
@@ -96,40 +99,43 @@ def check_encoder(made_with: dict[str, Any], wanted: EncoderConfig, model_width:
 
 def encode_parts(
     parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: Path, config: EncoderConfig
-) -> tuple[dict[str, Any], np.ndarray, dict[str, float]]:
+) -> tuple[dict[str, Any], np.ndarray, dict[str, list[int]]]:
     """Encodes named parts of the records into `work`, each part a file; parts that are there already are kept.
 
     Returns the encoder's fingerprint, the mean-pooled features of all texts in the order of the parts [N, E] and, by source,
-    the share of texts that were cut. Of several processes each encodes its share; only the first returns all of it.
+    how many texts were cut and how many there are, contrast texts included. Of several processes each encodes its share; only the
+    first returns all of it.
     """
     console.print(f"loading the encoder {config.name} …")
     encoder = TextEncoder(config)
     mine = [p for i, p in enumerate(parts) if i % launched_world_size() == launched_rank()]
     with progress("token features", sum(len(records) for _, records in mine)) as (bar, task):
         for name, records in mine:
-            if not _part_file(work, name).is_file():
-                _encode_part(encoder, _part_file(work, name), records, lambda n: bar.advance(task, n))
-            else:
+            path, key = _part_file(work, name), _key(encoder, records)
+            if _is_whole(path, key):
                 bar.advance(task, len(records))
+            else:
+                _encode_part(encoder, path, key, records, lambda n: bar.advance(task, n))
     if launched_rank() > 0:
         return encoder.fingerprint, np.zeros((0, encoder.width), np.float32), {}
     wait_for([_part_file(work, name) for name, _ in parts])
     pooled, cut, total = [], Counter[str](), Counter[str]()
     for name, records in parts:
-        saved = load_file(_part_file(work, name))
+        saved = _saved(_part_file(work, name))
         pooled.append(saved["pooled"])
-        for record, was_cut in zip(records, saved["cut"], strict=True):
+        contrasts = [r for r in records if r["contrast_text"] is not None]
+        cuts = np.concatenate([saved["cut"], saved["contrast_cut"]])
+        for record, was_cut in zip([*records, *contrasts], cuts, strict=True):
             cut[record["source"]] += bool(was_cut)
             total[record["source"]] += 1
-    shares = {source: cut[source] / count for source, count in total.items()}
-    return encoder.fingerprint, np.concatenate(pooled), shares
+    return encoder.fingerprint, np.concatenate(pooled), {source: [cut[source], n] for source, n in total.items()}
 
 
 def load_part(
     work: Path, name: str, records: Sequence[Mapping[str, Any]]
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """(features, contrast features or None) of the records of an encoded part, float16 [T, E] each."""
-    saved = load_file(_part_file(work, name))
+    saved = _saved(_part_file(work, name))
     features = np.split(saved["features"], np.cumsum(saved["lengths"])[:-1])
     contrasts = iter(np.split(saved["contrast_features"], np.cumsum(saved["contrast_lengths"])[:-1]))
     return [
@@ -150,22 +156,46 @@ def _part_file(work: Path, name: str) -> Path:
 
 
 def _encode_part(
-    encoder: TextEncoder, path: Path, records: Sequence[Mapping[str, Any]], tick: Callable[[int], None]
+    encoder: TextEncoder, path: Path, key: bytes, records: Sequence[Mapping[str, Any]], tick: Callable[[int], None]
 ) -> None:
+    """Writes `key`, the sha256 of all that follows it, and the arrays."""
     features, cut = encoder.encode([r["text"] for r in records], tick)
-    contrasts, _ = encoder.encode([r["contrast_text"] for r in records if r["contrast_text"] is not None])
+    contrasts, contrast_cut = encoder.encode([r["contrast_text"] for r in records if r["contrast_text"] is not None])
     empty = np.zeros((0, encoder.width), np.float16)
-    content = {
+    content = save({
         "features": np.concatenate(features),
         "lengths": np.array([len(f) for f in features]),
         "contrast_features": np.concatenate([*contrasts, empty]),
         "contrast_lengths": np.array([len(f) for f in contrasts], dtype=np.int64),
         "pooled": np.stack([f.astype(np.float32).mean(0) for f in features]),
         "cut": np.array(cut, dtype=np.uint8),
-    }
+        "contrast_cut": np.array(contrast_cut, dtype=np.uint8),
+    })  # fmt: skip
     temporary = path.with_suffix(".tmp")
-    save_file(content, temporary)
+    temporary.write_bytes(key + hashlib.sha256(key + content).digest() + content)
+    flush_to_disk(temporary)
     temporary.rename(path)
+
+
+def _key(encoder: TextEncoder, records: Sequence[Mapping[str, Any]]) -> bytes:
+    """32 bytes that stand for all that a part depends on."""
+    content = json.dumps([encoder.fingerprint, [[r["text"], r["contrast_text"]] for r in records]], sort_keys=True)
+    return hashlib.sha256(content.encode()).digest()
+
+
+def _is_whole(path: Path, key: bytes) -> bool:
+    """Whether the part was encoded before, of these texts and by this encoder, and was not damaged since."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return content[:32] == key and content[32:64] == hashlib.sha256(key + content[64:]).digest()
+
+
+def _saved(path: Path) -> dict[str, np.ndarray]:
+    content = path.read_bytes()
+    if content[32:64] != hashlib.sha256(content[:32] + content[64:]).digest():
+        raise RedHeartError(f"{path} is damaged (its sha256 is not that of its content): run the same command again")
+    return load(content[64:])
 
 
 def wait_for(files: Sequence[Path], patience_s: float = 1800.0) -> None:
@@ -186,23 +216,3 @@ def wait_for(files: Sequence[Path], patience_s: float = 1800.0) -> None:
         elif time.monotonic() - since > patience_s:
             raise RedHeartError(f"{left[0]} was not written by another process within {patience_s:g} s: run this again")
         missing = left
-
-
-def check_languages(records: Sequence[Mapping[str, Any]], config: EncoderConfig, sample: int = 1000) -> None:
-    """Raises if records are in a language that the encoder was not made for; says how badly its tokenizer reads them."""
-    foreign = Counter(r["lang"] for r in records if r["lang"] not in config.languages)
-    if not foreign:
-        return
-    from transformers import AutoTokenizer
-
-    quiet_libraries()
-    lang, count = foreign.most_common(1)[0]
-    tokenizer = AutoTokenizer.from_pretrained(encoder_path(config.name))
-    texts = [r["text"] for r in records if r["lang"] == lang][:sample]
-    pieces = [i for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids]
-    unknown = sum(i == tokenizer.unk_token_id for i in pieces) / max(len(pieces), 1)
-    raise RedHeartError(
-        f"{count} records are in {lang!r}, which encoder {config.name} was not made for (data.encoder.languages = "
-        f"{list(config.languages)}): {unknown:.1%} of their pieces are unknown to it, {len(pieces) / len(texts):.0f} pieces a "
-        "text. Choose a multilingual encoder (--set data.encoder.name=…), or add the language there if it really reads it"
-    )

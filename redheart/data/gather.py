@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from redheart.data.sources.rows import LeftOut
 from redheart.files import write_text
 from redheart.schema import SPLITS, RedHeartError
 
+FEW = 0.01  # share of a published corpus that may be unreadable without a word from the user
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
 
@@ -39,7 +40,9 @@ class Gathered:
 
     records: list[dict[str, Any]]
     sources: dict[str, dict[str, Any]]
-    rejected: int
+    refused: list[dict[str, Any]]  # source, place, reason and content of each rejected row
+    places: dict[str, str]  # where a record stands, by its id
+    published: frozenset[str]  # sources that are not the user's own
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class _Opened:
     may_repeat: bool = False  # published data hold a few texts more than once, and all of them are theirs
 
 
-def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool, rejected_file: Path) -> Gathered:
-    """Reads the sources in turn; ids are unique over all of them, and the same in every call.
+def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool) -> Gathered:
+    """Reads the sources in turn; ids are unique over all of them, and the same in every call. Writes nothing.
 
-    The first invalid record stops everything, or, with skip_invalid, is written to `rejected_file` with its reason.
+    The first invalid record stops everything, or, with skip_invalid, is kept with its reason in `refused`.
     """
     tabular.check_columns(config.columns)
     opened = [_open(spec, config) for spec in sources]
@@ -71,28 +74,78 @@ def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool, rejec
         raise RedHeartError(f"data.columns names {unknown[0]!r}, and the sources are {', '.join(names)}")
     records: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
-    ids: set[str] = set()
-    facts = {source.name: _read(source, skip_invalid, records, refused, ids) for source in opened}
-    if refused:
-        lines = (json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in refused)
-        # half a surrogate pair, which a refused record may hold, is written as the escape that JSON has for it
-        write_text(rejected_file, "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8"))
-        console.print(f"{len(refused)} records rejected, with their reasons in {rejected_file}")
-    elif rejected_file.is_file():
-        rejected_file.unlink(missing_ok=True)  # of an earlier call
-    empty = [name for name in names if not facts[name]["rows_kept"]]
-    if empty or not records:
-        raise RedHeartError(f"no record is left of {', '.join(empty or sources)}: the data set is empty")
-    return Gathered(records, facts, len(refused))
+    places: dict[str, str] = {}
+    facts = {source.name: _read(source, skip_invalid, records, refused, places) for source in opened}
+    published = frozenset(source.name for source in opened if source.may_repeat)
+    return _not_empty(Gathered(records, facts, refused, places, published))
+
+
+def set_aside(
+    gathered: Gathered, records: list[dict[str, Any]], reasons: Mapping[str, str], skip_invalid: bool, encoder: str
+) -> tuple[Gathered, list[dict[str, Any]]]:
+    """Rejects those of `records` that `encoder` cannot read, with the `reasons` by id; returns what was gathered and the others.
+
+    Raises RedHeartError unless skip_invalid is given, or they are a few of a published corpus, which nobody can be asked to mend.
+    """
+    if not reasons:
+        return gathered, records
+    count = Counter(r["source"] for r in records)
+    bad = Counter(r["source"] for r in records if r["id"] in reasons)
+    facts = {name: dict(f) for name, f in gathered.sources.items()}
+    refused = list(gathered.refused)
+    for record in records:
+        name, reason = record["source"], reasons.get(record["id"])
+        if reason is None:
+            continue
+        of, place = facts[name], gathered.places[record["id"]]
+        if not skip_invalid and (name not in gathered.published or bad[name] > FEW * count[name]):
+            raise RedHeartError(
+                f"source {name}: {bad[name]} of {count[name]} records cannot be read by encoder {encoder}, the first in {place}: {reason}. "
+                "Choose an encoder that reads them (--set data.encoder.name=…); --skip-invalid leaves such records out"
+            )
+        why = f"encoder {encoder} cannot read it: {reason}"
+        refused.append({"source": name, "place": place, "reason": f"{place}: {why}", "content": record["text"]})
+        of["rows_kept"] -= 1
+        of["rows_rejected"] += 1
+        of["splits"] = {**of["splits"], record["split"]: of["splits"][record["split"]] - 1}
+        of["rejected"] = {**of["rejected"], _kind(why, ""): of["rejected"].get(_kind(why, ""), 0) + 1}
+    for name, number in bad.items():
+        console.print(f"{number} of {count[name]} records of {name} are left out: encoder {encoder} cannot read them")
+    left = [r for r in gathered.records if r["id"] not in reasons]
+    found = _not_empty(replace(gathered, records=left, sources=facts, refused=refused))
+    return found, [r for r in records if r["id"] not in reasons]
+
+
+def write_rejected(refused: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """One JSON line per rejected row: source, place, reason, content."""
+    lines = (json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in refused)
+    # half a surrogate pair, which a refused record may hold, is written as the escape that JSON has for it
+    write_text(file, "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8"))
+    console.print(f"{len(refused)} records rejected, with their reasons in {file}")
+
+
+def _not_empty(gathered: Gathered) -> Gathered:
+    empty = {name: facts for name, facts in gathered.sources.items() if not facts["rows_kept"]}
+    if empty:
+        reasons = Counter[str]()
+        for facts in empty.values():
+            reasons.update(facts["rejected"] | facts["left_out"])
+        why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        raise RedHeartError(f"no record is left of {', '.join(empty)}: " + (why or "the data set is empty"))
+    return gathered
 
 
 def _read(
-    source: _Opened, skip_invalid: bool, records: list[dict[str, Any]], refused: list[dict[str, Any]], ids: set[str]
+    source: _Opened,
+    skip_invalid: bool,
+    records: list[dict[str, Any]],
+    refused: list[dict[str, Any]],
+    places: dict[str, str],
 ) -> dict[str, Any]:
     """Appends a source's rows to `records` or `refused`; returns the facts about it."""
     left_out, reasons, splits, occurrences = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     read = 0
-    for place, raw in source.rows:
+    for place, raw in _rows(source):
         read += 1
         if isinstance(raw, LeftOut):
             left_out[raw.reason] += 1
@@ -101,7 +154,7 @@ def _read(
             record = parse_record({"lang": source.lang, **raw} if isinstance(raw, dict) else raw, place, source.name)
             if source.may_repeat:
                 record["id"] = _distinct(record["id"], occurrences)
-            if record["id"] in ids:
+            if record["id"] in places:
                 raise InvalidRecord(f"{place}: its id {record['id']} (or its text) is there already")
         except InvalidRecord as error:
             if not skip_invalid:
@@ -110,7 +163,7 @@ def _read(
             content = str(raw) if isinstance(raw, InvalidRecord) else raw
             refused.append({"source": source.name, "place": place, "reason": str(error), "content": content})
             continue
-        ids.add(record["id"])
+        places[record["id"]] = place
         records.append(record)
         splits[record["split"]] += 1
     return {
@@ -124,6 +177,14 @@ def _read(
         "rejected": dict(reasons),
         "left_out": dict(left_out),
     }
+
+
+def _rows(source: _Opened) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from source.rows
+    except OSError as error:  # no permission, a broken disk
+        file = error.filename or source.origin
+        raise RedHeartError(f"source {source.name}: {file} cannot be read ({error.strerror or error})") from error
 
 
 def mix(records: list[dict[str, Any]], mixture: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -171,7 +232,9 @@ def _open(spec: str, config: DataConfig) -> _Opened:
             known.non_commercial,
             known.published,
         )
-    looks_like_hub = known is None and HUB_ID.fullmatch(given) is not None and path.suffix not in tabular.SUFFIXES
+    looks_like_hub = (
+        known is None and HUB_ID.fullmatch(given) is not None and path.suffix.lower() not in tabular.SUFFIXES
+    )
     if given.startswith("hub:") or (looks_like_hub and not path.exists()):
         identity = given.removeprefix("hub:")
         if not identity:

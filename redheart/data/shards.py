@@ -8,8 +8,10 @@ their length bucket (data/order.py), the shards of a split are random parts of i
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,17 @@ from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, ORIGINS, S
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
+LABEL_REMEDY = (
+    "name their columns (data.columns), let the LLM label (data.labeler.max_texts not 0), or take a source with labels"
+)
+
+
+def content_digest(index: Mapping[str, Any]) -> str:
+    """Hex sha256 of which rows the splits of an index hold and where: the shards' own sha256, and how often each is shown."""
+    shards = {
+        s: [[e["file"], e["sha256"], e["rows"], e["repeat"]] for e in f["shards"]] for s, f in index["splits"].items()
+    }
+    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
 
 def arrow_schema(encoder_width: int) -> pa.Schema:

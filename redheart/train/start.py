@@ -12,6 +12,7 @@ from typing import Any
 from redheart.config import RunConfig, write_config
 from redheart.console import console
 from redheart.data.encode import check_encoder
+from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
@@ -164,6 +165,10 @@ def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, Sa
     streams = SampleStream(data, "train", config.data.remote), SampleStream(data, "dev", config.data.remote)
     if not streams[0].num_rows:
         raise RedHeartError(f"{data} has no training rows: prepare more samples, or give some of them split 'train'")
+    if not streams[0].index["splits"]["train"]["histograms"]:
+        raise RedHeartError(
+            f"no row of the training split of {data} has a label, and every loss would be 0: {LABEL_REMEDY}"
+        )
     check_encoder(streams[0].encoder, config.data.encoder, config.model.encoder_width)
     return streams
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from redheart.config import DataConfig, EncoderConfig, LabelerConfig
+from redheart.data.gather import Gathered, set_aside
 from redheart.data.prepare import prepare
+from redheart.data.pretrained import encoder_path
+from redheart.data.readable import Reader
 from redheart.data.store import Store
 from redheart.schema import RedHeartError
 
@@ -84,3 +88,98 @@ def test_korean_is_prepared_with_a_multilingual_encoder(source: str, multilingua
         found = np.asarray(row["features"], np.float32).reshape(-1, 64)
         assert np.abs(found - expected).max() < 5e-3  # float16
     assert Store(tmp_path / "out").index["encoder"]["width"] == 64
+
+
+UNREADABLE = {
+    "am": "ዛሬ በጣም ደስተኛ ነኝ",
+    "ko": "오늘은 친구와 함께 저녁을 먹어서 정말 기뻤다.",
+    "ru": "Сегодня я очень счастлив.",
+    "th": "วันนี้ฉันมีความสุขมาก",
+    "ta": "நான் இன்று மிகவும் மகிழ்ச்சியாக இருக்கிறேன்",
+    "zh": "我今天非常高兴",
+    "pictures alone": "😂😂😂",
+    "nothing that is seen": "\u200b\u200b",
+}
+READABLE = [
+    "I am so happy today :)",
+    "lol",
+    "No.",
+    "2020",
+    "Ich war gestern überglücklich.",
+    "OMG WTF!!",
+    "I ❤ you, my dear.",
+]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Reader:
+    return Reader(AutoTokenizer.from_pretrained(encoder_path("package:minilm")))
+
+
+def test_an_english_tokenizer_reads_english_and_says_what_it_cannot(minilm: Reader):
+    assert [r.reason for r in minilm(READABLE)] == [""] * len(READABLE)
+    assert [name for name, r in zip(UNREADABLE, minilm(list(UNREADABLE.values())), strict=True) if not r.reason] == []
+    assert [r.tokens for r in minilm(["I am so happy today", ""])] == [7, 2]  # [CLS] and [SEP] too
+    assert minilm([]) == []
+
+
+def test_a_tokenizer_that_spells_everything_is_not_judged_by_it(multilingual: Path, minilm: Reader):
+    korean = Reader(PreTrainedTokenizerFast.from_pretrained(multilingual))
+    assert [r.reason for r in korean(KOREAN)] == [""] * len(KOREAN)
+    assert all(r.reason for r in minilm(KOREAN))
+
+
+def put(path: Path, texts: list[str]) -> str:
+    path.write_text(json.dumps([{"text": t, "label": "joy", "split": "train"} for t in texts]), encoding="utf-8")
+    return f"mine={path}"
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_text_that_cannot_be_read_is_refused_without_being_told_its_language(name: str, tmp_path: Path):
+    config = DataConfig(labeler=LabelerConfig(max_texts=0))
+    source = put(tmp_path / "mixed.json", [*ENGLISH, UNREADABLE[name]])
+    with pytest.raises(
+        RedHeartError,
+        match=r"mine: 1 of 3 records cannot be read by encoder package:minilm.* record 2: .*data\.encoder\.name",
+    ):
+        prepare([source], tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_skip_invalid_sets_aside_what_cannot_be_read(tmp_path: Path):
+    config = DataConfig(labeler=LabelerConfig(max_texts=0))
+    source = put(tmp_path / "mixed.json", [*ENGLISH, *UNREADABLE.values()])
+    report = prepare([source], tmp_path / "out", config, skip_invalid=True)
+    facts = report.sources["mine"]
+    assert (facts["rows_read"], facts["rows_kept"], facts["rows_rejected"], report.rejected) == (10, 2, 8, 8)
+    assert facts["splits"] == report.rows == {"train": 2, "dev": 0, "test": 0}
+    assert sum(facts["rejected"].values()) == 8
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [line["content"] for line in lines] == list(UNREADABLE.values())
+    with pytest.raises(RedHeartError, match="no record is left of mine: "):
+        prepare([put(tmp_path / "all.json", list(UNREADABLE.values()))], tmp_path / "none", config, skip_invalid=True)
+
+
+def test_a_few_of_a_published_corpus_are_left_out_aloud_and_many_are_refused():
+    records = [{"id": str(n), "source": "s", "split": "train", "text": "t"} for n in range(200)]
+    facts = {
+        "rows_read": 200,
+        "rows_kept": 200,
+        "rows_rejected": 0,
+        "splits": {"train": 200},
+        "rejected": {},
+        "left_out": {},
+    }
+    gathered = Gathered(records, {"s": facts}, [], {str(n): f"row {n}" for n in range(200)}, frozenset({"s"}))
+    found, left = set_aside(gathered, records, {"7": "spelled", "9": "spelled"}, False, "e")
+    assert [r["id"] for r in left] == [str(n) for n in range(200) if n not in (7, 9)]
+    assert (found.sources["s"]["rows_kept"], found.sources["s"]["rows_rejected"], len(found.refused)) == (198, 2, 2)
+    many = {str(n): "spelled" for n in range(3)}
+    with pytest.raises(
+        RedHeartError, match="3 of 200 records cannot be read by encoder e, the first in row 0: spelled"
+    ):
+        set_aside(gathered, records, many, False, "e")
+    with pytest.raises(RedHeartError, match="1 of 200"):
+        set_aside(replace(gathered, published=frozenset()), records, {"7": "spelled"}, False, "e")

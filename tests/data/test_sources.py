@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from redheart.config import DataConfig
-from redheart.data.gather import Gathered, gather, mix
+from redheart.data.gather import Gathered, gather, mix, write_rejected
 from redheart.data.sources.rows import coin
 from redheart.schema import EMOTIONS_FINE, RedHeartError
 from tests.corpora import corpus
@@ -18,7 +18,10 @@ from tests.corpora import corpus
 
 def collect(*specs: str, rejected: Path | None = None, **config: dict) -> Gathered:
     """Stops at an invalid row, or, where `rejected` is given, writes it there."""
-    return gather(specs, DataConfig(**config), rejected is not None, rejected or Path("/nowhere/rejected.jsonl"))
+    gathered = gather(specs, DataConfig(**config), rejected is not None)
+    if rejected is not None and gathered.refused:
+        write_rejected(gathered.refused, rejected)
+    return gathered
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -87,8 +90,8 @@ def test_a_broken_row_is_named_and_skipped_only_when_asked(
     with pytest.raises(RedHeartError, match=words):
         collect(f"goemotions={goemotions}")
     rejected = tmp_path / "out" / "rejected.jsonl"
-    gathered = gather([f"goemotions={goemotions}"], DataConfig(), True, rejected)
-    assert gathered.rejected == 1
+    gathered = collect(f"goemotions={goemotions}", rejected=rejected)
+    assert len(gathered.refused) == 1
     assert sum(gathered.sources["goemotions"]["rejected"].values()) == 1
     assert gathered.sources["goemotions"]["rows_kept"] == 4
     (line,) = rejected.read_text().splitlines()
@@ -293,22 +296,125 @@ def test_bad_rows_of_the_users_files_are_named_one_by_one(tmp_path: Path):
     for number, (reason, word) in enumerate(zip(reasons, [*words, "100000 characters"], strict=True), start=1):
         assert f"record {number}" in reason
         assert word in reason
-    put(path, '{"text": "Whole."}\n')
-    collect(f"mine={path}", rejected=rejected)
-    assert not rejected.exists()  # what an earlier call refused is not this call's
 
 
 def test_bytes_that_are_no_text_spoil_their_row_alone(tmp_path: Path):
     put(tmp_path / "a.csv", b'text\n"Two\nlines."\nb\xffd\n"' + b"y\n" * 100_000 + b'"\nLast.\n')
     gathered = collect(f"mine={tmp_path / 'a.csv'}", rejected=tmp_path / "r.jsonl")
     assert [r["text"] for r in gathered.records] == ["Two\nlines.", "Last."]
-    assert gathered.rejected == 2
+    assert len(gathered.refused) == 2
     offsets, data = pa.py_buffer(np.array([0, 2, 4], dtype=np.int32)), pa.py_buffer(b"ok\xff\xfe")
     bad = pa.Array.from_buffers(pa.string(), 2, [None, offsets, data])
     pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
     gathered = collect(f"mine={tmp_path / 'a.parquet'}", rejected=tmp_path / "r.jsonl")
     assert [r["text"] for r in gathered.records] == ["ok"]
     assert "row 2: not UTF-8" in (tmp_path / "r.jsonl").read_text()
+
+
+HEAD = "text,emotion,split\n"
+LOST = {
+    "never closed": ('first,joy,train\n"second,joy,train\nthird,joy,train\n', "opens in line 3 .* up to line 4"),
+    "closed by the next stray quote": (
+        '"one,joy,train\ntwo,joy,train\n"three,joy,train\n',
+        "opens in line 2 .* up to line 4",
+    ),
+    "closed where a cell ends": (
+        '"one,joy,train\ntwo,joy,train\nthree",joy,train\n',
+        "opens in line 2 and holds whole rows up to line 4",
+    ),
+    "of two rows": (
+        'zero,joy,train\n"one,joy,train\ntwo",joy,train\n',
+        "opens in line 3 and holds whole rows up to line 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_stray_quote_loses_no_row_unsaid(tmp_path: Path, case: str, end: str):
+    content, words = LOST[case]
+    path = put(tmp_path / "a.csv", (HEAD + content).replace("\n", end))
+    with pytest.raises(RedHeartError, match=words):
+        collect(f"mine={path}", rejected=tmp_path / "rejected.jsonl")
+
+
+def test_a_text_of_several_lines_is_one_row(tmp_path: Path):
+    poem = "I came, I saw, I won\nand then, oh joy, home\n\nagain, a train, late"
+    path = put(tmp_path / "a.csv", f'{HEAD}"{poem}",joy,train\n"Hello, all\nof you",fear,train\n')
+    assert [r["text"] for r in collect(f"mine={path}").records] == [poem, "Hello, all\nof you"]
+
+
+def test_every_row_of_a_table_is_counted(tmp_path: Path):
+    rows = [
+        "one,joy,train",
+        "",
+        "two,joy",
+        "three,joy,train,extra",
+        ",,",
+        "four\0,joy,train",
+        " , ,",
+        '"five" x,joy,train',
+        "six,joy,train",
+    ]
+    path = put(tmp_path / "a.csv", HEAD + "\n".join(rows) + "\n")
+    facts = collect(f"mine={path}", rejected=tmp_path / "rejected.jsonl").sources["mine"]
+    assert (facts["rows_read"], facts["rows_kept"], facts["rows_rejected"]) == (9, 2, 4)
+    assert facts["left_out"] == {"an empty line": 1, "all cells are empty": 2}
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    for reason, words in zip(
+        reasons, ["2 columns, not 3", "4 columns, not 3", "a NUL at character 4", "expected after"], strict=True
+    ):
+        assert words in reason
+    lines = put(tmp_path / "a.jsonl", '{"text": "One."}\n\n{"text": "Two."}\n  \n')
+    facts = collect(f"mine={lines}").sources["mine"]
+    assert (facts["rows_read"], facts["rows_kept"], facts["left_out"]) == (4, 2, {"an empty line": 2})
+
+
+SPREADSHEETS = {
+    "utf-16.csv": (HEAD + "Träume,joy,train\n").encode("utf-16"),
+    "tabs, as Unicode text.csv": (HEAD + "Träume,joy,train\n").replace(",", "\t").encode("utf-16"),
+    "semicolons.csv": (HEAD + "Träume,joy,train\n").replace(",", ";").encode("utf-8-sig"),
+    "bars.csv": (HEAD + "Träume,joy,train\n").replace(",", "|").encode(),
+    "UPPER.CSV": (HEAD + "Träume,joy,train\n").encode(),
+    "utf-16.json": json.dumps([{"text": "Träume", "label": "joy", "split": "train"}], ensure_ascii=False).encode(
+        "utf-16"
+    ),
+    "utf-16.JSONL": (
+        json.dumps({"text": "Träume", "label": "joy", "split": "train"}, ensure_ascii=False) + "\r\n"
+    ).encode("utf-16"),
+    "utf-32.csv": (HEAD + "Träume,joy,train\n").encode("utf-32"),
+}
+
+
+@pytest.mark.parametrize("name", SPREADSHEETS)
+def test_tables_are_read_as_spreadsheets_save_them(tmp_path: Path, name: str):
+    (record,) = collect(f"mine={put(tmp_path / name, SPREADSHEETS[name])}").records
+    assert (record["text"], record["emotion"][0], record["split"]) == ("Träume", 1.0, "train")
+
+
+def test_a_table_that_cannot_be_read_names_the_reason(tmp_path: Path):
+    for name, content, words in [
+        ("odd.csv", b"\xff\xfea", "odd.csv is not UTF-16"),
+        ("ansi.csv", (HEAD + "Träume,joy,train\n").encode("cp1252"), "row 2: not UTF-8"),
+        ("bare16.csv", (HEAD + "one,joy,train\n").encode("utf-16-le"), "NUL|unknown field"),
+        ("satz.csv", b"satz;mood\none;joy\n", "unknown field 'satz'"),
+        ("twice.csv", b"text,text\none,two\n", "two columns have the same name"),
+        ("empty.csv", b"", "is empty: it needs a header"),
+        ("blank.csv", b"\n\n", "is empty: it needs a header"),
+        ("head.csv", HEAD.encode(), "no record is left of mine: the data set is empty"),
+        ("twice.json", b'[{"text": "a", "text": "b"}]', "record 0: 'text' is given twice"),
+        ("twice.jsonl", b'{"text": "a", "text": "b"}', "record 0: 'text' is given twice"),
+        ("nan.jsonl", b'{"text": "a", "regret": NaN}', "nan is not a number"),
+        ("inf.csv", b"text,regret\na,1e999\n", "inf is not a number"),
+    ]:  # fmt: skip
+        with pytest.raises(RedHeartError, match=words):
+            collect(f"mine={put(tmp_path / name, content)}")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(RedHeartError, match="two columns have the same name"):
+        collect(f"mine={tmp_path / 'a.parquet'}")
+    put(tmp_path / "none.csv", HEAD + ",joy,train\n,fear,train\n")
+    with pytest.raises(RedHeartError, match="no record is left of mine: 2 × field text"):
+        collect(f"mine={tmp_path / 'none.csv'}", rejected=tmp_path / "r.jsonl")
 
 
 def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

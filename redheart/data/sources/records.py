@@ -7,10 +7,13 @@ schema.py (null entries allowed), a mapping from names, or, for the emotion, one
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +28,50 @@ class InvalidRecord(RedHeartError):
     """One record that breaks the schema: its place, field and reason."""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that the source holds and the project has no use for; counted under its reason, never an error."""
+
+    reason: str
+
+
+EMPTY = LeftOut("an empty line")
+ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def encoding_of(path: Path) -> str:
+    """utf-8-sig, or what the file's first bytes say: spreadsheets write UTF-16 with a mark in front."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), "utf-8-sig")
+
+
 def read_records(path: Path, source: str) -> Iterator[tuple[int, Any]]:
     """(number, raw record) of a .json list or a .jsonl file; an unreadable file is an error that names it."""
     if not path.is_file():
         raise RedHeartError(f"source {source}: {path} does not exist: give a .json or .jsonl file")
-    if path.suffix == ".jsonl":
+    encoding = encoding_of(path)
+    if path.suffix.lower() == ".jsonl" and encoding == "utf-8-sig":
         with path.open("rb") as file:  # lines end at \n alone: a text may hold other separators, such as U+2028
             for number, line in enumerate(file):
-                if line.strip():
-                    yield number, _json_line(line, f"{path}: record {number}")
+                yield number, _json_line(line, f"{path}: record {number}") if line.strip() else EMPTY
         return
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = path.read_bytes().decode(encoding)
+        if path.suffix.lower() == ".jsonl":
+            for number, text in enumerate(content.removesuffix("\n").split("\n")):
+                yield number, _json_line(text.encode(), f"{path}: record {number}") if text.strip() else EMPTY
+            return
+        records = _json(content)
     except UnicodeDecodeError as error:
-        raise RedHeartError(f"source {source}: {path} is not UTF-8 ({error}): convert it first") from None
+        raise RedHeartError(
+            f"source {source}: {path} is not {encoding.removesuffix('-sig').upper()} ({error}): convert it first"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise RedHeartError(f"source {source}: {path} is not valid JSON ({error})") from None
     if not isinstance(records, list):
@@ -46,9 +79,22 @@ def read_records(path: Path, source: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(records)
 
 
+def _json(text: str) -> Any:
+    """The value of a JSON text; a name that an object gives twice is an error, since one of its values would be lost."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return InvalidRecord(f"{twice!r} is given twice: keep one")
+    return found
+
+
 def _json_line(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return _json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return InvalidRecord(f"{where}: not UTF-8 ({error.reason} at byte {error.start})")
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of its own
@@ -58,7 +104,7 @@ def _json_line(line: bytes, where: str) -> Any:
 def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
     """A raw record -> the fields of DESIGN §3 without features. Raises InvalidRecord with `where` and the field."""
     if isinstance(raw, InvalidRecord):
-        raise raw
+        raise raw if str(raw).startswith(where) else InvalidRecord(f"{where}: {raw}")
     if not isinstance(raw, dict):
         raise InvalidRecord(f"{where}: a record must be an object, it is a {type(raw).__name__}")
     given = {}
@@ -113,6 +159,10 @@ def _encodable(value: str, where: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidRecord(f"{where}: half a surrogate pair at character {error.start}") from None
+    if "\0" in value:
+        raise InvalidRecord(
+            f"{where}: a NUL at character {value.index(chr(0))}: is the file damaged, or UTF-16 without its mark?"
+        )
     return value
 
 

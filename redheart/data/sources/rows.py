@@ -5,21 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from redheart.data.sources.records import InvalidRecord
+from redheart.data.sources.records import EMPTY, InvalidRecord, LeftOut, encoding_of
 from redheart.schema import RedHeartError
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A row that the corpus holds and the project has no use for; counted under its reason, never an error."""
-
-    reason: str
-
 
 Row = tuple[str, dict[str, Any] | InvalidRecord | LeftOut]  # (place, a raw record of the schema or why there is none)
 
@@ -55,43 +46,116 @@ def tsv(path: Path, columns: int) -> Iterator[tuple[str, list[str] | InvalidReco
 def table(
     path: Path, header: Sequence[str] | None, delimiter: str = ",", columns: int | None = None
 ) -> Iterator[tuple[str, dict[str, str] | InvalidRecord]]:
-    """(place, cells by column) of a quoted CSV whose fields may hold line breaks. `header` lists the columns that must be there;
-    None: the file has no header and `columns` numbered ones.
+    """(place, cells by column) of a quoted CSV whose fields may hold line breaks, its empty lines passed over. `header` lists the
+    columns that must be there; None: the file has no header and `columns` numbered ones.
     """
-    csv.field_size_limit(
-        2**31 - 1
-    )  # beyond its default csv would stop inside a text; parse_record bounds it, with a reason
-    content = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")  # bad bytes stay visible in their row
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    for place, row in all_lines(path, header, delimiter, columns):
+        if row is BLANK:
+            yield place, InvalidRecord(f"{place}: {BLANK.reason}")
+        elif not isinstance(row, LeftOut):
+            yield place, row
+
+
+BLANK = LeftOut("all cells are empty")
+
+
+def all_lines(
+    path: Path, header: Sequence[str] | None, delimiter: str = ",", columns: int | None = None
+) -> Iterator[tuple[str, dict[str, str] | InvalidRecord | LeftOut]]:
+    """As `table`, with a LeftOut for each line after the header that is empty or holds empty cells only.
+
+    Every line is in one row, so that none is lost unsaid: a quote that swallows lines by mistake ends with an error about the file.
+    """
     names: list[str] | None = None if header is not None else [str(i) for i in range(columns or 0)]
-    number = 0
-    while True:
-        number += 1
+    read = list(_cells(path, delimiter))
+    if names is None:
+        start = next((i for i, (_, _, cells) in enumerate(read) if cells), None)
+        if start is None:
+            raise RedHeartError(f"{path} is empty: it needs a header with the names of its columns")
+        head = read[start][2]
+        if isinstance(head, csv.Error):
+            raise RedHeartError(f"{path}: its header cannot be read ({head})")
+        names = head
+        if len(set(names)) < len(names):
+            raise RedHeartError(f"{path}: two columns have the same name ({', '.join(names)}): rename one")
+        missing = [c for c in header or () if c not in names]
+        if missing:
+            raise RedHeartError(f"{path}: column {missing[0]!r} is missing; it has {', '.join(names)}")
+        read = [(0, 0, [])] * (start + 1) + read[start + 1 :]
+    whole = [cells for _, _, cells in read if isinstance(cells, list) and len(cells) == len(names)]
+    known = [set(column) for column in zip(*whole, strict=True)]
+    for first, last, cells in read:
+        if last > first and isinstance(cells, list) and _swallows(cells, known, delimiter):
+            raise RedHeartError(
+                f"{path}: a quoted cell opens in line {first} and holds whole rows up to line {last}: a quote is missing, or one too many"
+            )
+    for number, (first, _, cells) in enumerate(read, start=1):
         place = f"{path.parent.name}/{path.name}: row {number}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            if names is None:
-                raise RedHeartError(f"{path} is empty: it needs a header with the names of its columns") from None
-            return
-        except csv.Error as error:
-            yield place, InvalidRecord(f"{place}: {error}")
-            continue
-        if not cells:
-            continue  # an empty line is no row
-        if names is None:
-            names = cells
-            if len(set(names)) < len(names):
-                raise RedHeartError(f"{path}: two columns have the same name ({', '.join(names)}): rename one")
-            missing = [c for c in header or () if c not in names]
-            if missing:
-                raise RedHeartError(f"{path}: column {missing[0]!r} is missing; it has {', '.join(names)}")
+        if not first:
+            continue  # the header, and what stands above it
+        if isinstance(cells, csv.Error):
+            yield place, InvalidRecord(f"{place}: {cells}")
+        elif not cells:
+            yield place, EMPTY
+        elif not any(cell.strip() for cell in cells):
+            yield place, BLANK
         elif len(cells) != len(names):
             yield place, InvalidRecord(f"{place}: {len(cells)} columns, not {len(names)}")
         elif any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
             yield place, InvalidRecord(f"{place}: not UTF-8")
         else:
             yield place, dict(zip(names, cells, strict=True))
+
+
+_Cells = list[str] | csv.Error
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, int, _Cells]]:
+    """(first line, last line, cells) of each row of a CSV; RedHeartError where a broken row takes others with it."""
+    csv.field_size_limit(
+        2**31 - 1
+    )  # beyond its default csv would stop inside a text; parse_record bounds it, with a reason
+    encoding = encoding_of(path)
+    try:  # bad bytes of UTF-8 stay visible in their row
+        content = path.read_bytes().decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
+    except UnicodeDecodeError as error:
+        raise RedHeartError(f"{path} is not {encoding.upper()} ({error}): save it as UTF-8") from None
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if reader.line_num > first:
+                raise RedHeartError(
+                    f"{path}: a quoted cell opens in line {first} and is not closed as it should be up to line {reader.line_num} "
+                    f"({error}): write a quote inside of a cell twice, and put that cell in quotes"
+                ) from None
+            yield first, first, error
+        else:
+            yield first, reader.line_num, cells
+
+
+def _swallows(cells: Sequence[str], known: Sequence[Set[str]], delimiter: str) -> bool:
+    """Whether a cell of several lines is rows of this table, made one by a stray quote: each of its lines has the cells that would
+    then be there, and one of them is a value that a row has in that column. `known`: the values of each column.
+    """
+    for column, cell in enumerate(cells):
+        lines = cell.splitlines()
+        told = []
+        for number, line in enumerate(lines):
+            offset = column if number == 0 else 0
+            found = [(offset + i, value) for i, value in enumerate(line.split(delimiter))]
+            if found[-1][0] + 1 != (column + 1 if number == len(lines) - 1 else len(known)):
+                break
+            others = [value in known[place] for place, value in found if place != column and value.strip()]
+            told += [any(others)] if others else []
+        else:
+            if len(lines) > 1 and told and all(told):
+                return True
+    return False
 
 
 def choice(value: str, legal: Sequence[str], place: str, column: str) -> str | InvalidRecord:

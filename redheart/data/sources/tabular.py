@@ -7,32 +7,53 @@ and a label is a number, JSON, or the name of an emotion; texts and ids stay as 
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redheart.data.sources.records import ALIASES, FIELDS, InvalidRecord, read_records
-from redheart.data.sources.rows import Row, table
+from redheart.console import console
+from redheart.data.sources.records import ALIASES, FIELDS, InvalidRecord, encoding_of, read_records
+from redheart.data.sources.rows import Row, all_lines
 from redheart.schema import LABELS, RedHeartError
 
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Rows of a file of the kind that its suffix says; `columns` is the source's `data.columns`."""
-    if path.suffix == ".csv":
-        for place, cells in table(path, ()):
-            yield place, cells if isinstance(cells, InvalidRecord) else to_record(cells, columns, place, written=True)
-    elif path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        wanted = [theirs for theirs, ours in columns.items() if ALIASES.get(ours, ours) == "text"] or [
+            "text",
+            "content",
+        ]
+        for place, cells in all_lines(path, (), delimiter_of(path, wanted)):
+            yield place, to_record(cells, columns, place, written=True) if isinstance(cells, dict) else cells
+    elif suffix == ".parquet":
         for place, row in _parquet(path):
             yield place, row if isinstance(row, InvalidRecord) else to_record(row, columns, place)
-    elif path.suffix in SUFFIXES:
+    elif suffix in SUFFIXES:
         for number, raw in read_records(path, name):
             place = f"{path}: record {number}"
             yield place, to_record(raw, columns, place) if isinstance(raw, dict) else raw
     else:
         raise RedHeartError(f"source {name}: {path} is none of {', '.join(SUFFIXES)}: convert it to one of them")
+
+
+def delimiter_of(path: Path, wanted: Sequence[str]) -> str:
+    """What separates the columns: the character that parts one of the `wanted` columns from the others in the header, else a comma."""
+    with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:
+        head = next((line for line in file if line.strip()), "")
+    for delimiter in DELIMITERS:
+        names = next(csv.reader([head], delimiter=delimiter), [])
+        if any(name in wanted for name in names) or (delimiter != "," and len(names) > 1 and "," not in head):
+            if delimiter != ",":
+                console.print(f"{path} is separated by {DELIMITERS[delimiter]}s")
+            return delimiter
+    return ","
 
 
 def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
@@ -101,7 +122,11 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRecord]]
 
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches():
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise RedHeartError(f"{path}: two columns have the same name ({', '.join(names)}): rename one")
+        for batch in file.iter_batches():
             for row in range(batch.num_rows):
                 number += 1
                 place = f"{path.name}: row {number}"
