@@ -13,6 +13,7 @@ import typer
 from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
 from redheart.console import any_encoding, emit, literal
+from redheart.files import no_room
 from redheart.options import (  # fmt: skip
     Augment,
     Checkpoint,
@@ -389,8 +390,10 @@ def main() -> None:
     debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
     try:
         app(arguments)
-    except (RedHeartError, OSError) as error:
-        if debug or (isinstance(error, OSError) and not error.filename):  # a path the user chose, or a fault of ours
+    except Exception as error:
+        room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
+        if debug or not (isinstance(error, RedHeartError) or room or path):
             raise
-        print("redheart:", literal(" ".join(line.strip() for line in str(error).splitlines())), file=sys.stderr)
+        said = f"writing failed ({room}): make room, or raise the limit (quota, ulimit -f)" if room else str(error)
+        print("redheart:", literal(" ".join(line.strip() for line in said.splitlines())), file=sys.stderr)
         sys.exit(1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from redheart.cli import main
 from tests.runs import redheart
 
 
@@ -68,3 +69,24 @@ def test_params_prints_every_module_as_json():
 def test_a_debugger_gets_the_traceback():
     result = redheart("--debug", "params", "--preset", "none")
     assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("error", [OSError(28, "x"), OSError(27, "x"), RuntimeError("file write failed at 3")])
+def test_a_write_that_finds_no_room_is_one_line_at_every_door(monkeypatch, capsys, error):
+    def full(_):
+        raise error
+
+    monkeypatch.setattr("redheart.cli.app", full)
+    monkeypatch.setattr("sys.argv", ["redheart", "export"])
+    monkeypatch.delenv("REDHEART_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("redheart: writing failed (")
+    assert said[0].endswith("make room, or raise the limit (quota, ulimit -f)")
+    error.args = ("a fault of ours",)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError):
+            main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from redheart.config import RunConfig, dump_config, load_config
+from redheart.config import RunConfig, load_config
 from redheart.files import sha256_of, verify_manifest
 from redheart.owned import MARKER, exclusive, own, owned
 from redheart.schema import RedHeartError
@@ -172,8 +172,3 @@ def test_a_tensorboard_that_finds_no_room_is_one_line_too(
     with pytest.raises(RedHeartError, match=r"No space left on device.*--resume goes on from"):
         train(config(5), data, run, "last")
     assert "Traceback" not in capfd.readouterr().err
-
-
-def test_the_configuration_is_the_run_s(data: Path, run: Path):
-    train(config(4), data, run, "last")
-    assert dump_config(config(4)) == (last(run) / "config.yaml").read_text(encoding="utf-8")
