@@ -13,6 +13,7 @@ import typer
 from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
 from redheart.console import any_encoding, emit, literal
+from redheart.device import settle_allocator
 from redheart.files import no_room
 from redheart.options import (  # fmt: skip
     Augment,
@@ -145,7 +146,8 @@ def plan(
     preset: Preset = "330m",
     set_: Set = None,
     gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="For instance 8GiB. [default: what is free, or the preset's]")
+        str | None,
+        typer.Option("--gpu-memory", help="For instance 8GiB. [default: the preset's, or less where less is free]"),
     ] = None,
     host_memory: Annotated[str | None, typer.Option("--host-memory", help="For instance 16GiB, of a node.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1)] = 1,
@@ -164,7 +166,7 @@ def plan(
 ) -> None:
     """Predict the memory and time of every strategy without running it, and choose the fastest that fits."""
     from redheart.config import load_config
-    from redheart.memory.budget import budgets
+    from redheart.memory.budget import budget_of
     from redheart.memory.ds_files import write_ds_configs as write
     from redheart.memory.plan import plan as run
     from redheart.memory.scaling import efficiency, show_efficiency
@@ -180,13 +182,13 @@ def plan(
         show_measured(measured)
         emit(measured, json_)
         return
-    gpu, host = budgets(config, gpu_memory, host_memory, cpu)
-    found = run(config, gpu, host, nodes, gpus_per_node, tokens)
+    budget = budget_of(config, gpu_memory, host_memory, cpu)
+    found = run(config, budget.gpu.gib if budget.gpu else None, budget.host.gib, nodes, gpus_per_node, tokens)
     scaling = efficiency(config, found, network_gbit, step_seconds)
     if not json_:
-        show_plan(found)
+        show_plan(found, budget)
         show_efficiency(scaling)
-    emit({**found.to_json(), "efficiency": scaling.to_json() if scaling else None}, json_)
+    emit({**found.to_json(), "budget": budget.to_json(), "efficiency": scaling.to_json() if scaling else None}, json_)
 
 
 @app.command()
@@ -384,8 +386,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    if not Path("/dev/nvidiactl").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    settle_allocator()
     arguments = _with_optional_path(sys.argv[1:], "--resume", "last")
     debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
     try:

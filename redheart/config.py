@@ -61,6 +61,7 @@ class EncoderConfig(Section):
     layers: tuple[int, ...] = Field((4, 6), min_length=1, description="hidden layers concatenated; 0 is the embedding")
     max_tokens: int = Field(64, ge=4, le=512)
     batch_size: int = Field(32, gt=0)
+    device: str = Field("auto", description="where it computes: `auto` (a GPU where there is one), cpu, cuda or cuda:1")
     languages: tuple[str, ...] = Field(("en",), description="languages the encoder was made for; others are refused")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from redheart.data.pretrained import PACKAGES, package_directory
+from redheart.device import has_gpu
 from redheart.schema import RedHeartError
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "bitsandbytes", "pyarrow", "pydantic")
@@ -42,7 +43,7 @@ def examine() -> list[Finding]:
             found.append(Finding(name, False, str(error)))
     import torch
 
-    gpu = f"{torch.cuda.get_device_name()}" if torch.cuda.is_available() else "none: training runs on the CPU"
+    gpu = torch.cuda.get_device_name() if has_gpu() else "none: training runs on the CPU"
     found.append(Finding("GPU", True, gpu))
     memory = psutil.virtual_memory()
     found.append(

@@ -11,8 +11,9 @@ import torch
 from redheart.config import EncoderConfig
 from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
+from redheart.device import device_of
 from redheart.evaluation.evaluate import predict_all
-from redheart.memory.swap import device_of, place
+from redheart.memory.swap import place
 from redheart.model.redheart import RedHeartModel
 from redheart.model.select import MODULES, ExecutionMode
 from redheart.schema import CULTURE_HANGUL, LABELS, RedHeartError
@@ -63,7 +64,7 @@ class RedHeartPipeline:
                 f"{path} does not say which encoder it was trained with: export a run of `redheart train`"
             )
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
-        return cls(model, TextEncoder(config), modules, device, swap)
+        return cls(model, TextEncoder(config, device), modules, device, swap)
 
     @overload
     def __call__(self, text: str) -> dict[str, Any]: ...

@@ -6,6 +6,7 @@ Also how they run out of memory: together (`together`), so that all of them can 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -87,11 +88,22 @@ def together(has_collectives: bool = False) -> Iterator[None]:
         raise OutOfMemory(reason or "on another rank")
 
 
+FULL = re.compile(
+    r"DefaultCPUAllocator: can't allocate"  # the host, by torch
+    r"|CUDA out of memory"  # torch's allocator, raised anew by a library
+    r"|CUDA (driver )?error: out of memory"  # beside torch's allocator: page-locked host memory, segments that grow
+    r"|(CUBLAS|CUBLASLT|CUSOLVER|CUSPARSE|CUDNN|CUFFT)_(STATUS_)?ALLOC_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate"  # a handle's workspace
+    r"|cuda(Error)?MemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY"
+    r"|Cuda failure (\d+ )?'out of memory'"  # NCCL's own buffers
+)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of the device, or of the host where torch's allocator says so."""
+    """Of a device or of the host, whoever found out: torch's allocators, CUDA, its libraries or NCCL, each with words of its own."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or FULL.search(str(error)) is not None
 
 
 LOST = (
@@ -234,10 +246,3 @@ def _contradiction() -> str | None:
     if not _missing() and max(rank, _number("LOCAL_RANK", 0)) >= world_size:
         return f"RANK={rank} and LOCAL_RANK={_number('LOCAL_RANK', 0)} do not lie below WORLD_SIZE={world_size}"
     return None
-
-
-def bf16_is_fast() -> bool:
-    """Whether the device that computes here has bf16 arithmetic; without it torch's products are some 60 times slower than in fp32."""
-    import torch
-
-    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,11 +1,12 @@
-"""What every test stands on: fixed seeds, few threads, no network, and the CPU where there is no GPU."""
+"""What every test stands on: fixed seeds, few threads, no network, and the CPU."""
 
 import os
 import random
-from pathlib import Path
 
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+# these tests are about the CPU, on machines with a GPU too; tests/gpu gives the GPUs back to processes of its own
+os.environ.setdefault("REDHEART_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # subprocesses inherit it
 

@@ -10,8 +10,8 @@ from redheart.bench.parity import bench_parity
 from redheart.config import load_config
 from redheart.data.dedup import dedup
 from redheart.data.store import Store
+from redheart.device import device_of
 from redheart.infer import RedHeartPipeline
-from redheart.memory.swap import device_of
 from redheart.schema import RedHeartError
 from redheart.train.export import export, resolve
 from redheart.train.grow import grow

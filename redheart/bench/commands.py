@@ -94,6 +94,7 @@ def bench_gpu(
     out: Annotated[Path, typer.Option("--out", help="Where gpu-CARD-CAP.json is written.")] = Path(
         "tests/benchmarks/results"
     ),
+    chosen_only: Annotated[bool, typer.Option("--chosen-only", help="Of each plan only its own choice.")] = False,
     json_: Json = False,
 ) -> None:
     """Real steps of every strategy that fits a memory cap: peaks beside the plan's, samples and FLOPs per second.
@@ -104,7 +105,14 @@ def bench_gpu(
     from redheart.bench.gpu import show
 
     result = run(
-        presets or ("330m", "1b3"), tokens or (64, 128), caps or ("8GiB", "4GiB"), strategies or (), steps, timeout, out
+        presets or ("330m", "1b3"),
+        tokens or (64, 128),
+        caps or ("8GiB", "4GiB"),
+        strategies or (),
+        steps,
+        timeout,
+        out,
+        chosen_only,
     )
     show(result)
     emit(result, json_)

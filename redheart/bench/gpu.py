@@ -65,8 +65,11 @@ def bench_gpu(
     steps: int = 5,
     timeout_s: int = 900,
     out: Path = Path("tests/benchmarks/results"),
+    chosen_only: bool = False,
 ) -> dict[str, Any]:
     """Runs what the filters leave (`strategies` empty: all), and writes OUT/gpu-CARD-CAP.json. `ok`: every choice of the planner ran.
+
+    `chosen_only`: of each plan its own choice among the strategies, and no reference.
 
     Raises RedHeartError for an unknown preset, strategy or size; nothing that happens to a case raises.
     """
@@ -87,10 +90,10 @@ def bench_gpu(
         for config in configs:
             for count in tokens:
                 found = plan(config, cap, machine["host_free_gib"], tokens=count)
-                chosen, absent = _cases(found, config, cap, wanted)
-                cases += chosen
+                fitting, absent = _cases(found, config, cap, wanted)
+                cases += [c for c in fitting if c.is_chosen or not chosen_only]
                 skipped += absent
-    if total is not None and "plain" in wanted:
+    if total is not None and "plain" in wanted and not chosen_only:
         found = plan(configs[0], total, machine["host_free_gib"], tokens=tokens[0], strategies=("plain",))
         reference, absent = _cases(found, configs[0], None, ("plain",), is_reference=True)
         cases += reference
@@ -123,7 +126,7 @@ def run_case(case: Case, machine: dict[str, Any], steps: int, timeout_s: int) ->
     told = {k: v for k, v in asdict(case).items() if k != "config"}
     job = {
         "what": "case",
-        "config": case.config.model_dump(mode="json"),
+        "config": _promising(case, machine).model_dump(mode="json"),
         "tokens": case.tokens,
         "steps": steps,
         "cap_gib": case.cap_gib,
@@ -135,6 +138,14 @@ def run_case(case: Case, machine: dict[str, Any], steps: int, timeout_s: int) ->
         result["tflop_per_s"] = seen["samples_per_s"] * case.flops_per_sample / 1e12
         result["share_of_matmul"] = result["tflop_per_s"] / machine["matmul"]["tflop_per_s"]
     return result
+
+
+def _promising(case: Case, machine: dict[str, Any]) -> RunConfig:
+    """The case's configuration with its cap as the promise that the engine keeps: without a cap, all there is."""
+    memory = case.config.memory
+    gpu = case.cap_gib or machine["gpu_total_gib"] or memory.gpu_memory_gib
+    promised = {"gpu_memory_gib": gpu, "host_memory_gib": max(memory.host_memory_gib, machine["host_free_gib"])}
+    return case.config.model_copy(update={"memory": memory.model_copy(update=promised)})
 
 
 def target(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     python -m redheart.bench.gpu_worker JOB.json RESULT.json
 
 JOB is {"what": "machine"} (compiles the kernels, looks at the device, times a matrix product) or {"what": "case", "config",
-"tokens", "steps", "cap_gib"}: `steps` optimizer steps after WARM_UP others, on a GPU with at most `cap_gib` (null: all of it).
+"tokens", "steps", "cap_gib"}: `steps` optimizer steps after WARM_UP others. The engine keeps to the config's memory.gpu_memory_gib,
+which `cap_gib` has become (null: no cap).
 RESULT is what was measured; where a case fails it holds the error and the peaks until then, and the exit code is not 0.
 """
 
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 
 from redheart.config import parse_config
+from redheart.device import bf16_is_fast, compute_device, has_gpu
 from redheart.files import read_json, write_json
 from redheart.memory.budget import free_host_gib
-from redheart.memory.plan import CONTEXT, GIB
-from redheart.ranks import bf16_is_fast
+from redheart.memory.plan import GIB
 from redheart.schema import RedHeartError
 from redheart.train.engine import compile_kernels
 from redheart.train.measure import measure_step, peaks
@@ -49,7 +50,7 @@ def main() -> None:
 def machine() -> dict[str, Any]:
     """The device and its host, and what a large matrix product reaches there."""
     compile_kernels()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = has_gpu()
     return {
         "card": torch.cuda.get_device_name() if on_gpu else "cpu",
         "gpu_total_gib": torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else None,
@@ -62,8 +63,8 @@ def machine() -> dict[str, Any]:
 
 def matmul(edge: int, repeats: int = 20) -> dict[str, Any]:
     """The median speed of a square matrix product: in bf16, or in fp32 where the device has no bf16 arithmetic."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if bf16_is_fast() else torch.float32
+    device = compute_device()
+    dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
     a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(repeats + 3):
@@ -78,31 +79,18 @@ def matmul(edge: int, repeats: int = 20) -> dict[str, Any]:
 
 def case(job: dict[str, Any]) -> dict[str, Any]:
     """The figures of measure_step, and the speed of the steps after the warm-up."""
-    if job["cap_gib"] is not None:
-        cap_memory(job["cap_gib"])
+    if job["cap_gib"] is not None and not has_gpu():
+        raise RedHeartError("without a GPU no memory can be capped: leave --caps out")
     config = parse_config(job["config"])
     measured = measure_step(config, job["tokens"], WARM_UP + job["steps"])
     timed = measured["step_seconds"][WARM_UP:]
     found = {name: measured[name] for name in ("predicted", "observed", "ratio", "base_gib", "start_gib", "losses")}
     found |= {"step_seconds": measured["step_seconds"], "median_step_s": median(timed)}
     found["samples_per_s"] = config.training.global_batch_size / median(timed)
-    if (
-        torch.cuda.is_available()
-    ):  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
+    if has_gpu():  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
         free, total = torch.cuda.mem_get_info()
         found["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
     return found
-
-
-def cap_memory(cap_gib: float) -> None:
-    """Lets torch's allocator have what `cap_gib` leaves beside the CUDA context; before anything is allocated."""
-    if not torch.cuda.is_available():
-        raise RedHeartError("without a GPU no memory can be capped: leave --caps out")
-    total, share = torch.cuda.get_device_properties(0).total_memory, cap_gib * GIB - CONTEXT
-    if share <= 0:
-        raise RedHeartError(f"--caps {cap_gib:g}GiB is no more than the {CONTEXT / GIB:.2f} GiB of a CUDA context")
-    if share < total:
-        torch.cuda.set_per_process_memory_fraction(share / total)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from redheart.config import RunConfig, load_config
 from redheart.console import console, progress, table
+from redheart.device import compute_device
 from redheart.losses.combine import combine
 from redheart.model.build import build_model
 from redheart.model.redheart import RedHeartModel
@@ -34,7 +35,7 @@ def bench_model(
 ) -> dict[str, Any]:
     """Seconds, FLOPs and achieved GFLOP/s of a step's parts on this machine; see the module's docstring."""
     config = load_config(preset, overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     dtype = torch.bfloat16 if config.training.precision == "bf16" and device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     console.print(f"building {config.preset} on {device} in {str(dtype).removeprefix('torch.')} …")

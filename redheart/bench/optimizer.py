@@ -11,7 +11,6 @@ reset through /proc/self/clear_refs, with the C library's free memory given back
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from redheart.console import console, progress, table
+from redheart.device import tell_deepspeed
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
 from redheart.optim.adam8bit import BLOCK
@@ -115,8 +115,7 @@ def parameter(n: int) -> torch.nn.Parameter:
 
 
 def _deepspeed_adam(p: torch.nn.Parameter) -> torch.optim.Optimizer:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    tell_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam([p], lr=1e-4, adamw_mode=True)

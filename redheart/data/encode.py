@@ -21,23 +21,28 @@ from safetensors.numpy import load, save
 from redheart.config import EncoderConfig
 from redheart.console import console, progress, quiet_libraries
 from redheart.data.pretrained import encoder_path, no_such_model, revision
+from redheart.device import chosen_device
 from redheart.files import flush_to_disk
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 
 
 class TextEncoder:
-    """`encode` gives one float16 array [T, E] per text, 1 ≤ T ≤ max_tokens, special tokens included."""
+    """`encode` gives one float16 array [T, E] per text, 1 ≤ T ≤ max_tokens, special tokens included.
 
-    def __init__(self, config: EncoderConfig, device: str = "cpu"):
+    It computes in fp32 on `device`, by default the configuration's; a GPU's features differ from a CPU's by fp16 rounding.
+    """
+
+    def __init__(self, config: EncoderConfig, device: torch.device | str | None = None):
         from transformers import AutoModel, AutoTokenizer
 
-        self.config, self.device = config, device
+        self.config = config
+        self.device = chosen_device(device or config.device, "data.encoder.device")
         quiet_libraries()
         path = encoder_path(config.name)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
+            self.model = AutoModel.from_pretrained(path, dtype=torch.float32).to(self.device).eval()
         except (OSError, ValueError) as error:
             raise no_such_model(config.name, error) from error
         depth = self.model.config.num_hidden_layers
@@ -108,6 +113,8 @@ def encode_parts(
     """
     console.print(f"loading the encoder {config.name} …")
     encoder = TextEncoder(config)
+    if encoder.device.type != "cpu":
+        console.print(f"it computes on {encoder.device} (data.encoder.device)")
     mine = [p for i, p in enumerate(parts) if i % launched_world_size() == launched_rank()]
     with progress("token features", sum(len(records) for _, records in mine)) as (bar, task):
         for name, records in mine:

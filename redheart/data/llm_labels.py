@@ -18,7 +18,7 @@ from redheart.config import LabelerConfig
 from redheart.console import quiet_libraries
 from redheart.data.pretrained import gguf_file, no_such_model, revision, unpacked
 from redheart.data.questions import EXAMPLES, FORM, HEADING, lists
-from redheart.ranks import bf16_is_fast
+from redheart.device import bf16_is_fast
 from redheart.schema import RedHeartError
 
 MAX_TEXT_TOKENS = 512  # a longer text is read in part; the encoder reads even less of it
@@ -228,8 +228,8 @@ def _attention(
 
 def layer_dtype() -> torch.dtype:
     """What 4-bit layers compute in: bf16 where this processor has it (AVX-512), else fp32: torch's bf16 products are some 60 times
-    slower without."""
-    return torch.bfloat16 if bf16_is_fast() else torch.float32
+    slower without. A GPU beside it has no part in that: the LLM runs on the CPU."""
+    return torch.bfloat16 if bf16_is_fast("cpu") else torch.float32
 
 
 def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, str]:

@@ -33,6 +33,7 @@ from redheart.data.questions import lacks
 from redheart.data.readable import check_languages, unreadable
 from redheart.data.shards import FORMAT_VERSION, INDEX, LABEL_REMEDY, SplitsWriter
 from redheart.data.store import Store
+from redheart.device import chosen_device
 from redheart.files import read_json, write_json, write_text
 from redheart.owned import exclusive, make_directory, owned, remove
 from redheart.ranks import after_main, check_launch, launched_rank
@@ -163,6 +164,8 @@ def _plan_of(records: list[dict[str, Any]], gathered: Gathered, config: DataConf
     """A digest of everything that the result depends on: what was read, the settings, the models, and how this program works."""
     without = {"remote"} if config.dedup else {"remote", "dedup", "dedup_threshold"}
     settings = config.model_dump(mode="json", exclude=without)
+    device = chosen_device(config.encoder.device, "data.encoder.device")
+    settings["encoder"]["device"] = device.type  # decides the last bits of the features
     asks = config.augment.kind is not None or bool(chosen([r for r in records if lacks(r)], config.labeler.max_texts))
     models = [revision(config.encoder.name), revision(config.labeler.name) if asks else None]
     program = [RECIPE, FORMAT_VERSION, CHUNK, WINDOW_SHARDS, form_digest(), PROMPTS]

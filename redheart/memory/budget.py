@@ -1,15 +1,27 @@
-"""What memory there is: sizes as people write them, and what is free on this machine now."""
+"""What memory there is, what a run promises to stay within, and the keeping of that promise.
+
+memory.gpu_memory_gib and memory.host_memory_gib hold whatever the machine has: `plan` and `train` plan within the smaller of
+the promise and what is free, the GPU's allocator is capped (`limit_gpu`), and the host is looked at as a run goes on
+(`over_host_memory`).
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 
 from redheart.config import RunConfig
+from redheart.device import compute_device, has_gpu
+from redheart.ranks import launched_world_size, sum_over_ranks, world_size
 from redheart.schema import RedHeartError
 
+CONTEXT = 450 * 2**20  # CUDA context and loaded kernels, outside torch's allocator; 300 to 550 MiB by card and driver
 UNITS = {"": 1.0, "G": 1.0, "GIB": 1.0, "GB": 1e9 / 2**30, "M": 2**-10, "MIB": 2**-10, "MB": 1e6 / 2**30}
 
 
@@ -40,17 +52,98 @@ def free_host_gib() -> float:
     return (psutil.virtual_memory().available + resident()) / 2**30
 
 
-def budgets(
-    config: RunConfig, gpu_memory: str | None, host_memory: str | None, on_cpu: bool
-) -> tuple[float | None, float]:
-    """(GPU GiB, or None for a run on the CPU; host GiB) from the options, else what is free now, else what the preset names."""
-    here = torch.cuda.is_available()
+def free_gpu_gib() -> float:
+    """What this process may still take of its GPU, with its CUDA context and what torch has reserved there already.
+
+    Asking makes the context, so what CUDA calls free is without it, while predictions count it (memory/plan.py).
+    """
+    device = compute_device()
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free + torch.cuda.memory_reserved(device) + CONTEXT, total) / 2**30
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How much memory there is to use, and what says so: an option, a promise of the configuration, or what is free."""
+
+    gib: float
+    by: str
+
+    def __str__(self) -> str:
+        return f"{self.gib:.2f} GiB ({self.by})"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`gpu` of one card, None for a run on the CPU; `host` of one node."""
+
+    gpu: Bound | None
+    host: Bound
+
+    def __str__(self) -> str:
+        return (f"GPU {self.gpu}, " if self.gpu else "") + f"host {self.host}"
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"host_gib": self.host.gib, "host_bound": self.host.by}
+        return {"gpu_gib": self.gpu.gib, "gpu_bound": self.gpu.by, **found} if self.gpu else found
+
+
+def budget_of(
+    config: RunConfig, gpu_memory: str | None = None, host_memory: str | None = None, on_cpu: bool = False
+) -> Budget:
+    """What the options say; else the smaller of what the configuration promises and what is free here.
+
+    A machine without a GPU cannot tell what is free where the GPU is: there the promises count alone, unless `on_cpu`.
+    """
+    promised = config.memory
+    here = on_cpu or has_gpu()
+    free = Bound(free_host_gib(), "free on this machine") if here else None
+    host = _bound(host_memory, "--host-memory", promised.host_memory_gib, "memory.host_memory_gib", free)
     if on_cpu:
-        return None, gib(host_memory, "--host-memory") if host_memory else free_host_gib()
-    if gpu_memory:
-        gpu = gib(gpu_memory, "--gpu-memory")
-    else:
-        gpu = torch.cuda.mem_get_info()[0] / 2**30 if here else config.memory.gpu_memory_gib
-    if host_memory:
-        return gpu, gib(host_memory, "--host-memory")
-    return gpu, free_host_gib() if here else config.memory.host_memory_gib
+        return Budget(None, host)
+    free = Bound(free_gpu_gib(), "free on this GPU") if here and not gpu_memory else None
+    return Budget(_bound(gpu_memory, "--gpu-memory", promised.gpu_memory_gib, "memory.gpu_memory_gib", free), host)
+
+
+def _bound(asked: str | None, option: str, promised: float, key: str, free: Bound | None) -> Bound:
+    if asked:
+        return Bound(gib(asked, option), option)
+    return min([Bound(promised, key), *([free] if free else [])], key=lambda bound: bound.gib)
+
+
+def limit_gpu(config: RunConfig) -> None:
+    """Keeps the promise of memory.gpu_memory_gib: torch's allocator gets what it leaves beside the CUDA context, and no more.
+
+    A card that is smaller bounds by itself. Nothing on the CPU. Before anything is allocated.
+    """
+    if not has_gpu():
+        return
+    device, wanted = compute_device(), config.memory.gpu_memory_gib * 2**30
+    total = torch.cuda.get_device_properties(device).total_memory
+    if wanted <= CONTEXT:
+        raise RedHeartError(
+            f"memory.gpu_memory_gib = {wanted / 2**30:g} is no more than the {CONTEXT / 2**30:.2f} GiB of a CUDA context: give more"
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (wanted - CONTEXT) / total), device)
+
+
+def over_host_memory(config: RunConfig, step: int) -> str | None:
+    """Why a run has to end before `step`: its processes of a node hold more than memory.host_memory_gib. None: they keep the promise.
+
+    Looked at on logging steps; collective. Pages that processes share count for each of them, as in `redheart plan`.
+    """
+    if step % config.training.log_every:
+        return None
+    held = sum_over_ranks([float(resident())])[0] / 2**30 * local_world_size() / world_size()
+    if held <= config.memory.host_memory_gib:
+        return None
+    return (
+        f"the run holds {held:.2f} GiB of host memory, more than memory.host_memory_gib = {config.memory.host_memory_gib:g}: go on "
+        f"with --resume and a smaller training.micro_batch_size, or promise it more (--set memory.host_memory_gib={math.ceil(held * 1.1)})"
+    )
+
+
+def local_world_size() -> int:
+    """Processes of this run on this node, as the launcher says (torchrun and Accelerate, DeepSpeed); else all of them."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told) if told else launched_world_size()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from redheart.console import console
-from redheart.memory.budget import resident_peak
-from redheart.memory.plan import CONTEXT, GIB, Candidate
+from redheart.device import has_gpu
+from redheart.memory.budget import CONTEXT, resident_peak
+from redheart.memory.plan import GIB, Candidate
 
 
 def planned_and_taken(planned: Candidate) -> dict[str, dict[str, float]]:
@@ -18,7 +19,7 @@ def planned_and_taken(planned: Candidate) -> dict[str, dict[str, float]]:
     if not planned.host.get("activations", planned.gpu.get("activations")):
         return {}
     found = {}
-    if torch.cuda.is_available():
+    if has_gpu():
         found["gpu"] = (planned.gpu_peak - CONTEXT, torch.cuda.max_memory_reserved())
     else:
         found["host"] = (planned.host_peak, resident_peak())

@@ -16,13 +16,13 @@ import torch
 
 from redheart.config import RunConfig, Strategy
 from redheart.memory.activations import MicroStep, activations
+from redheart.memory.budget import CONTEXT
 from redheart.memory.states import STRATEGIES, Parameters, States, partition_sizes, states, traits_of
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
 
 GIB = 2**30
 MIB = 2**20
-CONTEXT = 450 * MIB  # CUDA context and loaded kernels, outside torch's allocator; 300 to 550 MiB by card and driver
 WORKSPACE = 40 * MIB  # cuBLAS: 8 MiB a handle and stream (32 MiB on Hopper)
 FRAGMENTATION = 0.05  # of activations and buckets: blocks the allocator cannot reuse
 RESERVE = 64 * MIB  # half-used segments of the allocator
@@ -36,7 +36,10 @@ HOST_ENGINE = 170 * MIB  # what Accelerate and DeepSpeed load once an engine sta
 class Card:
     """What a step's time is estimated with: sustained, not advertised, figures of an ordinary 8 GB card and its host."""
 
-    flops: float = 20e12  # FLOP/s in bf16 matrix products of this size; fp32 (TF32): half
+    flops: float = 20e12  # FLOP/s in bf16 matrix products of this size
+    fp32_flops: float = (
+        10e12  # the same in fp32: TF32 stays off, its 10 bits are too few for the Kalman filter's covariances
+    )
     kernel_s: float = 6e-6  # s to launch one kernel from Python: what bounds small micro-batches
     gpu_bytes: float = 250e9  # B/s of the card's memory
     pcie_bytes: float = 12e9  # B/s, pinned, one direction
@@ -304,7 +307,7 @@ def step_times(
     t, n, part = traits_of(strategy, config.optimizer.name == "adamw_8bit"), parameters.total, s.partition
     bf16 = config.training.precision == "bf16"
     b = 2 if bf16 and t.stage else 4
-    rate = (card.cpu_bf16_flops if bf16 else card.cpu_flops) if on_cpu else card.flops / (1 if bf16 else 2)
+    rate = (card.cpu_bf16_flops if bf16 else card.cpu_flops) if on_cpu else card.flops if bf16 else card.fp32_flops
     optimizer = (
         18 if t.eight_bit else 34 if t.offload else 32
     ) * part  # bytes read and written, the 16-bit copy included

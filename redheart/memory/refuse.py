@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from redheart.config import RunConfig
 from redheart.console import console
+from redheart.device import has_gpu
 from redheart.memory.activations import MicroStep, measured
-from redheart.memory.budget import free_host_gib, resident
+from redheart.memory.budget import budget_of, local_world_size, resident
 from redheart.memory.plan import GIB, Candidate, parameters_of, plan, predict
 from redheart.memory.show import plan_table, show_memory
 from redheart.memory.states import states
@@ -17,16 +16,14 @@ from redheart.schema import RedHeartError
 SMALL = 0.1  # of the memory that is free: a network whose states take less is not worth measuring
 
 
-def check_memory(
-    config: RunConfig, micro_batch_size: int, accumulation: int, tokens: int, ranks_per_node: int | None = None
-) -> Candidate:
+def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, tokens: int) -> Candidate:
     """Prints the memory the run as configured will take; raises RedHeartError, naming what would fit, where it cannot."""
     world_size = launched_world_size()
-    here = min(world_size, ranks_per_node or world_size)
+    here = min(world_size, local_world_size())
     nodes = max(1, world_size // here)
-    on_cpu = not torch.cuda.is_available()
-    gpu = None if on_cpu else torch.cuda.mem_get_info()[0] / GIB
-    host = free_host_gib()
+    on_cpu = not has_gpu()
+    budget = budget_of(config, on_cpu=on_cpu)
+    gpu, host = budget.gpu.gib if budget.gpu else None, budget.host.gib
     strategy, parameters = config.memory.strategy, parameters_of(config)
     base = resident() if on_cpu else None
     step = MicroStep(0, 0, 0, 0, 0, 0)
@@ -42,6 +39,7 @@ def check_memory(
     gpu_bytes = None if gpu is None else int(gpu * GIB)
     if found.host_peak <= host * GIB and (gpu_bytes is None or found.gpu_peak <= gpu_bytes):
         show_memory(found, gpu_bytes, int(host * GIB))
+        console.print(f"within: {budget}")
         if small:
             console.print("(activations not measured: the network is small beside this machine's memory)")
         return found
@@ -54,10 +52,12 @@ def check_memory(
     )
     fitting = [c for c in others.candidates if c.fits]
     if not fitting:
-        raise RedHeartError(f"{strategy} with micro-batch {micro_batch_size} needs {need}; {others.no_fit()}")
+        raise RedHeartError(
+            f"{strategy} with micro-batch {micro_batch_size} needs {need}, there is {budget}; {others.no_fit()}"
+        )
     best = others.chosen
     raise RedHeartError(
-        f"{strategy} with micro-batch {micro_batch_size} needs {need}, more than is free: choose "
+        f"{strategy} with micro-batch {micro_batch_size} needs {need}, there is {budget}: choose "
         f"--set memory.strategy={best.strategy} --set training.micro_batch_size={best.micro_batch_size} "
         f"--set model.activation_checkpointing={str(best.activation_checkpointing).lower()}"
     )

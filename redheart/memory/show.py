@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from redheart.console import console, table
+from redheart.memory.budget import Budget
 from redheart.memory.plan import GIB, Candidate, Plan
 
 COLORS = (
@@ -25,9 +26,10 @@ COLORS = (
 WIDTH = 60  # characters of a full bar
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan, budget: Budget) -> None:
     """The best candidate of every strategy, the chosen one's bars, and what the times assume."""
     console.print(plan_table(plan))
+    console.print(f"within: {budget}")
     show_memory(plan.chosen, plan.gpu_memory, plan.host_memory)
     card = plan.card
     speed = (

@@ -25,6 +25,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from redheart.device import device_of
 from redheart.model.redheart import RedHeartModel
 from redheart.model.select import MODULES
 from redheart.schema import RedHeartError
@@ -68,24 +69,6 @@ def place(model: RedHeartModel, device: torch.device | str, swap: Collection[str
             why = "this network was built without it" if name in MODULES else f"choose from {', '.join(MODULES)}"
             raise RedHeartError(f"swap: {name!r} cannot be swapped: {why}")
     return Swap(model, device_of(device), [m for m in model.built if m in swap])
-
-
-def device_of(name: torch.device | str) -> torch.device:
-    """The device of that name (cpu, cuda, cuda:1 …), if this machine has it; else a RedHeartError."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RedHeartError(f"--device {name}: torch knows no such device: choose cpu, cuda or cuda:N") from None
-    if device.type == "cpu" and not device.index:
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise RedHeartError(f"--device {name}: the network computes on cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise RedHeartError(f"--device {name}: torch sees no GPU on this machine: choose --device cpu")
-    count = torch.cuda.device_count()
-    if device.index is not None and device.index >= count:
-        raise RedHeartError(f"--device {name}: torch sees {count} GPU here, cuda:0 to cuda:{count - 1}")
-    return device
 
 
 class Swap:

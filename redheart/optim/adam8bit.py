@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from redheart.device import tell_deepspeed
 from redheart.optim.building import built_alone
 from redheart.schema import RedHeartError
 
@@ -48,6 +49,7 @@ class OptimizerRuntimeError(RedHeartError, RuntimeError):
 @cache
 def kernel(lanes: int = 0) -> Any:
     """The compiled extension; the first call on a machine compiles it. `lanes`: other vectors than this processor's, for tests."""
+    tell_deepspeed()
     from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
     source = Path(__file__).parent / "csrc" / "adam8bit.cpp"

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from redheart.device import has_gpu
 from redheart.evaluation.evaluate import Evaluation
 from redheart.ranks import is_main
 from redheart.train.stages import Update
@@ -88,7 +89,7 @@ class Board:
 def memory() -> dict[str, float]:
     """Resident memory of this process and, with a GPU, what torch holds there, in GiB."""
     values = {"memory/host_rss_gib": psutil.Process().memory_info().rss / GIB}
-    if torch.cuda.is_available():
+    if has_gpu():
         values["memory/gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
         values["memory/gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
     return values

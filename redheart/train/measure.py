@@ -17,10 +17,11 @@ import torch
 
 from redheart.config import RunConfig
 from redheart.console import console, table
+from redheart.device import has_gpu
 from redheart.losses.combine import factors
 from redheart.memory.activations import measured
-from redheart.memory.budget import resident, resident_peak
-from redheart.memory.plan import CONTEXT, GIB, parameters_of, predict
+from redheart.memory.budget import CONTEXT, resident, resident_peak
+from redheart.memory.plan import GIB, parameters_of, predict
 from redheart.model.build import build_model
 from redheart.ranks import launched_world_size
 from redheart.schema import LABELS, Batch
@@ -51,7 +52,7 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
         config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
     )
     step = measured(config, micro, tokens, config.model.activation_checkpointing, config.memory.strategy == "plain")
-    parameters, on_gpu = parameters_of(config), torch.cuda.is_available()
+    parameters, on_gpu = parameters_of(config), has_gpu()
     if config.memory.strategy != "plain":
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log keeps the stdout it is imported with
             compile_kernels()  # imports the libraries, too: they belong to the base
@@ -113,7 +114,7 @@ def run_steps(engine: Engine, config: RunConfig, micro: int, accumulation: int, 
             del loss
             marks[f"backward {number}.{i}"] = resident() / GIB
         stages.update(engine, stages.learning_rate_at(number, NOMINAL_STEPS, config.optimizer), False)
-        if torch.cuda.is_available():
+        if has_gpu():
             torch.cuda.synchronize()
         marks[f"step {number}"] = resident() / GIB
         losses.append(total)
@@ -124,7 +125,7 @@ def run_steps(engine: Engine, config: RunConfig, micro: int, accumulation: int, 
 def peaks() -> dict[str, float]:
     """GiB at most so far: of the process in the host's memory, and what torch's allocator had on the GPU."""
     found = {"host_peak_gib": resident_peak() / GIB}
-    if torch.cuda.is_available():
+    if has_gpu():
         found["gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
         found["gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
     return found

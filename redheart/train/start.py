@@ -14,10 +14,11 @@ from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
+from redheart.device import bf16_is_fast, compute_device
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
-from redheart.ranks import barrier, bf16_is_fast, check_launch, launched_rank, launched_world_size, naming_lost_ranks
+from redheart.ranks import barrier, check_launch, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_answers, constant_losses
 from redheart.train import checkpoint
@@ -181,9 +182,9 @@ def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps
         + (f", ablation without {', '.join(config.model.ablate)}" if config.model.ablate else "")
         + (f", resumed at step {state.step}" if state.step else "")
     )
-    if config.training.precision == "bf16" and not bf16_is_fast():
+    if config.training.precision == "bf16" and not bf16_is_fast(compute_device()):
         console.print(
-            "this processor has no bf16 arithmetic: bf16 is some 60 times slower on it than --set training.precision=fp32"
+            f"the {compute_device().type} here emulates bf16, a CPU some 60 times slower than --set training.precision=fp32"
         )
     console.print(
         f"constant-predictor losses: {json.dumps({k: round(v, 4) for k, v in state.scales.items() if k in TASKS and TASKS[k].final})}"

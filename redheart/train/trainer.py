@@ -16,8 +16,9 @@ from redheart.console import progress
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import Evaluation, evaluate
 from redheart.losses.combine import factors
+from redheart.memory.budget import over_host_memory
 from redheart.ranks import OutOfMemory
-from redheart.schema import Batch
+from redheart.schema import Batch, RedHeartError
 from redheart.tasks import task_weights
 from redheart.train import checkpoint, oom, stages
 from redheart.train.board import Board
@@ -66,7 +67,7 @@ class Trainer:
                 self._fitting(self._evaluate)
                 state.initial_dev_loss, state.initial_dev_losses = state.last_dev_loss, state.dev_losses
             self.board.restart_clock()
-            while state.step < self.total_steps:
+            while not (over := over_host_memory(self.config, state.step)) and state.step < self.total_steps:
                 if not self._fitting(lambda: self._step(stop.wanted)):
                     break
                 state.step += 1
@@ -81,6 +82,8 @@ class Trainer:
             if self.update_parameters and self.saved != state.step:
                 self._save()
         self.board.close()
+        if over and state.step < self.total_steps:
+            raise RedHeartError(over)
         return stop
 
     def _fitting(self, work: Callable[[], T]) -> T:

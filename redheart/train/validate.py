@@ -7,11 +7,12 @@ from pathlib import Path
 
 from redheart.console import console
 from redheart.data.stream import SampleStream
+from redheart.device import device_of
 from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.evaluate import evaluate
 from redheart.evaluation.report import Report, compare
 from redheart.losses.combine import factors
-from redheart.memory.swap import device_of, place
+from redheart.memory.swap import place
 from redheart.model.redheart import parameter_counts
 from redheart.owned import check_can_make
 from redheart.schema import RedHeartError

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from redheart.bench import gpu
@@ -29,8 +28,6 @@ MACHINE = {
     "matmul": {"tflop_per_s": 2.0, "edge": 8, "precision": "bfloat16"},
     "versions": {"torch": "0"},
 }
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
 
 @pytest.fixture
@@ -102,6 +99,28 @@ def test_a_case_that_fails_is_recorded_and_the_next_one_runs(preset: str, tmp_pa
     fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB"], strategies=["zero3"])
     written = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3-8gib.json").read_text(encoding="utf-8"))
     assert sorted(c["strategy"] for c in written["cases"]) == ["plain", "zero1", "zero2", "zero3"]
+
+
+def test_the_cap_is_the_promise_that_the_engine_keeps(preset: str, tmp_path: Path, monkeypatch):
+    promised = []
+
+    def answer(job):
+        promised.append((job["cap_gib"], job["config"]["memory"]["gpu_memory_gib"]))
+        return {"ended": True, "samples_per_s": 10.0, "observed": {}, "losses": [1.0]}
+
+    fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB", "4GiB"], strategies=["plain"])
+    assert promised == [(8.0, 8.0), (4.0, 4.0), (None, 80.0)]  # the reference has the whole card
+
+
+def test_the_plans_choices_alone(preset: str, tmp_path: Path, monkeypatch):
+    def answer(job):
+        return {"ended": True, "samples_per_s": 10.0, "observed": {}, "losses": [1.0]}
+
+    result = fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB", "4GiB"], chosen_only=True)
+    assert [(c["cap_gib"], c["is_chosen"], c["is_reference"]) for c in result["cases"]] == [
+        (8.0, True, False),
+        (4.0, True, False),
+    ]
 
 
 def test_the_command_fails_with_the_plans_own_choice(preset: str, tmp_path: Path, monkeypatch):

@@ -4,13 +4,11 @@ import json
 
 import psutil
 import pytest
-import torch
 
 from tests.runs import redheart
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="predicts a run without a GPU")
 @pytest.mark.parametrize(
     ("preset", "tokens", "precision", "rows", "micro", "gib"),
     [

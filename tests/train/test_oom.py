@@ -19,6 +19,7 @@ from redheart.train.engine import PlainEngine
 from redheart.train.oom import Rehearsals
 from redheart.train.stages import open_window
 from redheart.train.start import train as start
+from redheart.train.trainer import Trainer
 from tests.runs import losses, train
 from tests.train.oom_run import install
 from tests.train.tiny import make_batch
@@ -178,3 +179,22 @@ def test_a_rehearsal_takes_the_memory_of_a_backward_pass_and_leaves_no_trace(mon
     assert all(p.grad is None for p in model.parameters())
     assert not rehearsals.wanted(engine, batches)
     assert rehearsals.wanted(engine, [make_batch(range(5))])
+
+
+def test_a_run_that_outgrows_its_promise_of_host_memory_ends_with_a_checkpoint(data, tmp_path, monkeypatch):
+    """And goes on from it, with a larger promise, as if nothing had been."""
+    held, step = {"gib": 1.0}, Trainer._step
+    monkeypatch.setattr("redheart.memory.budget.resident", lambda: int(held["gib"] * 2**30))
+
+    def growing(self, stop):
+        held["gib"] += 1
+        return step(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", growing)
+        with pytest.raises(RedHeartError, match=r"holds 3\.00 GiB of host memory.*--resume"):
+            start(local("memory.host_memory_gib=2.5"), data, tmp_path / "run")
+    held["gib"] = 1.0
+    result = start(local("memory.host_memory_gib=16"), data, tmp_path / "run", resume="last")
+    assert result.state.step == STEPS
+    assert sample_ids(tmp_path / "run") == expected_ids(data, local())  # every step once: it went on at step 2

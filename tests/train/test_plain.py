@@ -17,8 +17,6 @@ from tests.train.tiny import SETTINGS, make_batch
 
 WANTED = [*SETTINGS, "training.precision=fp32", "memory.strategy=plain", "optimizer.name=adamw_8bit"]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="8-bit states without DeepSpeed are the CPU's")
-
 
 def engine(optimizer: str = "adamw_8bit") -> PlainEngine:
     config = load_config("local", [*WANTED, f"optimizer.name={optimizer}"])

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from redheart.config import RunConfig
+from redheart.memory.budget import limit_gpu
+from redheart.ranks import is_out_of_memory
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import Build, Engine, free_memory, parameter_groups
 from redheart.train.engine.machinery import compile_kernels, import_machinery
@@ -34,7 +36,23 @@ __all__ = [
 
 
 def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
-    """The engine that `memory.strategy` names, around the network that `build` makes (model/build.py)."""
+    """The engine that `memory.strategy` names, around the network that `build` makes (model/build.py).
+
+    On a GPU it stays within memory.gpu_memory_gib. Raises RedHeartError where its weights and states do not fit.
+    """
+    limit_gpu(config)
+    try:
+        return _engine(build, config, accumulation, micro_batch_size)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RedHeartError(
+            f"out of memory while {config.memory.strategy} sets up ({str(error).splitlines()[0]}): `redheart plan` shows what fits; "
+            "page-locked host memory is bounded by `ulimit -l` too"
+        ) from None
+
+
+def _engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
     if config.memory.strategy == "plain":
         return PlainEngine(build, config, accumulation)
     if config.memory.swap:

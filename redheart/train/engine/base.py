@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from redheart.config import OptimizerConfig
+from redheart.device import has_gpu
 from redheart.memory.malloc import trim
 from redheart.model.build import Place
 from redheart.model.redheart import RedHeartModel, module_of
@@ -91,7 +92,7 @@ class Engine(ABC):
 def free_memory() -> None:
     """Returns what nobody holds any more to the device and to the system; engines and their models are full of cycles."""
     gc.collect()
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.empty_cache()
     trim()
 

@@ -11,9 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from redheart.config import RunConfig
+from redheart.device import has_gpu, tell_deepspeed
 from redheart.files import read_json
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import build_root
@@ -24,9 +23,8 @@ FILES = {"gpu_8bit": "zero2"}  # strategies that share the file of another
 
 
 def import_machinery() -> tuple[Any, Any]:
-    """accelerate and deepspeed, told about the CPU and about a run without a launcher before they look around."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """accelerate and deepspeed, told about the device and about a run without a launcher before they look around."""
+    tell_deepspeed()
     if not is_launched():  # a world of one, whatever an earlier launch left behind
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -78,7 +76,7 @@ def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int
     settings["train_batch_size"] = micro_batch_size * accumulation * world_size
     settings["gradient_clipping"] = config.optimizer.max_grad_norm
     settings["bf16"]["enabled"] = config.training.precision == "bf16"
-    if "offload_optimizer" in settings["zero_optimization"] and not torch.cuda.is_available():
+    if "offload_optimizer" in settings["zero_optimization"] and not has_gpu():
         settings["zero_optimization"]["offload_optimizer"]["pin_memory"] = False  # pinning serves copies to a GPU
     return settings
 
@@ -96,7 +94,7 @@ def compile_kernels() -> None:
     build_root()
     from deepspeed.accelerator import get_accelerator
 
-    names = ["CPUAdamBuilder"] if torch.cuda.is_available() else ["CPUAdamBuilder", "ShareMemCommBuilder"]
+    names = ["CPUAdamBuilder"] if has_gpu() else ["CPUAdamBuilder", "ShareMemCommBuilder"]
     with contextlib.redirect_stdout(sys.stderr):
         for name in names:
             get_accelerator().create_op_builder(name).load(verbose=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from redheart.config import RunConfig
+from redheart.device import compute_device
 from redheart.memory.swap import place
 from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.ranks import launched_world_size
@@ -28,7 +29,7 @@ class PlainEngine(Engine):
     def __init__(self, build: Build, config: RunConfig, accumulation: int):
         if launched_world_size() > 1:
             raise RedHeartError("memory.strategy=plain runs on one process: choose zero2_offload for several")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = compute_device()
         eight_bit = config.optimizer_name == "adamw_8bit"
         if eight_bit and (self.device.type != "cpu" or config.memory.swap):
             raise RedHeartError(

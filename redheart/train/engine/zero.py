@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from redheart.config import RunConfig
+from redheart.device import has_gpu
 from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
 from redheart.model.layers import FoldedAttention
@@ -54,7 +55,7 @@ class DeepSpeedEngine(Engine):
         self._stage = settings["zero_optimization"]["stage"]
         self.forward_has_collectives = self._stage == 3
         patience = timedelta(seconds=max(START_S, config.training.collective_timeout_s))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if has_gpu() else "gloo"
         bf16 = config.training.precision == "bf16"
         plugin = accelerate.utils.DeepSpeedPlugin(
             hf_ds_config=settings, gradient_accumulation_steps=accumulation, zero3_init_flag=False
@@ -123,7 +124,7 @@ class DeepSpeedEngine(Engine):
         if config.optimizer_name == "adamw_8bit" and on_host:
             return CPUAdamW8bit(groups, seed=config.training.seed, **arguments)
         if config.optimizer_name == "adamw_8bit":
-            if not torch.cuda.is_available():
+            if not has_gpu():
                 raise RedHeartError(
                     f"memory.strategy={config.memory.strategy} keeps 8-bit states on a GPU and none is visible: choose zero2_offload_8bit"
                 )
