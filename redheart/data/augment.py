@@ -6,7 +6,7 @@
 Such a row's source is called SOURCE+paraphrase or SOURCE+counterfactual. What was written is kept only if the encoder finds it similar
 (cosine of the mean token states) and the LLM's own answers agree: those of a paraphrase must hardly move, and of a counterfactual
 the act must become more right and its effect more of a help. Dev and test rows are left as they are. Writing stands in
-WORK/written-rankN.jsonl, a line per text: a kill costs at most the last batch.
+WORK/written-rankN.txt, a line per text: a kill costs at most the last batch.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _write(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> s
         console.print(f"loading the LLM {config.labeler.name} ({config.labeler.quantization}) and the encoder …")
         llm, encoder, begin = LlmScorer(config.labeler), TextEncoder(config.encoder), time.monotonic()
         with (
-            (work / f"written-rank{rank}.jsonl").open("a", encoding="utf-8") as file,
+            (work / f"written-rank{rank}.txt").open("a", encoding="utf-8") as file,
             progress(str(config.augment.kind), len(mine)) as (bar, task),
         ):
             for start in range(0, len(mine), config.labeler.batch_size):
@@ -177,7 +177,7 @@ def _write(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> s
                         "key": _key(record), "text": text, "similarity": float(means[i] @ means[i + len(rows)]),
                         "before": logp[i].tolist(), "after": logp[i + len(rows)].tolist(),
                     }  # fmt: skip
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(sealed(line) + "\n")
                 file.flush()
                 rate = llm.tokens_written / (time.monotonic() - begin)
                 bar.update(task, advance=len(rows), note=f"{llm.tokens_written:,} tokens written, {rate:,.0f}/s")
@@ -186,18 +186,30 @@ def _write(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> s
 
 
 def _written(work: Path, mend: int | None = None) -> dict[str, dict[str, Any]]:
-    """All whole lines so far, by key; what a kill cut short at the end of file number `mend` is cut off."""
+    """All whole lines so far, by key, without damaged ones; what a kill cut short at the end of file number `mend` is cut off."""
     lines: dict[str, dict[str, Any]] = {}
-    for path in sorted(work.glob("written-rank*.jsonl")):
+    for path in sorted(work.glob("written-rank*.txt")):
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content) and mend is not None and path.name == f"written-rank{mend}.jsonl":
+        if whole < len(content) and mend is not None and path.name == f"written-rank{mend}.txt":
             with path.open("r+b") as file:
                 file.truncate(whole)
         for line in content[:whole].splitlines():
-            found = json.loads(line)
-            lines[found["key"]] = found
+            text, _, told = line.rpartition(b"\t")
+            if told == _sum(text):
+                found = json.loads(text)
+                lines[found["key"]] = found
     return lines
+
+
+def sealed(line: Mapping[str, Any]) -> str:
+    """A line of written-rankN.txt: JSON, a tab, and the start of the JSON's sha256."""
+    text = json.dumps(line, ensure_ascii=False)
+    return f"{text}\t{_sum(text.encode()).decode()}"
+
+
+def _sum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()
 
 
 def _again(record: dict[str, Any], text: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,14 @@ from redheart.console import console, progress, table
 from redheart.data.encode import wait_for
 from redheart.data.label_quality import judge
 from redheart.data.questions import FORM, HEADING, lacks, lists
-from redheart.files import read_json, write_json
+from redheart.files import read_sealed_json, write_sealed_json
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import LABELS, RedHeartError
 
 NUM_WORDS = sum(len(q.words) for q in FORM)
-ANSWER = np.dtype([("key", "S32"), ("logp", "<f4", (2, NUM_WORDS))])
+ANSWER = np.dtype(
+    [("key", "S32"), ("logp", "<f4", (2, NUM_WORDS)), ("sum", "<u4")]
+)  # the CRC-32 of what stands before it
 
 
 @dataclass
@@ -83,7 +86,9 @@ def _ask(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> dic
     done = _answers(work, mend=rank)
     missing = [r for r in asked if _key(r) not in done]
     mine = sorted(missing[rank::size], key=lambda r: len(r["text"]))
-    facts = read_json(facts_file, "--force-preprocess") if facts_file.is_file() else {"seconds": 0.0, "tokens": 0}
+    facts: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
+    if facts_file.is_file():
+        facts = read_sealed_json(facts_file, "--force-preprocess labels anew")
     if not mine and "fingerprint" in facts:
         return facts
     from redheart.data.llm_labels import LlmScorer
@@ -103,6 +108,7 @@ def _ask(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> dic
             lines = np.zeros(len(rows), ANSWER)
             lines["key"] = [_key(r) for r in rows]
             lines["logp"] = scorer.score([r["text"] for r in rows])
+            lines["sum"] = _sums(lines)
             file.write(lines.tobytes())
             file.flush()
             rate = scorer.tokens_read / (time.monotonic() - begin)
@@ -110,7 +116,7 @@ def _ask(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> dic
     facts["seconds"] += time.monotonic() - begin
     facts["tokens"] += scorer.tokens_read
     facts["fingerprint"] = scorer.fingerprint
-    write_json(facts_file, facts)
+    write_sealed_json(facts_file, facts)
     return facts
 
 
@@ -124,12 +130,16 @@ def _key(record: dict[str, Any]) -> bytes:
     return hashlib.sha256(f"{record['id']}\0{record['text']}".encode()).hexdigest()[:32].encode()
 
 
+def _sums(lines: np.ndarray) -> np.ndarray:
+    return np.array([zlib.crc32(line.tobytes()[:-4]) for line in lines], np.uint32)
+
+
 def _facts_file(work: Path, rank: int) -> Path:
     return work / f"labeler-rank{rank}.json"
 
 
 def _answers(work: Path, mend: int | None = None) -> dict[bytes, np.ndarray]:
-    """All whole answers so far; what a kill cut short at the end of file number `mend` is cut off."""
+    """All whole answers so far, without damaged ones; what a kill cut short at the end of file number `mend` is cut off."""
     answers: dict[bytes, np.ndarray] = {}
     for path in sorted(work.glob("labels-rank*.bin")):
         content = path.read_bytes()
@@ -138,6 +148,7 @@ def _answers(work: Path, mend: int | None = None) -> dict[bytes, np.ndarray]:
             with path.open("r+b") as file:
                 file.truncate(whole)
         lines = np.frombuffer(content[:whole], ANSWER)
+        lines = lines[lines["sum"] == _sums(lines)]
         answers.update(zip(lines["key"].tolist(), lines["logp"], strict=True))
     return answers
 

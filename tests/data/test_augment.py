@@ -89,9 +89,9 @@ def all_kept(monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
 
 def test_paraphrases_are_further_training_rows_marked_as_derived(work: Path, monkeypatch: pytest.MonkeyPatch):
     all_kept(monkeypatch, 2)
-    lines = [json.loads(line) for line in (work / "written-rank0.jsonl").read_text().splitlines()]
-    renamed = [json.dumps(line | {"text": f"{line['text']} It is version {i}."}) for i, line in enumerate(lines)]
-    (work / "written-rank0.jsonl").write_text("\n".join(renamed) + "\n")
+    lines = [json.loads(line.split("\t")[0]) for line in (work / "written-rank0.txt").read_text().splitlines()]
+    renamed = [module.sealed(line | {"text": f"{line['text']} It is version {i}."}) for i, line in enumerate(lines)]
+    (work / "written-rank0.txt").write_text("\n".join(renamed) + "\n")
     before = records()
     after, facts = augment(before, FACTS, work, config("paraphrase"))
     new = [r for r in after if r["source"] == "mine+paraphrase"]
@@ -101,8 +101,8 @@ def test_paraphrases_are_further_training_rows_marked_as_derived(work: Path, mon
     assert facts["mine+paraphrase"]["rejected"] == {"no good": 4}
     assert facts["mine+paraphrase"]["licence"] == "the user's own"
     assert len({r["id"] for r in after}) == len(after)
-    repeated = [json.dumps(line | {"text": "Held out!"}) for line in lines]
-    (work / "written-rank0.jsonl").write_text("\n".join(repeated) + "\n")
+    repeated = [module.sealed(line | {"text": "Held out!"}) for line in lines]
+    (work / "written-rank0.txt").write_text("\n".join(repeated) + "\n")
     after, facts = augment(before, FACTS, work, config("paraphrase"))
     assert after == before
     assert facts["mine+paraphrase"]["rejected"] == {"a text that is there already": 2, "no good": 4}
@@ -123,10 +123,10 @@ def test_counterfactuals_become_contrast_texts_of_rows_without_one(work: Path, m
 def test_a_kill_costs_the_last_batch_at_most(work: Path, monkeypatch: pytest.MonkeyPatch):
     settings = config("paraphrase", min_similarity=-1, max_shift=1)
     first = augment(records(), FACTS, work, settings)
-    file = work / "written-rank0.jsonl"
+    file = work / "written-rank0.txt"
     lines = file.read_bytes().splitlines(keepends=True)
     assert len(lines) == 6
-    assert all(np.isfinite(json.loads(line)["before"]).all() for line in lines)
+    assert all(np.isfinite(json.loads(line.split(b"\t")[0])["before"]).all() for line in lines)
     file.write_bytes(b"".join(lines[:4]) + lines[4][:100])  # the kill
     asked: list[str] = []
     write = LlmScorer.write
@@ -138,8 +138,12 @@ def test_a_kill_costs_the_last_batch_at_most(work: Path, monkeypatch: pytest.Mon
     assert [r["text"] for r in second[0]] == [r["text"] for r in first[0]]
     monkeypatch.setattr(LlmScorer, "__init__", lambda *a: pytest.fail("all is written"))
     assert augment(records(), FACTS, work, settings) == second
+    content = bytearray(file.read_bytes())
+    content[content.index(b'"text"') + 12] ^= 1  # a flipped bit: that text is written about again
+    file.write_bytes(content)
+    assert len(module._written(work)) == 5
 
 
-def test_a_source_cannot_be_named_as_if_the_llm_had_written_it(tmp_path: Path):
+def test_a_source_cannot_be_named_as_if_the_llm_had_written_it():
     with pytest.raises(RedHeartError, match=r"no '\+'"):
-        gather(["mine+paraphrase=x.json"], DataConfig(), False, tmp_path / "rejected.jsonl")
+        gather(["mine+paraphrase=x.json"], DataConfig(), False)

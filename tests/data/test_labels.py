@@ -16,7 +16,7 @@ from redheart.bench.label import parse, prompt
 from redheart.config import DataConfig, LabelerConfig
 from redheart.data import labelling
 from redheart.data.label_quality import calibrated, concordance, judge, to_human_scale
-from redheart.data.labelling import ANSWER, NUM_WORDS, fill_labels
+from redheart.data.labelling import ANSWER, NUM_WORDS, _answers, fill_labels
 from redheart.data.llm_labels import LlmScorer
 from redheart.data.questions import FORM
 from redheart.data.sources.records import parse_record
@@ -184,6 +184,10 @@ def test_a_kill_costs_the_last_answer_at_most(tmp_path: Path, monkeypatch: pytes
     third = [json.loads(json.dumps(r)) for r in corpus]
     fill_labels(third, tmp_path, config)
     assert third == second
+    content = bytearray(file.read_bytes())
+    content[3 * ANSWER.itemsize + 40] ^= 1  # a flipped bit: that text is asked about again
+    file.write_bytes(content)
+    assert len(_answers(tmp_path)) == 19
 
 
 @pytest.mark.slow

@@ -22,11 +22,15 @@ def need(path: Path, spec: str) -> Path:
     return path
 
 
+def _short(path: Path) -> str:
+    return "/".join(path.parts[-2:])
+
+
 def lines(path: Path) -> Iterator[tuple[str, str | InvalidRecord]]:
     """(place, line without its end) of a UTF-8 file in which a line is a row."""
     with path.open("rb") as file:
         for number, raw in enumerate(file):
-            place = f"{path.parent.name}/{path.name}: row {number + 1}"
+            place = f"{_short(path)}: row {number + 1}"
             try:
                 yield place, raw.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -90,7 +94,7 @@ def all_lines(
                 f"{path}: a quoted cell opens in line {first} and holds whole rows up to line {last}: a quote is missing, or one too many"
             )
     for number, (first, _, cells) in enumerate(read, start=1):
-        place = f"{path.parent.name}/{path.name}: row {number}"
+        place = f"{_short(path)}: row {number}"
         if not first:
             continue  # the header, and what stands above it
         if isinstance(cells, csv.Error):
