@@ -83,8 +83,7 @@ if [ "$mode" = train-validate ]; then
   exec redheart evaluate --checkpoint "$checkpoint"
 fi
 
-gpus=0
-if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | wc -l); fi
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$mode" = train-cloud ] && [ "$gpus" -eq 0 ]; then
   parameters=$(redheart params --preset "$preset" --json | python -c 'import json, sys; print(json.load(sys.stdin)["total"])')
   needed=$((parameters * 18 / 1073741824 + 3)) # about 18 bytes per parameter with 8-bit states, plus activations
