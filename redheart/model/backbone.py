@@ -89,16 +89,23 @@ class Backbone(nn.Module):
         self.gradient_checkpointing = False  # Transformers' gradient_checkpointing_enable() sets this and the function
         self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, features: torch.Tensor, mask: torch.Tensor, keys: Keys, states: list[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`states`, where given, is appended what enters the first layer and what leaves each layer, [B, T, D]."""
         if features.shape[1] > MAX_POSITIONS:
             raise ValueError(f"at most {MAX_POSITIONS} tokens: got {features.shape[1]}")
         x = self.input(self.input_norm(features), keys)
         x = x + self.positions[: x.shape[1]].to(x.dtype)
+        if states is not None:
+            states.append(x)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, x, mask, keys)
             else:
                 x = layer(x, mask, keys)
+            if states is not None:
+                states.append(x)
         tokens = self.norm(x)
         pooled = self.pooling(tokens, mask)
         tasks = torch.stack([self.specialise[task](pooled[:, i], keys) for i, task in enumerate(TASKS4)], 1)

@@ -80,9 +80,11 @@ class Residual(nn.Module):
         return x + self.mlp(self.norm(x), keys)
 
 
-class Projections(nn.Module):
-    """The weights of multi-head attention; abstract. Keys have no bias: a constant added to every key leaves the softmax
-    unchanged, so it would never get a gradient."""
+class Attention(nn.Module):
+    """Multi-head attention of queries [B, Q, n] over memory [B, M, n] -> [B, Q, n]; mask [B, M] is True where memory is real.
+
+    Keys have no bias: a constant added to every key leaves the softmax unchanged, so it would never get a gradient.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -91,10 +93,6 @@ class Projections(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-
-
-class Attention(Projections):
-    """Multi-head attention of queries [B, Q, n] over memory [B, M, n] -> [B, Q, n]; mask [B, M] is True where memory is real."""
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         q, k, v = (
@@ -105,20 +103,59 @@ class Attention(Projections):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class FoldedAttention(Projections):
+class HeadWeights(nn.Module):
+    """The weights of a Linear from `width` to `width`, for products that go head by head; abstract.
+
+    They are read in this module's own forward alone: whatever gathers, moves or quantises weights module by module (ZeRO-3,
+    Accelerate's offload, bitsandbytes) finds them where it looks.
+    """
+
+    def __init__(self, width: int, heads: int, bias: bool):
+        super().__init__()
+        self.heads = heads
+        linear = nn.Linear(width, width, bias=bias)  # for its initialisation
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def per_head(self, dtype: torch.dtype) -> torch.Tensor:
+        """[h, d, n]"""
+        return self.weight.unflatten(0, (self.heads, -1)).to(dtype)
+
+
+class FoldedKeys(HeadWeights):
+    """Queries [B, Q, h, d] -> the tokens' directions that they look for, [B, h, Q, n]."""
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bqhd,hdn->bhqn", q, self.per_head(q.dtype))
+
+
+class FoldedValues(HeadWeights):
+    """What each head has gathered of the tokens [B, h, Q, n] -> its values [B, Q, h·d]."""
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        values = torch.einsum("bhqn,hdn->bqhd", pooled, self.per_head(pooled.dtype)).flatten(2)
+        return values + self.bias.to(values.dtype)
+
+
+class FoldedAttention(nn.Module):
     """`Attention` of few queries [B, Q, n] over many tokens [B, T, n]: the same function with the projections on the other side.
 
     q·(W_k x) = (W_kᵀ q)·x and Σ_t a_t W_v x_t = W_v Σ_t a_t x_t, so keys and values are never projected per token: with Q
     queries and h heads about 2·Q·h·T·n products replace 2·T·n², which is less for Q·h < n.
     """
 
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = FoldedKeys(width, heads, bias=False)
+        self.value = FoldedValues(width, heads, bias=True)
+        self.out = nn.Linear(width, width)
+
     def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, Q, h, d]
-        key, value = (w.unflatten(0, (self.heads, -1)) for w in (self.key.weight, self.value.weight))  # [h, d, n]
-        folded = torch.einsum("bqhd,hdn->bhqn", q, key.to(q.dtype))
+        folded = self.key(q)
         pooled = attend_tokens(folded.flatten(1, 2), memory, mask, q.shape[-1]).unflatten(1, (self.heads, -1))
-        attended = torch.einsum("bhqn,hdn->bqhd", pooled, value.to(pooled.dtype)).flatten(2)
-        return self.out(attended + self.value.bias.to(attended.dtype))
+        return self.out(self.value(pooled))
 
 
 def attend_tokens(queries: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, head_width: int) -> torch.Tensor:

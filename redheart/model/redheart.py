@@ -25,7 +25,8 @@ from redheart.model.heads.emotion import EmotionHead
 from redheart.model.heads.regret import RegretHead
 from redheart.model.heads.surd import SurdHead
 from redheart.model.layers import full_precision, number_dropout_sites
-from redheart.model.loading import draw_missing, load_whole
+from redheart.model.loading import draw_missing, load_whole, unpackable_layers
+from redheart.model.padding import checked_mask, real_tokens_first, stacked
 from redheart.model.select import MODULES, ExecutionMode, Selection, select
 from redheart.schema import EMOTIONS
 
@@ -91,14 +92,19 @@ class RedHeartOutput(ModelOutput):
     expert_gate_logits: torch.Tensor | None = None  # [B, experts], latent
     theory_gate_logits: torch.Tensor | None = None  # [B, 4], latent
     task_features: torch.Tensor | None = None  # [B, 4, K], the backbone's, latent
+    hidden_states: tuple[torch.Tensor, ...] | None = (
+        None  # [B, T, D] each: what enters the backbone's layers, and each one's output
+    )
     readings: Readings | None = None  # label -> module -> that module's own answer [B, size]
 
 
 class RedHeartModel(PreTrainedModel):
-    """features [B, T, E], attention_mask [B, T] (bool) -> RedHeartOutput.
+    """features [B, T, E], attention_mask [B, T] -> RedHeartOutput.
 
-    contrast_features [C, T', E] with contrast_rows [C] give the alternatives of some rows; `sample_keys` [B] (int64
-    positions in the run) are needed in training mode with dropout; `without` names modules to do without, for this call.
+    The mask is bool or of integers, true or not 0 where a token is real; padding may stand on either side, and where there is no
+    mask every token is real. contrast_features [C, T', E] (with a mask likewise) and contrast_rows [C] give the alternatives of
+    some rows; `sample_keys` [B] (int64 positions in the run) are needed in training mode with dropout; `without` names modules to
+    do without, for this call. `output_hidden_states` and `return_dict` are Transformers'; attention maps are never formed.
     """
 
     config_class = RedHeartConfig
@@ -107,6 +113,8 @@ class RedHeartModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     config: RedHeartConfig
+    # what has a residual connection stays on one device
+    _no_split_modules = {"EncoderLayer", "QueryLayer", "TaskPooling", "Residual", "BranchAttention"}  # noqa: RUF012
 
     def __init__(self, config: RedHeartConfig, place: Callable[[str, nn.Module], None] = lambda name, module: None):
         """`place` is called with every module, its name first, as soon as it is built: ZeRO-3 takes its partition and frees the rest."""
@@ -155,7 +163,13 @@ class RedHeartModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As of Transformers, but files that are not what the export's manifest says, and tensors that are missing, unexpected
-        or of another shape, raise RedHeartError: see model/loading.py."""
+        or of another shape, raise RedHeartError: see model/loading.py. In 4 bits, layers that cannot be packed stay as they are.
+        """
+        quantisation: Any = kwargs.get("quantization_config")
+        if getattr(quantisation, "load_in_4bit", False) and quantisation.llm_int8_skip_modules is None:
+            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+            with torch.device("meta"):
+                quantisation.llm_int8_skip_modules = unpackable_layers(cls(config))
         return load_whole(super().from_pretrained, pretrained_model_name_or_path, model_args, kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -166,21 +180,46 @@ class RedHeartModel(PreTrainedModel):
     def forward(
         self,
         features: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         contrast_features: torch.Tensor | None = None,
         contrast_mask: torch.Tensor | None = None,
         contrast_rows: torch.Tensor | None = None,
         sample_keys: torch.Tensor | None = None,
         without: Collection[str] = (),
-    ) -> RedHeartOutput:
-        keys = sample_keys
-        if contrast_features is not None and contrast_mask is not None and contrast_rows is not None:
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RedHeartOutput | tuple[Any, ...]:
+        wanted = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            "return_dict": return_dict,
+        }
+        wanted = {name: getattr(self.config, name) if value is None else value for name, value in wanted.items()}
+        if wanted["output_attentions"]:
+            raise ValueError(
+                "output_attentions: attention maps are never formed here (scaled_dot_product_attention is fused)"
+            )
+        mask = checked_mask("features", features, attention_mask, self.config.encoder_width)
+        (num_texts, num_tokens), keys = mask.shape, sample_keys
+        if (contrast_features is None) != (contrast_rows is None):
+            raise ValueError("contrast_features and contrast_rows belong together: which row each contrast is of")
+        if contrast_features is not None and contrast_rows is not None:
             # one pass for texts and contrasts: ranks with and without a pair then call the same modules in the same order
-            features = _stacked(features, contrast_features)
-            attention_mask = _stacked(attention_mask, contrast_mask)
+            theirs = checked_mask("contrast_features", contrast_features, contrast_mask, self.config.encoder_width)
+            features, mask = stacked(features, contrast_features), stacked(mask, theirs)
             keys = None if keys is None else torch.cat([keys, keys[contrast_rows] + (1 << 31)])
-        tokens, tasks = self.backbone(features, attention_mask, keys)
-        return self.answer(tokens, tasks, attention_mask, contrast_rows, keys, without)
+        features, mask, places = real_tokens_first(features, mask)
+        states: list[torch.Tensor] | None = [] if wanted["output_hidden_states"] else None
+        tokens, tasks = self.backbone(features, mask, keys, states)
+        outputs = self.answer(tokens, tasks, mask, contrast_rows, keys, without)
+        places = places[:num_texts, :num_tokens, None]
+        for name in ("trajectory", "signals"):
+            if outputs.get(name) is not None:
+                outputs[name] = outputs[name].take_along_dim(places, 1)
+        if states is not None:
+            outputs["hidden_states"] = tuple(x[: len(places)].take_along_dim(places, 1) for x in states)
+        return outputs if wanted["return_dict"] else outputs.to_tuple()
 
     def answer(
         self,
@@ -224,7 +263,7 @@ class RedHeartModel(PreTrainedModel):
         else:
             final = utility_modules(ask.states, tasks, readings, ask.keys)
         return RedHeartOutput(
-            **{field: final.get(label) for label, field in ANSWERS.items()},
+            **{field: final.get(label) for label, field in ANSWERS.items()},  # type: ignore[arg-type]
             utility=final.get("utility"),
             utility_difference=final.get("preference"),
             regret_views=_of(regret, "regret_views"),
@@ -330,13 +369,6 @@ class _Asker:
             for label, field in FIELDS.get(module, {}).items():
                 found.setdefault(label, {})[module] = getattr(said, field)
         return found
-
-
-def _stacked(texts: torch.Tensor, contrasts: torch.Tensor) -> torch.Tensor:
-    """[B, T, …] and [C, T', …] -> [B + C, max(T, T'), …], padded behind."""
-    longest = max(texts.shape[1], contrasts.shape[1])
-    rest = [0] * (2 * (texts.dim() - 2))
-    return torch.cat([nn.functional.pad(x, (*rest, 0, longest - x.shape[1])) for x in (texts, contrasts)])
 
 
 def _of(reading: Any, field: str) -> Any:

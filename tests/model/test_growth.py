@@ -25,8 +25,8 @@ def sizes(values: dict[str, int], **more) -> RedHeartConfig:
 
 def outputs_of(model: RedHeartModel, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """Everything the network says about a few texts, some of them with a contrast."""
-    features, mask, _ = inputs(dtype=dtype)
-    rows = torch.tensor([0, 3, 6])
+    features, mask, _ = inputs()
+    features, rows = features.to(dtype), torch.tensor([0, 3, 6])
     with torch.no_grad():
         return tensors_of(model.eval()(features, mask, features.flip(-1)[rows], mask[rows], rows))
 
@@ -66,8 +66,13 @@ def test_local_grows_to_base_in_fp32():
     model.analyzers["regret"].query.data *= 50
     grown = grow(model, load_config("base"))
     assert sum(p.numel() for p in grown.parameters()) == sum(p.numel() for p in _on_meta("base").parameters())
-    differences = relative_differences(outputs_of(model, torch.float32), outputs_of(grown, torch.float32))
-    assert max(differences.values()) <= 1e-5, max(differences, key=lambda n: differences[n])
+    mine, theirs = outputs_of(model, torch.float32), outputs_of(grown, torch.float32)
+    exact = {name: x.float() for name, x in outputs_of(model.double()).items()}
+    # the growth adds no more than rounding does to the network as it is; how much that is depends on the processor
+    rounding, differences = relative_differences(exact, mine), relative_differences(exact, theirs)
+    for name, difference in differences.items():
+        assert difference <= max(5e-6, 5 * rounding[name]), name
+    assert sorted(differences.values())[len(differences) // 2] < 5e-6  # most answers are well conditioned
 
 
 def _sizes_of(preset: str) -> dict:

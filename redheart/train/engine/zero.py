@@ -19,7 +19,6 @@ from redheart.config import RunConfig
 from redheart.device import has_gpu
 from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
-from redheart.model.layers import FoldedAttention
 from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.optim.building import build_root
 from redheart.ranks import launched_world_size
@@ -78,11 +77,9 @@ class DeepSpeedEngine(Engine):
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves empty ones
         if on_cpu:
             map_pieces(num_parameters)
-        if self._stage == 3:
-            self._gather_together(model)
-            if num_parameters < SMALL:
-                for where in (settings, plugin.deepspeed_config):
-                    where["zero_optimization"]["stage3_max_reuse_distance"] = 0
+        if self._stage == 3 and num_parameters < SMALL:
+            for where in (settings, plugin.deepspeed_config):
+                where["zero_optimization"]["stage3_max_reuse_distance"] = 0
         self._names = {id(p): n for n, p in model.named_parameters()}
         optimizer = self._optimizer(model, config)
         self._engine, _ = self._accelerator.prepare(model, optimizer)
@@ -112,10 +109,6 @@ class DeepSpeedEngine(Engine):
             self._deepspeed.zero.Init(module=module, config_dict_or_path=self.settings, mem_efficient_linear=False)
 
         return partition
-
-    def _gather_together(self, model: nn.Module) -> None:
-        """FoldedAttention reads its children's weights without calling the children: ZeRO-3 gathers it as a whole."""
-        self._deepspeed.utils.set_z3_leaf_modules(model, [FoldedAttention])
 
     def _optimizer(self, model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         """The optimizer that `optimizer.name` and `memory.strategy` mean; asserted again after `prepare`."""

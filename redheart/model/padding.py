@@ -1,0 +1,41 @@
+"""Masks as users give them, and padding wherever it stands: the modules are given bool masks with the real tokens in front."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def checked_mask(name: str, features: torch.Tensor, mask: torch.Tensor | None, width: int) -> torch.Tensor:
+    """The mask of `features` [B, T, width] as bool [B, T]; ValueError, naming what is wrong, where they do not fit."""
+    if features.dim() != 3 or features.shape[-1] != width:
+        raise ValueError(
+            f"{name} must be [texts, tokens, {width}], token states of the encoder: got {list(features.shape)}"
+        )
+    if mask is None:
+        return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    if mask.shape != features.shape[:2]:
+        raise ValueError(
+            f"the mask of {name} must be {list(features.shape[:2])}, one entry a token: got {list(mask.shape)}"
+        )
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"the mask of {name} must be bool or of integers, not 0 where a token is real: got {mask.dtype}"
+        )
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def stacked(texts: torch.Tensor, contrasts: torch.Tensor) -> torch.Tensor:
+    """[B, T, …] and [C, T', …] -> [B + C, max(T, T'), …], padded behind."""
+    longest = max(texts.shape[1], contrasts.shape[1])
+    rest = [0] * (2 * (texts.dim() - 2))
+    return torch.cat([nn.functional.pad(x, (*rest, 0, longest - x.shape[1])) for x in (texts, contrasts)])
+
+
+def real_tokens_first(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, T, n] and its mask [B, T] with every row's real tokens in front, in their order, and where each token went, [B, T].
+
+    `moved.take_along_dim(places[..., None], 1)` puts back what was moved. Without a look at the mask, which would wait for the device.
+    """
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1), order.argsort(dim=1)
