@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from redheart.console import console
 from redheart.files import LOCK, flush_to_disk, read_sealed_json, remove, write_sealed_json
 from redheart.schema import RedHeartError
 
@@ -98,6 +99,11 @@ def exclusive(directory: Path, work: str) -> Iterator[None]:
             raise RedHeartError(
                 f"another process ({other}) is {work} in {directory}: wait for it to end, or name another directory"
             ) from None
+        except OSError as error:  # some network file systems are mounted without locks
+            console.print(
+                f"{directory} cannot be locked ({error.strerror}): see to it that no other process is {work} in it",
+                markup=False,
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"pid {os.getpid()}\n".encode(), 0)
         yield

@@ -1,5 +1,7 @@
 """Only what the product wrote is replaced or removed, and one process at a time writes into a directory."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 
@@ -77,3 +79,12 @@ def test_a_file_in_the_place_of_a_directory_is_one_line(tmp_path):
     for path in (tmp_path / "table.csv", tmp_path / "table.csv" / "below"):
         with pytest.raises(RedHeartError, match=r"--out .*table\.csv.* is a file"):
             make_directory(path, "--out")
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with exclusive(tmp_path, "training"):
+        assert "cannot be locked (Operation not supported): see to it" in capsys.readouterr().err

@@ -101,13 +101,15 @@ def naming_no_room(run: Path) -> Iterator[None]:
         reason = no_room(error)
         if reason is None:
             raise
+        free, newest = shutil.disk_usage(run).free / 2**20, last(run)
+        half = sorted((run / "checkpoints").glob("step-*.tmp/**/*.*"), key=lambda p: p.stat().st_mtime_ns)[-1:]
+        where = half[0] if half else run
         if launched_rank() == 0:
             for path in [*(run / "checkpoints").glob("step-*.tmp"), run / REBUILD]:
                 remove(path)
-        free, newest = shutil.disk_usage(run).free / 2**20, last(run)
         go_on = f"--resume goes on from {newest}" if newest else "there is no checkpoint yet"
         raise RedHeartError(
-            f"writing into {run} failed ({reason}; {free:,.0f} MiB are free): make room, or raise the limit (quota, ulimit -f); {go_on}"
+            f"writing {where} failed ({reason}; {free:,.0f} MiB are free): make room, or raise the limit (quota, ulimit -f); {go_on}"
         ) from error
     finally:
         threading.excepthook = hook
