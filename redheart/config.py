@@ -154,6 +154,9 @@ class LossShares(Section):
     aux: float = Field(1.0, ge=0, description="the final answers, and the Kalman filter's")
 
 
+THIRDS = (1 / 3, 2 / 3)  # of regret's range: the levels of a network that has seen no data
+
+
 class LossConfig(Section):
     weights: dict[str, Factor] = Field(default_factory=dict, description="factor per output, 1.0 where not named")
     shares: LossShares = LossShares()
@@ -162,6 +165,9 @@ class LossConfig(Section):
     extreme_penalty: float = Field(0.1, ge=0, description="of Bentham values pushed beyond 0.02 or 0.98")
     balance: float = Field(0.001, ge=0, description="load balance of a sample's gate")
     router_z: float = Field(0.001, ge=0, description="squared log-partition of the gate's logits")
+    regret_edges: tuple[float, ...] = Field(
+        THIRDS, max_length=2, description="between regret's levels; train writes here what the data's index says"
+    )
     constant_floor: float = Field(0.01, gt=0, description="least constant-predictor loss a loss is divided by")
 
 
@@ -261,7 +267,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
     ("refused", "the states of the checkpoint are in another form", "memory.strategy training.precision"),
     ("refused", "the losses before and after could not be compared, nor divided by the same scales", """loss.weights
      loss.shares.heads loss.shares.analyzers loss.shares.aux loss.focal_gamma loss.huber_delta loss.extreme_penalty
-     loss.constant_floor"""),
+     loss.regret_edges loss.constant_floor"""),
     ("refused", "`best` would compare unlike numbers", "training.best_metric training.evaluate_rows"),
 )  # fmt: skip
 ON_RESUME = {key: OnResume(kind, why) for kind, why, keys in _ON_RESUME for key in keys.split()}  # every leaf key

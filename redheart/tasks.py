@@ -12,14 +12,15 @@ from typing import Literal
 
 import torch
 
+from redheart.causality.levels import LEVELS, level_of
 from redheart.config import LossConfig
 from redheart.losses.bentham import hedonic, pair_logistic
 from redheart.losses.constant import best_constant
 from redheart.losses.elementwise import SumCount, cross_entropy, squared
 from redheart.losses.emotion import gate_balance, router_z, soft_focal
 from redheart.losses.regret import huber
-from redheart.losses.surd import density_cross_entropy, expected_level, levels, squared_shares, surd_probabilities
-from redheart.model.analyzers import NUM_LEVELS, SUBSETS
+from redheart.losses.surd import density_cross_entropy, squared_shares, surd_probabilities
+from redheart.model.analyzers import SUBSETS
 from redheart.model.fusion import FINAL, UTILITY
 from redheart.model.layers import full_precision
 from redheart.model.redheart import ANSWERS, RedHeartOutput
@@ -40,7 +41,6 @@ LINKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
     "none": lambda raw: raw,
     "surd": surd_probabilities,
-    "density": expected_level,
 }
 
 
@@ -68,14 +68,15 @@ class Task:
         return None if found is None else full_precision(found)
 
     def predict(self, outputs: RedHeartOutput) -> torch.Tensor | None:
-        """In the label's units, [B, size]."""
-        raw = self.raw(outputs)
+        """In the label's units, [B, size]; None where the module is left out, and of a density, which is no value."""
+        raw = self.raw(outputs) if self.link in LINKS else None
         return None if raw is None else LINKS[self.link](raw)
 
     def constant(self, target: torch.Tensor, weight: torch.Tensor, config: LossConfig) -> torch.Tensor:
         """The raw answer of the predictor with the least loss of all that always say the same, for labels and weights [N, size]."""
         if self.link == "density":
-            share = (levels(target, NUM_LEVELS) * weight).sum(0) / weight.sum().clamp(min=1e-12)
+            levels = level_of(target, config.regret_edges) == torch.arange(LEVELS, device=target.device)
+            share = (levels * weight).sum(0) / weight.sum().clamp(min=1e-12)
             return share.clamp(min=1e-6).log().expand(len(target), len(SUBSETS), -1)
         label, raw = LABELS[self.label], INVERSE[self.link]
         if self.link == "surd":  # its entries hang together, and the least squared error is the mean's
@@ -112,7 +113,12 @@ TASKS |= {
     for module in modules
 }
 TASKS["analyzers.surd/density"] = Task(
-    "regret", "analyzers.surd", "density_logits", lambda x, t, w, c: density_cross_entropy(x, t, w), "density", "score"
+    "regret",
+    "analyzers.surd",
+    "density_logits",
+    lambda x, t, w, c: density_cross_entropy(x, t, w, c.regret_edges),
+    "density",
+    "score",
 )
 
 LATENTS = {  # what has no label of its own, and the losses that reach it

@@ -21,7 +21,7 @@ from redheart.config import DataConfig
 from redheart.console import console
 from redheart.data.augment import PROMPTS, augment
 from redheart.data.card import dataset_card
-from redheart.data.derive import surd_labels
+from redheart.data.derive import surd_labels, training_edges
 from redheart.data.directory import CARD, KIND, REJECTED, WORK, claim, clear, refuse_sources_of_ours, written
 from redheart.data.encode import contrast_means, encode_parts, load_part
 from redheart.data.gather import Gathered, gather, mix, set_aside, take, write_rejected
@@ -39,7 +39,7 @@ from redheart.owned import exclusive, make_directory, owned, remove
 from redheart.ranks import after_main, check_launch, launched_rank
 from redheart.schema import SPLITS, RedHeartError
 
-RECIPE = 1  # raised where the same input gives other shards than before, and nothing else in the plan says so
+RECIPE = 2  # raised where the same input gives other shards than before, and nothing else in the plan says so
 DONE = "done"
 OTHER = "other sources, models or settings, or of another version: choose another --out, or --force-preprocess"
 
@@ -131,7 +131,8 @@ def _make(
     splits = _write(parts, out, work, config, encoder["width"], dropped, report)
     index = {
         "version": FORMAT_VERSION, "plan": plan, "chunk": CHUNK, "window_shards": WINDOW_SHARDS, "encoder": encoder,
-        "labeler": labelled.fingerprint, "sources": report.sources, "report": asdict(report), "splits": splits,
+        "labeler": labelled.fingerprint, "levels": training_edges(records),
+        "sources": report.sources, "report": asdict(report), "splits": splits,
     }  # fmt: skip
     write_text(out / CARD, dataset_card(index))
     write_json(out / INDEX, index)

@@ -6,8 +6,11 @@ it; the leak is a fourth, separate probability.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from redheart.causality.levels import level_of
 from redheart.losses.elementwise import SumCount, labelled, squared, weighted
 
 
@@ -25,22 +28,14 @@ def squared_shares(logits: torch.Tensor, target: torch.Tensor, weight: torch.Ten
     return squared(surd_probabilities(logits), target, weight)
 
 
-def levels(target: torch.Tensor, num_levels: int) -> torch.Tensor:
-    """Soft assignment of values [B, 1] in [0, 1] to equally spaced levels: linear between neighbours -> [B, num_levels]."""
-    centres = torch.linspace(0, 1, num_levels, dtype=target.dtype, device=target.device)
-    return (1 - (target - centres).abs() * (num_levels - 1)).clamp(min=0)
+def density_cross_entropy(
+    density_logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, edges: Sequence[float]
+) -> SumCount:
+    """Cross-entropy (nats) of every subset's density [B, subsets, levels] with the target's level, mean over subsets.
 
-
-def expected_level(density_logits: torch.Tensor) -> torch.Tensor:
-    """Mean level [B, 1] under the density given all sources, the last of [B, subsets, levels]."""
-    p = density_logits[:, -1].softmax(-1)
-    return p @ torch.linspace(0, 1, p.shape[-1], dtype=p.dtype, device=p.device)[:, None]
-
-
-def density_cross_entropy(density_logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> SumCount:
-    """Cross-entropy (nats) of every subset's density [B, subsets, levels] with the target's soft level, mean over subsets."""
+    target, weight [B, 1]; `edges` part the levels, as they do in the label (causality/levels.py).
+    """
     known = weight > 0
     logits = torch.where(known[..., None], density_logits, 0.0)
-    target = torch.where(known, target, 0.0)
-    soft = levels(target, logits.shape[-1])[:, None]
-    return weighted(-(soft * logits.log_softmax(-1)).sum(-1).mean(1, keepdim=True), weight)
+    level = level_of(torch.where(known, target, 0.0), edges)[:, None].expand(-1, logits.shape[1], -1)
+    return weighted(-logits.log_softmax(-1).gather(-1, level)[..., 0].mean(1, keepdim=True), weight)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from redheart.causality.levels import LEVELS
 from redheart.model.layers import MLP, Keys, QueryLayer, full_precision
 from redheart.schema import BENTHAM, EMOTIONS, EMOTIONS_FINE, LABELS
 
@@ -20,7 +21,6 @@ NUM_STAKEHOLDERS = 6
 NUM_STATES = 4  # factual ones, and as many counterfactual ones
 SOURCES = ("emotion", "bentham", "context")  # what the SURD analyzer conditions on
 SUBSETS = tuple(chain.from_iterable(combinations(range(len(SOURCES)), k) for k in range(len(SOURCES) + 1)))
-NUM_LEVELS = 3  # of regret, at 0, 1/2 and 1
 VAD_SCALE = (
     0.15  # people's ratings deviate by about this: the layer that reads them then works in units of one deviation
 )
@@ -168,7 +168,7 @@ class SurdAnalyzer(nn.Module):
         self.sources = nn.ModuleList(MLP(width, width, width, dropout=dropout) for _ in SOURCES)
         self.unknown = nn.Parameter(torch.randn(count, width) * 0.02)
         self.density = MLP(count * width, 11 * width // 2, 3 * width, dropout=dropout)
-        self.level = nn.Linear(3 * width, NUM_LEVELS)
+        self.level = nn.Linear(3 * width, LEVELS)
         self.norm = nn.LayerNorm(3 * width)
         self.state = nn.Linear(3 * width, width)
         self.scale = nn.Parameter(torch.ones(4))

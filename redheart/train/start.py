@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redheart.config import RunConfig, write_config
+from redheart.config import THIRDS, RunConfig, write_config
 from redheart.console import console
 from redheart.data.encode import check_encoder
 from redheart.data.shards import LABEL_REMEDY
@@ -92,6 +92,7 @@ def _train(
     init: Path | None,
 ) -> TrainResult:
     streams = _open_streams(data, config)
+    config = with_edges(config, streams[0])
     split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     check_names(config, streams[1])
     source = checkpoint.find(resume, run) if resume else None
@@ -160,6 +161,19 @@ def steps_of(config: RunConfig, num_rows: int) -> int:
     """max_steps, or as many steps as `epochs` passes over the rows take."""
     settings = config.training
     return settings.max_steps or max(1, math.ceil(settings.epochs * num_rows / settings.global_batch_size))
+
+
+def with_edges(config: RunConfig, train: SampleStream) -> RunConfig:
+    """The configuration with the edges of regret's levels that the data's own SURD labels were derived with."""
+    where = f"{train.store.location}/index.json"
+    if "levels" not in train.index:
+        raise RedHeartError(f"{where} names no levels, so an earlier version wrote it: prepare the data again")
+    edges = tuple(train.index["levels"]["regret"])
+    if config.loss.regret_edges not in (THIRDS, edges):
+        raise RedHeartError(
+            f"loss.regret_edges is {list(config.loss.regret_edges)}, and {where} says {list(edges)}: leave it out"
+        )
+    return config.model_copy(update={"loss": config.loss.model_copy(update={"regret_edges": edges})})
 
 
 def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, SampleStream]:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from redheart.causality.levels import level_edges, level_of
+from redheart.causality.surd import joint_pmf, surd
 from redheart.config import DataConfig, LabelerConfig
-from redheart.data.derive import surd_labels
+from redheart.data.derive import net_value, surd_labels, training_edges, valence
 from redheart.data.gather import take
 from redheart.data.prepare import prepare
 from redheart.data.sources import everyday
@@ -106,6 +109,62 @@ def test_derived_labels_are_shares_from_the_training_split_alone():
         assert 0 <= leak < 1
     records[90]["regret"] = 0.123  # a dev row may change nothing but its own label
     assert surd_labels(records, pooled)[:90] == labels[:90]
+
+
+def made(share: float, sources: str, rows: int = 4000) -> tuple[list[dict], np.ndarray]:
+    """Records with a yes-or-no regret of which `sources` tell everything, `share` of it yes; the rest is noise."""
+    rng = np.random.default_rng(0)
+    regret = (rng.permutation(rows) < round(share * rows)).astype(float)
+    emotion, bentham = rng.random((rows, 7)), rng.random((rows, 7))
+    coin = rng.integers(0, 2, rows)
+    said = {"copy": regret, "synergy": coin, "both": regret, "nothing": None}[sources]
+    if said is not None:
+        emotion[:] = said[:, None] * (np.arange(7) == 1)
+    if sources in ("synergy", "both"):
+        bentham[:] = np.where(sources == "both", regret, (coin + regret) % 2)[:, None]
+    splits = np.where(np.arange(rows) % 5 == 0, "dev", "train")
+    columns = zip(splits.tolist(), regret.tolist(), emotion.tolist(), bentham.tolist(), strict=True)
+    keys = ("split", "regret", "emotion", "bentham")
+    return [dict(zip(keys, row, strict=True)) for row in columns], rng.normal(size=(rows, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("share", [0.015, 0.2, 0.4])
+@pytest.mark.parametrize(("sources", "kind"), [("copy", 1), ("both", 0), ("synergy", 2), ("nothing", None)])
+def test_a_rare_regret_has_labels_that_tell_what_is_so(share: float, sources: str, kind: int | None):
+    """The kind of what is known to be told, and the leak; where nothing is told, the leak is the other answer's frequency."""
+    records, pooled = made(share, sources)
+    pairs = list(zip(records, surd_labels(records, pooled), strict=True))
+    assert all(label or r["split"] == "dev" for r, label in pairs)  # what training never saw has none
+    records, labels = zip(*(pair for pair in pairs if pair[1]), strict=True)
+    leak = np.array([label[3] for label in labels])
+    yes = np.array([r["regret"] for r in records]) == 1
+    if kind is None:
+        assert leak[yes].mean() == pytest.approx(1 - share, abs=0.05)
+        assert leak[~yes].mean() == pytest.approx(share, abs=0.05)
+        return
+    assert leak == pytest.approx(0, abs=1e-12)
+    shares = np.array([label[:3] for label in labels], dtype=float)
+    assert shares.sum(1) == pytest.approx(1)
+    assert shares[yes][:, kind].mean() > 0.85
+    columns = torch.tensor([[r["regret"], valence(r["emotion"]), net_value(r["bentham"])] for r in records]).T
+    told = surd(joint_pmf(torch.stack([level_of(c, level_edges(c)) for c in columns]), [3, 3, 3]))
+    bits = [sum(t.values()) for t in (told.redundant, told.unique, told.synergistic)]
+    assert bits[kind] / told.mutual_information > 0.85
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_regret_that_never_varies_has_no_label(share: float):
+    assert set(surd_labels(*made(share, "nothing"))) == {None}
+
+
+def test_edges_come_from_training_records_alone():
+    records, _ = made(0.2, "copy")
+    edges = training_edges(records)
+    assert (edges["regret"], edges["valence"]) == ([0.5], [-0.5])
+    for record in records:
+        if record["split"] == "dev":
+            record["regret"] = 0.75
+    assert training_edges(records) == edges
 
 
 def test_datasets_does_not_take_one_directory_for_another_of_the_same_name(tmp_path: Path):

@@ -11,6 +11,7 @@ from redheart.losses.bentham import EDGE, hedonic, pair_logistic
 from redheart.losses.combine import combine, factors
 from redheart.losses.elementwise import cross_entropy, huber, squared, weighted
 from redheart.losses.emotion import gate_balance, router_z, soft_focal
+from redheart.losses.surd import density_cross_entropy
 
 LOSSES = {
     "squared": squared,
@@ -246,3 +247,16 @@ def test_a_scale_is_floored():
     assert factors({"a": 1.0, "b": 2.0, "c": 0.5}, {"a": 0.25, "b": 1e-9, "c": 0.0}, 0.01) == pytest.approx(
         {"a": 4.0, "b": 200.0, "c": 50.0}
     )
+
+
+@pytest.mark.parametrize("edges", [(0.5,), (0.1, 0.9), ()])
+def test_the_density_loss_is_the_cross_entropy_of_the_label_s_own_level(edges):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 8, 3, generator=generator, dtype=torch.float64)
+    target = torch.tensor([0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1, math.nan], dtype=torch.float64)[:, None]
+    weight = torch.tensor([1, 1, 0.3, 1, 1, 1, 0.3, 1, 0], dtype=torch.float64)[:, None]
+    value, count = density_cross_entropy(logits, target, weight, edges)
+    level = torch.tensor([sum(t >= e for e in edges) for t in target[:8, 0].tolist()])
+    each = F.cross_entropy(logits[:8].flatten(0, 1), level.repeat_interleave(8), reduction="none").view(8, 8).mean(1)
+    torch.testing.assert_close(value, (each * weight[:8, 0]).sum())
+    assert count == weight.sum()

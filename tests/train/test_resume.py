@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from redheart.config import ON_RESUME, RunConfig, dump_config, leaves, load_config
+from redheart.config import ON_RESUME, RunConfig, leaves, load_config
 from redheart.data.stream import SampleStream
 from redheart.schema import Batch, RedHeartError
 from redheart.train.checkpoint import read_progress
 from redheart.train.named import check_names
 from redheart.train.resume import accept, changes, command, order_of_rows, settings
 from redheart.train.start import train as start
+from redheart.train.start import with_edges
 from tests.train.tiny import make_batch
 
 SETTINGS = [
@@ -31,7 +32,7 @@ OTHER = {  # another value of every key that a resume refuses
     "memory.strategy": "zero2_offload", "training.precision": "bf16", "loss.weights": "{emotion: 2}",
     "loss.shares.heads": 0.5, "loss.shares.analyzers": 0.5, "loss.shares.aux": 0.5, "loss.focal_gamma": 1,
     "loss.huber_delta": 0.5, "loss.extreme_penalty": 0.2, "loss.constant_floor": 0.1, "training.best_metric": "emotion",
-    "training.evaluate_rows": 2,
+    "training.evaluate_rows": 2, "loss.regret_edges": "[0.1, 0.2]",
 }  # fmt: skip
 
 
@@ -51,6 +52,11 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def resolved(data: Path, *more: str) -> RunConfig:
+    """As a run on `data` keeps its settings: with the edges of regret's levels that the data name."""
+    return with_edges(local(*more), SampleStream(data, "train"))
+
+
 def content(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
@@ -65,7 +71,10 @@ def test_a_key_that_the_checkpoint_cannot_take_is_refused_by_name_and_nothing_is
     with pytest.raises(RedHeartError) as error:
         start(local("training.max_steps=4", f"{key}={OTHER[key]}"), data, trained, resume="last")
     assert key in str(error.value)
-    if not key.startswith("data.encoder.") and key != "model.encoder_width":  # these, the data refuses already
+    if not key.startswith("data.encoder.") and key not in (
+        "model.encoder_width",
+        "loss.regret_edges",
+    ):  # these, the data refuses already
         old, new = changes(local(), local(f"{key}={OTHER[key]}"))[key]
         assert f"{key}: {json.dumps(old)} → {json.dumps(new)}" in str(error.value)
     assert content(trained) == before
@@ -81,7 +90,7 @@ def test_what_may_change_does_and_is_recorded(data, run, capfd):
         {"step": 2, "key": "training.micro_batch_size", "from": 16, "to": 2},
     ]
     assert sorted(saved.changes, key=lambda c: c["key"]) == recorded
-    assert (run / "config.yaml").read_text() == dump_config(wanted)
+    assert load_config(str(run / "config.yaml")) == with_edges(wanted, SampleStream(data, "train"))
     told = capfd.readouterr().err
     assert "from step 2 on training.max_steps: 2 → 3 (the learning rates of the steps to come" in told
     assert "from step 2 on training.micro_batch_size: 16 → 2\n" in told
@@ -102,9 +111,9 @@ def test_an_optimizer_that_is_named_or_implied_is_the_same():
     assert set(changes(local(), local(*eight))) == {"memory.strategy", "optimizer.name"}
 
 
-def test_a_resume_without_a_preset_takes_the_settings_of_the_run(trained):
+def test_a_resume_without_a_preset_takes_the_settings_of_the_run(data, trained):
     config, run = settings(None, ["training.log_every=3"], trained, "last")
-    assert (config, run) == (local("training.log_every=3"), trained)
+    assert (config, run) == (resolved(data, "training.log_every=3"), trained)
     named, _ = settings("local", ["training.log_every=3"], trained, "last")
     assert named.training.seed == 0  # and will be refused
     fresh, where = settings(None, [], None, None)
@@ -114,7 +123,7 @@ def test_a_resume_without_a_preset_takes_the_settings_of_the_run(trained):
 def test_a_path_to_resume_names_its_run(data, run, tmp_path):
     step_1 = run / "checkpoints" / "step-00000001"
     for wanted in (run, step_1):
-        assert settings(None, [], None, str(wanted)) == (local(), run)
+        assert settings(None, [], None, str(wanted)) == (resolved(data), run)
     loose = shutil.copytree(step_1, tmp_path / "loose")
     with pytest.raises(RedHeartError, match=r"lies in no run.*--out"):
         settings(None, [], None, str(loose))
@@ -133,15 +142,15 @@ def test_settings_that_were_changed_in_a_checkpoint_are_refused(run):
 def test_other_rows_and_a_shorter_run_are_refused(data, trained):
     source = trained / "checkpoints" / "step-00000002"
     index = SampleStream(data, "train").index
-    accept(source, read_progress(source), local(), trained, index, 2)
+    accept(source, read_progress(source), resolved(data), trained, index, 2)
     for split in ("train", "dev"):
         other = copy.deepcopy(index)
         other["splits"][split]["shards"][0]["sha256"] = "0" * 64
         assert order_of_rows(other) != order_of_rows(index)
         with pytest.raises(RedHeartError, match="other rows than what"):
-            accept(source, read_progress(source), local(), trained, other, 2)
+            accept(source, read_progress(source), resolved(data), trained, other, 2)
     with pytest.raises(RedHeartError, match=r"is at step 2 and .*max_steps"):
-        accept(source, read_progress(source), local(), trained, index, 1)
+        accept(source, read_progress(source), resolved(data), trained, index, 1)
 
 
 def test_the_command_to_go_on_with_survives_a_shell():
