@@ -218,7 +218,9 @@ class RedHeartModel(PreTrainedModel):
             if outputs.get(name) is not None:
                 outputs[name] = outputs[name].take_along_dim(places, 1)
         if states is not None:
-            outputs["hidden_states"] = tuple(x[: len(places)].take_along_dim(places, 1) for x in states)
+            moved = not torch.equal(places, torch.arange(num_tokens, device=places.device)[:, None].expand_as(places))
+            # where nothing was moved these are the very tensors of the graph, which users ask for gradients
+            outputs["hidden_states"] = tuple(x[:num_texts].take_along_dim(places, 1) if moved else x for x in states)
         return outputs if wanted["return_dict"] else outputs.to_tuple()
 
     def answer(

@@ -109,6 +109,11 @@ def test_hidden_states_and_tuples_on_demand_and_attention_maps_never(model, give
     assert all(s.shape == (8, 5, SMALL["width"]) for s in states)
     last = model.backbone.norm(states[-1])
     assert torch.allclose(last, model.backbone(*given, None)[0], rtol=1e-9, atol=1e-10)
+    inner = model(*given, output_hidden_states=True)
+    inner.hidden_states[1].retain_grad()
+    inner.emotion_logits.sum().backward()
+    assert inner.hidden_states[1].grad.abs().max() > 0
+    model.zero_grad()
     plain = model(*given)
     assert "hidden_states" not in plain
     as_tuple = model(*given, return_dict=False)
