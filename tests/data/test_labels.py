@@ -121,6 +121,7 @@ def test_answers_that_people_contradict_are_refused():
 def test_answers_that_say_the_same_of_all_texts_are_refused():
     kept, report = judge(records(40), answers_that_follow(np.full(40, 0.3)), LabelerConfig())
     assert not kept
+    assert report
     assert all("spread" in q["reason"] for q in report)
 
 

@@ -64,7 +64,9 @@ def test_goemotions_wants_all_files_of_a_label_set(goemotions: Path):
     with pytest.raises(RedHeartError, match=r"ekman/dev\.tsv does not exist"):
         collect(f"goemotions={goemotions}")
     shutil.rmtree(goemotions / "ekman")
-    assert all(r["emotion"] is None and r["emotion_fine"] for r in collect(f"goemotions={goemotions}").records)
+    left = collect(f"goemotions={goemotions}").records
+    assert left
+    assert all(r["emotion"] is None and r["emotion_fine"] for r in left)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,9 @@ def test_moral_stories_become_pairs(tmp_path: Path):
     ]
     for split in ("dev", "test"):
         put(tmp_path / "original_ms" / f"{split}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    for record in collect(f"moral_stories={tmp_path}").records:
+    pairs = collect(f"moral_stories={tmp_path}").records
+    assert len(pairs) == 2
+    for record in pairs:
         moral_first = record["text"] == "He asks first."
         assert record["preference"] == record["acceptability"] == moral_first
         assert {record["text"], record["contrast_text"]} == {"He asks first.", "He takes it."}

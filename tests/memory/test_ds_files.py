@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_checked_in_files_are_what_the_planner_writes(tmp_path):
-    for path in write_ds_configs(tmp_path):
+    written = write_ds_configs(tmp_path)
+    assert len(written) == 2 * len(FILES)
+    for path in written:
         assert (ROOT / path.relative_to(tmp_path)).read_text("utf-8") == path.read_text("utf-8"), path.name
 
 

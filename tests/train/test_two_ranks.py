@@ -14,5 +14,6 @@ def test_two_ranks_give_the_gradient_of_one_process_and_train_without_any_label(
     assert told["ranks"] == 2
     assert told["finite"]
     assert told["worst"] < 1e-5
+    assert told["compared"] > 0.9 * told["parameters"]
     for label in LABELS:
         assert told["vanished"][label] == sorted(n for n, t in TASKS.items() if t.label == label)

@@ -51,13 +51,15 @@ def main() -> None:
         return {name: value for name, value in sums.items() if window.counts[name] == 0}
 
     step(mine)
-    worst = 0.0
+    worst, compared = 0.0, 0
     for (name, p), (other_name, q) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
         assert name == other_name
         theirs = safe_get_full_grad(q)
-        if theirs is not None and p.grad is not None:
-            scale = max(p.grad.abs().max().item(), 1e-3)
-            worst = max(worst, (theirs - p.grad).abs().max().item() / scale)
+        assert p.grad is not None, name
+        assert theirs is not None, name
+        scale = max(p.grad.abs().max().item(), 1e-3)
+        worst = max(worst, (theirs - p.grad).abs().max().item() / scale)
+        compared += bool(p.grad.abs().max() > 1e-4)  # so large that a factor would show
     engine.set_learning_rate(1e-4)
     assert engine.step()[0]
 
@@ -74,7 +76,18 @@ def main() -> None:
         assert engine.step()[0]
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     if is_main():
-        print(json.dumps({"worst": worst, "vanished": vanished, "finite": finite, "ranks": engine.world_size}))
+        print(
+            json.dumps(
+                {
+                    "worst": worst,
+                    "compared": compared,
+                    "parameters": len(list(model.parameters())),
+                    "vanished": vanished,
+                    "finite": finite,
+                    "ranks": engine.world_size,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":
