@@ -43,9 +43,11 @@ def kalman_filter(
     check_finite({"z": z, "F": F, "H": H, "Q": Q, "R": R, "x0": x0, "P0": P0})
     dtype = torch.promote_types(z.dtype, torch.float32)
     z, F, H, Q, R, x, P = (a.to(dtype) for a in (z, F, H, Q, R, x0, P0))
-    if H.shape[-2] != z.shape[-1] or F.shape[-1] != x.shape[-1] or P.shape[-1] != x.shape[-1]:
-        shapes = {n: tuple(a.shape) for n, a in (("z", z), ("F", F), ("H", H), ("x0", x), ("P0", P))}
-        raise ValueError(f"widths of state and measurement do not fit: {shapes}")
+    state, measured = x.shape[-1:], z.shape[-1:]
+    wanted = (state + state, measured + state, state + state, measured + measured, state + state)
+    if any(a.shape[-2:] != pair for a, pair in zip((F, H, Q, R, P), wanted, strict=True)):  # a 1 x 1 would broadcast
+        given = zip(("z", "F", "H", "Q", "R", "x0", "P0"), (z, F, H, Q, R, x, P), strict=True)
+        raise ValueError(f"widths of state and measurement do not fit: { ({n: tuple(a.shape) for n, a in given}) }")
     per_step = [a.dim() == P.dim() + 1 for a in (F, H, Q, R)]
     means, covariances, total = [], [], torch.zeros(z.shape[:-2], dtype=dtype, device=z.device)
     eye = torch.eye(x.shape[-1], dtype=dtype, device=z.device)

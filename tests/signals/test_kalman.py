@@ -185,10 +185,18 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(tree, leaves)
 
 
-def test_shapes_that_do_not_fit_are_named():
-    z, F, H, Q, R, x0, P0 = system(3, 2, 4)
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        (0, (..., slice(1))), (1, (slice(2),)), (1, (..., slice(2))), (2, (slice(1),)), (2, (..., slice(2))), (3, (slice(1), slice(1))),
+        (4, (slice(1), slice(1))), (5, (..., slice(2))), (6, (..., slice(1), slice(1))),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_named(place, part):
+    given = list(system(3, 2, 4))
+    given[place] = given[place][part]
     with pytest.raises(ValueError, match="do not fit"):
-        kalman_filter(z[..., :1], F, H, Q, R, x0, P0)
+        kalman_filter(*given)
 
 
 @pytest.mark.parametrize("place", range(7))
