@@ -78,6 +78,15 @@ def test_parts_sum_to_the_mutual_information(sizes):
     assert sum(parts) == pytest.approx(result.mutual_information, abs=1e-12)
 
 
+def test_a_sum_of_nearly_one_is_made_one():
+    pmf = random_pmf((3, 2, 3))
+    exact, near = surd(pmf), surd(pmf * (1 + 9e-7))
+    for name in ("redundant", "unique", "synergistic", "leak", "mutual_information"):
+        assert getattr(near, name) == pytest.approx(getattr(exact, name), abs=1e-12)
+    with pytest.raises(RedHeartError, match="sum to one"):
+        surd(pmf * (1 + 1.5e-6))
+
+
 def test_every_state_climbs_to_all_that_the_agents_tell():
     pmf = random_pmf((3, 2, 3, 2))
     for t in range(3):

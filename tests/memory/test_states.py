@@ -79,10 +79,15 @@ def test_more_ranks_never_need_more(strategy):
 
 
 def test_eight_bit_is_smaller_everywhere():
-    for strategy in (s for s in STRATEGIES if TRAITS[s].eight_bit and s != "gpu_8bit"):
-        wide = strategy.removesuffix("_8bit")
-        if wide in TRAITS:
-            assert states(strategy, EVEN).host["states"] < states(wide, EVEN).host["states"] / 3.9
+    pairs = {
+        s: s.removesuffix("_8bit")
+        for s in STRATEGIES
+        if s.endswith("offload_8bit") and s.removesuffix("_8bit") in TRAITS
+    }
+    assert pairs
+    for strategy, wide in pairs.items():
+        assert TRAITS[strategy].eight_bit
+        assert states(strategy, EVEN).host["states"] < states(wide, EVEN).host["states"] / 3.9
 
 
 def test_the_groups_are_the_optimizers():
