@@ -137,9 +137,19 @@ def test_a_batch_without_any_label_gives_zero(loss):
     assert not gradient.any()
 
 
-def test_shapes_that_differ_are_refused():
+@every_loss
+def test_shapes_that_differ_are_refused(loss):
+    x, t, w = case()
+    for given in ((x[:, :1], t, w), (x, t[:, :1], w), (x, t[:1], w), (x, t, w[:, :1])):  # each would broadcast
+        with pytest.raises(ValueError, match="differ in shape"):
+            loss(*given)
     with pytest.raises(ValueError, match="differ in shape"):
         weighted(torch.ones(2, 3), torch.ones(2, 1))
+
+
+def test_a_loss_that_is_not_finite_where_nothing_is_labelled_does_not_count():
+    loss, weight = torch.tensor([[math.nan, 2.0, math.inf]]), torch.tensor([[0.0, 0.5, 0.0]])
+    assert [x.item() for x in weighted(loss, weight)] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("delta", [0.1, 0.25, 5.0])
@@ -232,6 +242,12 @@ def test_the_combined_loss_does_not_depend_on_how_the_batch_is_cut(sizes):
     value, gradient = parts_of(sizes)
     torch.testing.assert_close(value, whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-11, atol=1e-14)
+
+
+def test_the_combined_loss_is_the_formula():
+    sums = {"a": torch.tensor(3.0), "b": torch.tensor(-2.0)}
+    total = combine(sums, {"a": 4.0, "b": 0.5}, {"a": 0.7, "b": 0.25}, 6)
+    assert total.item() == pytest.approx(6 * (0.7 * 3 / 4 - 0.25 * 2 / 0.5))
 
 
 def test_an_output_without_a_label_anywhere_adds_zero_but_stays_in_the_graph():
