@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from redheart.data.order import Order, bucket, global_batch, positions, rank_slice
+from redheart.data.order import Order, _chunks, bucket, global_batch, positions, rank_slice
 from redheart.data.stream import SampleStream
 from tests.data.shard_data import write_directory
 from tests.runs import ROOT, environment
@@ -26,7 +26,7 @@ def split_of(sizes: list[int], repeats: list[int] | None = None, seed: int = 0) 
     return {"rows": sum(sizes), "shards": shards}
 
 
-@pytest.mark.parametrize("sizes", [[1], [7], [64], [5, 1, 3], [700, 300, 41], [90] * 21])
+@pytest.mark.parametrize("sizes", [[1], [7], [64], [5, 1, 3], [700, 300, 41], [90] * 21, [9] * 16, [9] * 17, [9] * 33])
 def test_each_epoch_is_every_row_once(sizes: list[int]):
     split = split_of(sizes)
     order, n = Order(split, seed=5), sum(sizes)
@@ -36,6 +36,61 @@ def test_each_epoch_is_every_row_once(sizes: list[int]):
     if n > 20:
         assert not np.array_equal(three[:n], three[n : 2 * n])
         assert not np.array_equal(three[:n], Order(split, seed=6).samples(np.arange(n)))
+
+
+def test_a_shard_is_seen_once_unless_its_entry_says_more():
+    order = Order({"shards": [{"rows": 30, "buckets": [[4, 30]]}]}, seed=3)
+    assert order.rows_per_epoch == 30
+    assert sorted(order.samples(np.arange(30))) == list(range(30))
+    twice = Order({"shards": [{"rows": 30, "repeat": 2, "buckets": [[4, 30]]}]}, seed=3)
+    assert sorted(twice.samples(np.arange(60))) == sorted([*range(30), *range(30)])
+
+
+def test_windows_of_sixteen_shards_follow_one_another_over_the_end_of_an_epoch():
+    order = Order(split_of([40] * 37), seed=2)
+    for first, shards in ((0, 16), (640, 16), (1280, 5)):
+        seen = np.bincount(order.samples(np.arange(first, first + 40 * shards)) // 40, minlength=37)
+        assert sorted(seen) == [0] * (37 - shards) + [40] * shards
+        number = first // 640
+        assert sorted(order.shards_of_window(0, number)) == np.flatnonzero(seen).tolist()
+    after = order.shards_of_window(0, 3)
+    assert after.tolist() == order.shards_of_window(1, 0).tolist() != order.shards_of_window(0, 0).tolist()
+
+
+@pytest.mark.parametrize("position", [0, 1, 639, 640, 641, 1279, 1280, 1479, 1480, 1481, 2 * 1480 - 1, 10**12 + 7])
+def test_a_position_is_found_where_its_sample_stands(position: int):
+    order = Order(split_of([40] * 37), seed=2)
+    epoch, number, offset = order.locate(position)
+    assert (epoch, number) == (position // 1480, position % 1480 // 640)
+    assert order.window(epoch, number)[offset] == order.samples(np.array([position]))[0]
+    assert (
+        order.samples(np.array([position, 5, position]))[[0, 2]].tolist() == [order.window(epoch, number)[offset]] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk"), [(10, 1), (31, 1), (32, 2), (127, 4), (128, 8), (1023, 32), (1024, 64), (5000, 64)]
+)
+def test_a_window_is_cut_into_sixteen_chunks_at_least_and_of_64_at_most(rows: int, chunk: int):
+    """Rows of ascending length: a chunk is a run of neighbours, which breaks where chunks meet."""
+    order = Order({"shards": [{"rows": rows, "buckets": [[n, 1] for n in range(1, rows + 1)]}]}, seed=0)
+    for epoch in (0, 1):
+        window = order.window(epoch, 0)
+        breaks = epoch * rows + 1 + np.flatnonzero(np.diff(window) != 1)
+        assert np.gcd.reduce(breaks) == chunk
+
+
+def test_the_short_chunks_at_both_ends_are_cut_anywhere():
+    first, last = set(), set()
+    for seed in range(100):
+        pieces = _chunks(np.arange(13), 4, 2, np.random.default_rng(seed))
+        assert [len(p) for p in pieces] == [2, 4, 4, 3]
+        assert all((np.diff(p) == 1).all() for p in pieces)
+        assert sorted(np.concatenate(pieces)) == list(range(13))
+        first.add(int(pieces[0][0]))
+        last.add(int(pieces[-1][0]))
+    assert first == {0, 3, 4, 7, 8, 11}  # before or behind whole chunks, and the other short one
+    assert last == {0, 2, 4, 6, 8, 10}
 
 
 def test_a_step_is_the_same_for_any_number_of_ranks_and_from_any_start():
