@@ -10,7 +10,7 @@ import torch
 from redheart.config import DataConfig
 from redheart.data.prepare import prepare
 from redheart.train.synergy import COMPARED
-from tests.runs import last_weights, losses, scalars, train
+from tests.runs import distance, last_weights, losses, scalars, train
 from tests.train.conftest import made_once
 
 STEPS, SAVED = 5, 3
@@ -78,3 +78,19 @@ def test_a_run_ends_resumes_and_is_bitwise_the_run_without_synergy(one_label_eac
     expected, got = last_weights(whole), last_weights(again)
     assert expected.keys() == got.keys()
     assert [n for n in expected if not torch.equal(expected[n], got[n])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_zero_3_on_one_process_goes_on_with_a_smaller_micro_batch(one_label_each, tmp_path, where):
+    """Whatever the interrupted pass has left gathered."""
+    more = ["memory.strategy=zero3", "training.global_batch_size=4", "training.synergy_every=2"]
+    settings = [x for s in (*SETTINGS, *more) for x in ("--set", s)]
+    small, shrunk = tmp_path / "small", tmp_path / "shrunk"
+    train(one_label_each, small, STEPS, *settings, "--set", "training.micro_batch_size=2", ranks=1)
+    through = ["tests.train.oom_run", where, "0", "2", "2"]
+    wide = ["--set", "training.micro_batch_size=4"]
+    done = train(one_label_each, shrunk, STEPS, *settings, *wide, ranks=1, through=through)
+    assert "micro-batch 4 → 2" in done.stderr
+    assert losses(shrunk) == pytest.approx(losses(small), rel=1e-5)
+    assert distance(last_weights(shrunk), last_weights(small)) < 1e-3
