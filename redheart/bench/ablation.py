@@ -10,14 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 from redheart.console import console, progress, table
 from redheart.data.stream import SampleStream
 from redheart.evaluation.ablation import Effect, effects
-from redheart.evaluation.answers import answers
-from redheart.evaluation.evaluate import forward
-from redheart.model.moe import usage
+from redheart.evaluation.answers import Answers, answers
+from redheart.model.moe import inert
+from redheart.model.redheart import RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import Trained, load_model, resolve
@@ -31,7 +31,7 @@ def bench_ablation(
     max_rows: int | None = None,
     single_expert: Path | None = None,
 ) -> dict[str, Any]:
-    """Removes every head, analyzer and auxiliary module in turn, and compares with runs that were trained without one.
+    """Removes every head, analyzer and auxiliary module in turn, makes the gates even, and compares with runs trained without a module.
 
     `single_expert`: a run of num_experts = 1, compared as the mixture of experts' absence. Answers without a label in the
     training split are left out: nobody taught them, and what moves them is chance.
@@ -44,35 +44,36 @@ def bench_ablation(
     modules = [m for m in whole.model.built if m != "backbone"]
     others = [_checked(path, whole) for path in retrained]
     lines: list[Effect] = []
-    with progress("ablation", 1 + len(modules) + len(others) + bool(single_expert), 0) as (bar, task):
-        mine = tuple(
-            {n: a for n, a in answers(whole.model, s, (), max_rows).items() if TASKS[n].label in taught}
-            for s in streams
-        )
+    gates = _gate_modules(whole.model)
+    steps = 1 + len(modules) + len(gates) + len(others) + bool(single_expert)
+    with progress("ablation", steps, 0) as (bar, task):
+
+        def answered(by: Trained, without: tuple[str, ...] = ()) -> tuple[dict[str, Answers], ...]:
+            return tuple(answers(by.model, s, without, max_rows) for s in streams)
+
+        mine = tuple({n: a for n, a in side.items() if TASKS[n].label in taught} for side in answered(whole))
+
+        def compared(name: str, how: str, other: tuple[dict[str, Answers], ...]) -> list[Effect]:
+            bar.update(task, advance=1, note=name)
+            return effects(name, how, mine, other, same_rows=split == "dev")
+
         bar.update(task, advance=1)
         for module in modules:
-            lines += effects(
-                module, "removed", mine, tuple(answers(whole.model, s, (module,), max_rows) for s in streams)
-            )
-            bar.update(task, advance=1, note=module)
+            lines += compared(module, "removed", answered(whole, (module,)))
+        for name, gate in gates.items():
+            with inert(gate):
+                lines += compared(name, "made even", answered(whole))
         for name, other in others:
-            lines += effects(name, "retrained", mine, tuple(answers(other.model, s, (), max_rows) for s in streams))
-            bar.update(task, advance=1, note=name)
+            lines += compared(name, "retrained", answered(other))
         if single_expert:
             single = load_model(resolve(single_expert))
             if single.model.config.num_experts != 1:
                 raise RedHeartError(f"{single_expert} has {single.model.config.num_experts} experts, not one")
-            lines += effects(
-                "mixture of experts", "retrained", mine, tuple(answers(single.model, s, (), max_rows) for s in streams)
-            )
-            bar.update(task, advance=1)
-    share, entropy = usage(_gates(whole, streams[1], max_rows))
+            lines += compared("mixture of experts", "retrained", answered(single))
     return {
         "checkpoint": str(checkpoint),
         "split": split,
         "step": whole.progress.step,
-        "expert_share": [round(v, 4) for v in share.tolist()],
-        "expert_usage_entropy": entropy,
         "effects": [asdict(line) | {"verdict": line.verdict} for line in lines],
     }
 
@@ -88,10 +89,7 @@ def show(result: dict[str, Any]) -> None:
         for module, how in dict.fromkeys(k[:2] for k in lines)
     ]
     console.print(table(f"what each module is worth on {result['split']}: metric with it minus without", columns, rows))
-    console.print(
-        f"+ helps, - hurts, both beyond the 95 % interval; experts' shares {result['expert_share']}, entropy of use "
-        f"{result['expert_usage_entropy']:.3f} (1: even use)"
-    )
+    console.print("+ helps, - hurts, both beyond the 95 % interval; a gate made even weighs all its experts alike")
 
 
 def _cell(line: dict[str, Any] | None) -> str:
@@ -114,13 +112,8 @@ def _checked(path: Path, whole: Trained) -> tuple[str, Trained]:
     return " + ".join(other.model.config.ablate), other
 
 
-def _gates(trained: Trained, stream: SampleStream, max_rows: int | None) -> torch.Tensor:
-    """The emotion head's gates [rows, experts]."""
-    found = []
-    with torch.no_grad():
-        for batch in stream.in_order(128, max_rows=max_rows or 4096):
-            logits = forward(trained.model, batch.to("cpu", torch.float32)).expert_gate_logits
-            if logits is None:
-                raise RedHeartError("this network has no mixture of experts: give a run with every module")
-            found.append(logits)
-    return torch.cat(found)
+def _gate_modules(model: RedHeartModel) -> dict[str, nn.Linear]:
+    """The gates of the experts and of the ethical theories, where the network has them."""
+    places = {"gate of the experts": "heads.emotion.experts.gate", "gate of the theories": "heads.bentham.gate"}
+    modules = dict(model.named_modules())
+    return {name: gate for name, place in places.items() if isinstance(gate := modules.get(place), nn.Linear)}

@@ -3,7 +3,7 @@
 Removal asks how much the trained network leans on a module; retraining asks whether the network needs it at all. A
 difference is metric(with) - metric(without) on the same rows, its interval the 2.5th to 97.5th percentile of the paired
 bootstrap over rows (Efron and Tibshirani 1993, ch. 13). Labels of people alone judge. Emotions are said to be there above
-the threshold that is best on dev, chosen anew for every variant.
+the threshold that is best on dev (on the other half of it, where dev is judged), chosen anew for every variant.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redheart.evaluation.answers import Answers, metric, sums, thresholds
+from redheart.evaluation.answers import Answers, cuts, metric, sums
 from redheart.tasks import TASKS
 
 METRIC = {"multilabel": "macro_f1", "binary": "accuracy", "score": "pearson"}
@@ -45,16 +45,22 @@ def effects(
     without: tuple[dict[str, Answers], ...],
     resamples: int = 1000,
     seed: int = 0,
+    same_rows: bool = False,
 ) -> list[Effect]:
-    """One Effect per answer; `whole` and `without` are (dev, held-out) answers of the two networks. An answer that is gone
-    without the module counts as nothing: metric 0."""
+    """One Effect per answer; `whole` and `without` are (dev, held-out) answers of the two networks; `same_rows`: held out is dev
+    itself (answers.cuts). An answer that is gone without the module counts as nothing: metric 0. Emotions that nobody has are left out."""
     lines = []
     for name, one in whole[1].items():
         kind = TASKS[name].kind
+        if kind == "multilabel" and not ((one.target > 0.5) & one.known).any():
+            continue
         cut = (
             [None, None]
             if kind != "multilabel"
-            else [thresholds(x[0][name]) if name in x[0] else None for x in (whole, without)]
+            else [
+                cuts(x[0][name], x[1][name], same_rows) if name in x[0] and name in x[1] else None
+                for x in (whole, without)
+            ]
         )
         mine = sums(kind, one, cut[0])
         other = sums(kind, without[1][name], cut[1]) if name in without[1] else None

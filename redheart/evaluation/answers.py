@@ -5,6 +5,7 @@ Labels of people alone. A metric is a function of sums over rows, so that it fol
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -25,11 +26,19 @@ JUDGES = [ORIGINS.index(o) for o in JUDGED_ORIGINS]
 
 @dataclass(frozen=True)
 class Answers:
-    """Predictions, labels and label masks of one final answer on one split, [N, size] each; rows with no label are left out."""
+    """Predictions, labels and label masks of one final answer on one split, [N, size] each; rows with no label are left out.
+
+    `halves` [N] deals the rows in two by the hashes of their ids, for thresholds on the rows they are chosen from.
+    """
 
     prediction: np.ndarray
     target: np.ndarray
     known: np.ndarray
+    halves: np.ndarray | None = None
+
+    def rows(self, chosen: np.ndarray) -> Answers:
+        """Those of the rows where `chosen` [N] is true."""
+        return Answers(self.prediction[chosen], self.target[chosen], self.known[chosen])
 
 
 def answers(
@@ -58,7 +67,8 @@ def collect(
             if task.final and rows.any():
                 check_finite({f"predictions of {name}": prediction[rows]})
                 found = (prediction[rows], batch.labels[task.label][rows], weight[rows] > 0)
-                parts.setdefault(name, []).append(tuple(t.numpy() for t in found))
+                halves = np.array([zlib.crc32(batch.ids[i].encode()) % 2 for i in rows.nonzero()[:, 0].tolist()])
+                parts.setdefault(name, []).append((*(t.numpy() for t in found), halves))
     return {n: Answers(*(np.concatenate(x) for x in zip(*p, strict=True))) for n, p in parts.items()}
 
 
@@ -72,6 +82,16 @@ def thresholds(dev: Answers) -> np.ndarray:
         f1 = 2 * (said & true).sum(0) / np.maximum(said.sum(0) + true.sum(0), 1)
         best, score = np.where(f1 > score, threshold, best), np.maximum(score, f1)
     return best
+
+
+def cuts(dev: Answers, held_out: Answers, same_rows: bool) -> np.ndarray:
+    """The thresholds that judge `held_out`, [size]: those that are best on dev; or [N, size] where it is dev itself (`same_rows`):
+    for the rows of either half those that are best on the other, so that no row has a say in its own."""
+    if not same_rows:
+        return thresholds(dev)
+    assert held_out.halves is not None
+    first = held_out.halves == 0
+    return np.where(first[:, None], thresholds(held_out.rows(~first)), thresholds(held_out.rows(first)))
 
 
 def sums(kind: str, given: Answers, cut: np.ndarray | None) -> np.ndarray:
@@ -101,6 +121,6 @@ def metric(kind: str, total: np.ndarray) -> np.ndarray:
     return r[..., moves].mean(-1)
 
 
-def tuned_macro_f1(dev: Answers, held_out: Answers) -> float:
-    """Macro-F1 on `held_out` with each entry's threshold chosen on `dev`."""
-    return float(metric("multilabel", sums("multilabel", held_out, thresholds(dev)).sum(0)))
+def tuned_macro_f1(dev: Answers, held_out: Answers, same_rows: bool = False) -> float:
+    """Macro-F1 on `held_out` with the thresholds of `cuts`; NaN where it has no positive label."""
+    return float(metric("multilabel", sums("multilabel", held_out, cuts(dev, held_out, same_rows)).sum(0)))

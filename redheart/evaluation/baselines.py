@@ -1,4 +1,5 @@
-"""What the network has to beat: the constant predictor, and linear models on the same frozen features, mean-pooled.
+"""What the network has to beat: for every metric the constant that is best for it, and linear models on the same frozen features,
+mean-pooled; SURD's shares also a look-up by the predicted regret.
 
 Scores: ridge regression per entry. Emotions (yes or no at 0.5): logistic regression per entry. Pairs: logistic
 regression on the difference of the pooled vectors, without intercept, so that swapping the texts swaps the answer.
@@ -7,19 +8,23 @@ All are fitted on the training split with the same label weights, and judged by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from redheart.causality.levels import level_of
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import Row, add_tallies
-from redheart.metrics import Tally, empty_tally, summarise
+from redheart.metrics import empty_tally, summarise
 from redheart.schema import LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS, Task
 
 Predictor = Callable[[np.ndarray], np.ndarray]  # [B, E] -> [B]
+Predict = Callable[[Batch], dict[str, torch.Tensor]]  # a batch -> [B, size] by task
+Best = Callable[[np.ndarray, np.ndarray], float]  # values and weights [n] -> what to say of all
 ALPHAS = (10.0, 100.0, 1000.0, 10000.0)  # ridge chooses among these by leave-one-out
 MAX_FIT = 20_000  # labelled rows a line is fitted to, evenly spread where there are more
 
@@ -76,19 +81,23 @@ class Baseline:
             for name, predictors in self.predictors.items()
         }
 
-    def metrics(self, held_out: SampleStream) -> dict[Row, dict[str, float]]:
-        """By (task, origin), as Evaluation.metrics."""
-        tallies: dict[Row, Tally] = {
-            (n, o): empty_tally(LABELS[TASKS[n].label].size) for n in self.predictors for o in ORIGINS
-        }
-        for batch in held_out.in_order(256):
-            add_tallies(tallies, self(batch), batch)
-        return {row: summary for row, sums in tallies.items() if (summary := summarise(sums))}
+
+def judged(predictors: Mapping[str, Predict], held_out: SampleStream) -> dict[str, dict[Row, dict[str, float]]]:
+    """Metrics by (task, origin), as Evaluation.metrics, of each of those who predict a batch: [B, size] by task."""
+    rows = [(n, o) for n, task in TASKS.items() if task.final for o in ORIGINS]
+    tallies = {kind: {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in rows} for kind in predictors}
+    for batch in held_out.in_order(256):
+        for kind, predict in predictors.items():
+            add_tallies(tallies[kind], predict(batch), batch)
+    return {k: {row: s for row, sums in t.items() if (s := summarise(sums))} for k, t in tallies.items()}
 
 
 def baselines(train: SampleStream) -> dict[str, Baseline]:
-    """`constant` and `linear`, fitted on the training split."""
+    """`linear`, and per metric the best constant for it, `constant/METRIC`; fitted on the training split."""
     data = pool_split(train)
+    fits: dict[str, Callable[[Task, Pooled, int], Predictor]] = {
+        f"constant/{metric}": partial(_constant, best=best) for metric, best in CONSTANTS.items()
+    }
     return {
         kind: Baseline(
             {
@@ -97,14 +106,60 @@ def baselines(train: SampleStream) -> dict[str, Baseline]:
                 if task.final
             }
         )
-        for kind, fit in (("constant", _constant), ("linear", _linear))
+        for kind, fit in (fits | {"linear": _linear}).items()
     }
 
 
-def _constant(task: Task, data: Pooled, column: int) -> Predictor:
+def mean(values: np.ndarray, weights: np.ndarray) -> float:
+    """The constant of least squared error."""
+    return float((values * weights).sum() / weights.sum())
+
+
+def median(values: np.ndarray, weights: np.ndarray) -> float:
+    """The constant of least absolute error: half of the weight lies at or below it."""
+    order = values.argsort(kind="stable")
+    below = weights[order].cumsum()
+    return float(values[order][np.searchsorted(below, below[-1] / 2)])
+
+
+def majority(values: np.ndarray, weights: np.ndarray) -> float:
+    """0 or 1, what the heavier side says: the constant of the highest accuracy."""
+    return float((weights * (values > 0.5)).sum() > weights.sum() / 2)
+
+
+def always(values: np.ndarray, weights: np.ndarray) -> float:
+    """Yes: with a share p of positives its F1 is 2 p / (1 + p), and that of never saying yes is 0."""
+    return 1.0
+
+
+# of a constant there is no correlation
+CONSTANTS: dict[str, Best] = {"mae": median, "accuracy": majority, "macro_f1": always}
+
+
+def _constant(task: Task, data: Pooled, column: int, best: Best = mean) -> Predictor:
     target, weight = data.labels[task.label][:, column], data.weights[task.label][:, column]
-    mean = float((target * weight).sum() / weight.sum()) if weight.sum() > 0 else 0.5
-    return lambda x: np.full(len(x), mean)
+    known = weight > 0
+    value = best(target[known], weight[known]) if known.any() else 0.5
+    return lambda x: np.full(len(x), value)
+
+
+def look_up(train: SampleStream, model: Predict) -> Predict | None:
+    """What DESIGN §4a asks SURD's answer to beat beside a constant: the mean label of the training texts whose regret has the level that
+    `model` predicts. None where no training text has both labels."""
+    edges = train.index["levels"]["regret"]
+    size = LABELS["surd"].size
+    sums, weights = (torch.zeros(len(edges) + 1, size, dtype=torch.float64) for _ in range(2))
+    for batch in train.in_order(256):
+        known = batch.weights["regret"][:, 0] > 0
+        level = level_of(batch.labels["regret"][known, 0], edges)
+        weight = batch.weights["surd"][known].double()
+        sums.index_add_(0, level, weight * batch.labels["surd"][known])
+        weights.index_add_(0, level, weight)
+    if not weights.sum():
+        return None
+    overall = sums.sum(0) / weights.sum(0).clamp(min=1e-12)
+    table = torch.where(weights > 0, sums / weights.clamp(min=1e-12), overall)
+    return lambda batch: {"surd": table[level_of(model(batch)["regret"][:, 0], edges)]}
 
 
 def _linear(task: Task, data: Pooled, column: int) -> Predictor:

@@ -7,21 +7,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redheart.causality.synergy import Informing
 from redheart.console import table
 from redheart.data.stream import SampleStream
-from redheart.evaluation.answers import answers, collect, tuned_macro_f1
-from redheart.evaluation.baselines import baselines
+from redheart.evaluation.answers import collect, tuned_macro_f1
+from redheart.evaluation.baselines import Predict, baselines, judged, look_up
 from redheart.evaluation.causes import draw
-from redheart.evaluation.evaluate import Evaluation, Row
+from redheart.evaluation.evaluate import Evaluation, Row, forward, predict_all
 from redheart.files import write_text
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import JUDGED_ORIGINS
 from redheart.tasks import TASKS
 
-COLUMNS = ("answer", "labels by", "n", "metric", "Red Heart", "linear", "constant")
-LOSS_COLUMNS = ("loss on the fixed dev batch", "before training", "this checkpoint", "constant predictor")
+COLUMNS = ("answer", "labels by", "texts", "metric", "Red Heart", "linear", "look-up", "constant")
+LOSS_COLUMNS = ("loss on the fixed dev rows", "before training", "checkpoint judged", "constant predictor")
 CAUSE_COLUMNS = ("kind", "what tells", "bits")
+TUNED_ON = {False: "dev", True: "the other half of dev"}
 ARROW = {"mae": "↓", "tuned_f1": "↑", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
 
 
@@ -32,35 +35,47 @@ class Line:
     task: str
     origin: str
     judged: bool
-    count: int
+    count: int  # texts with a label
     metric: str
     model: float
     linear: float | None
-    constant: float | None
+    constant: float | None  # the best one for this metric
+    look_up: float | None = None  # of SURD: by the level of the predicted regret
 
 
 def compare(
     result: Evaluation, model: RedHeartModel, train: SampleStream, dev: SampleStream, held_out: SampleStream
 ) -> list[Line]:
-    """The lines of the report: labels of people first. `tuned_f1`: macro-F1 with thresholds chosen on dev, for every side."""
-    others = baselines(train)
-    metrics = {kind: baseline.metrics(held_out) for kind, baseline in others.items()}
+    """The lines of the report: labels of people first. `tuned_f1`: macro-F1 with the thresholds of answers.cuts, for every side."""
+    predict = lambda batch: predict_all(forward(model, batch.to("cpu", torch.float32)))  # noqa: E731
+    others: dict[str, Predict] = {**baselines(train)}
+    if "regret" in {row[0] for row in result.metrics} and (table_ := look_up(train, predict)):
+        others["look_up"] = table_
+    metrics = judged(others, held_out)
     lines = []
     final = [row for row in result.metrics if TASKS[row[0]].final]
     for row in sorted(final, key=lambda r: (r[1] not in JUDGED_ORIGINS, list(TASKS).index(r[0]))):
         for metric in _metrics_of(row, result):
-            values = [metrics[kind].get(row, {}).get(metric) for kind in ("linear", "constant")]
+            values = [metrics.get(k, {}).get(row, {}).get(metric) for k in ("linear", f"constant/{metric}", "look_up")]
             summary = result.metrics[row]
-            lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["count"]), metric, summary[metric], *values))
-    mine = [answers(model, split) for split in (dev, held_out)]
-    linear = [collect(others["linear"], split) for split in (dev, held_out)]
-    tuned = [
-        n for n, task in TASKS.items() if task.final and task.kind == "multilabel" and n in mine[0] and n in mine[1]
-    ]
-    for name in tuned:
-        ours, theirs = (tuned_macro_f1(*(split[name] for split in side)) for side in (mine, linear))
-        lines.insert(0, Line(name, "people", True, len(mine[1][name].target), "tuned_f1", ours, theirs, None))
+            lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["rows"]), metric, summary[metric], *values))
+    mine, linear, constant = (
+        [collect(side, split) for split in (dev, held_out)]
+        for side in (predict, others["linear"], others["constant/macro_f1"])
+    )
+    for name, found in mine[1].items():
+        if TASKS[name].kind != "multilabel" or name not in mine[0] or not ((found.target > 0.5) & found.known).any():
+            continue
+        ours, theirs, all_ = (
+            tuned_macro_f1(side[0][name], side[1][name], tuned_on_itself(held_out)) for side in (mine, linear, constant)
+        )
+        lines.insert(0, Line(name, "people", True, len(found.target), "tuned_f1", ours, theirs, all_))
     return lines
+
+
+def tuned_on_itself(held_out: SampleStream) -> bool:
+    """Whether the rows that are judged are those that thresholds are chosen on."""
+    return held_out.split == "dev"
 
 
 def _metrics_of(row: Row, result: Evaluation) -> list[str]:
@@ -73,7 +88,10 @@ def cells(line: Line) -> list[str]:
     show = lambda v: "–" if v is None else f"{v:.3f}"  # noqa: E731
     metric = f"{line.metric} {ARROW[line.metric]}"
     origin = line.origin if line.judged else f"{line.origin}*"
-    return [line.task, origin, str(line.count), metric, show(line.model), show(line.linear), show(line.constant)]
+    return [
+        line.task, origin, str(line.count), metric, show(line.model), show(line.linear), show(line.look_up),
+        show(line.constant),
+    ]  # fmt: skip
 
 
 FOOTNOTE = (
@@ -109,7 +127,8 @@ class Report:
         result = self.evaluation
         losses = {n: {"before": b, "after": a, "constant": c} for n, b, a, c in self.dev_losses}
         return {
-            "split": self.split, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
+            "split": self.split, "checkpoint": self.facts["checkpoint"], "thresholds_chosen_on": TUNED_ON[self.split == "dev"],
+            "rows": result.rows, "total_loss": result.total, "losses": result.losses,
             "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
             "causes_of_regret": None if self.causes is None else {
                 "shares": self.causes.shares(), "bits": self.causes.mutual_information, "leak": self.causes.leak,
@@ -127,7 +146,9 @@ class Report:
             "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels."
         ]
         text += [
-            "constant: always the training mean. tuned_f1: macro-F1 with the threshold of every entry chosen on dev."
+            "constant: what is best for the metric if one says the same of every text: the training median, the majority, always yes. "
+            f"tuned_f1: macro-F1 with the threshold of every entry chosen on {TUNED_ON[self.split == 'dev']}. look-up: the mean label "
+            "of training texts by the level of the predicted regret."
         ]
         if self.causes is not None:
             text += ["", f"## {self._causes_title()}", "", *_markdown(CAUSE_COLUMNS, self._cause_cells()), ""]

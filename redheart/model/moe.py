@@ -1,6 +1,7 @@
 """A dense, softly gated mixture of experts: every expert sees every sample, so none can die unseen.
 
-`usage` says how evenly the gate uses them. With one expert there is nothing to gate: the single network of equal size that
+`inert` takes the gate away, to see what it is worth: that experts are used evenly says nothing, a gate that never learned does it
+too. With one expert there is nothing to gate: the single network of equal size that
 the mixture is compared with.
 
 Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". Experts are stacked into two tensors, one batched product each. The
@@ -10,6 +11,8 @@ gate's n shares are counted n times: used evenly, the experts are one network of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -45,7 +48,11 @@ class DenseMixture(nn.Module):
         return (share[..., None] * expert).sum(1), gate_logits
 
 
-def usage(gate_logits: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """(mean share of each expert [n], entropy of those shares over log n in [0, 1]) of gates [N, n]; 1 is even use."""
-    share = torch.softmax(gate_logits.double(), -1).mean(0)
-    return share, float(torch.special.entr(share).sum() / math.log(len(share)))
+@contextmanager
+def inert(gate: nn.Linear) -> Iterator[None]:
+    """Within it the gate says the same of every sample: all experts alike. What that costs is what the gate is worth."""
+    handle = gate.register_forward_hook(lambda module, given, logits: torch.zeros_like(logits))
+    try:
+        yield
+    finally:
+        handle.remove()

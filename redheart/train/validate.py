@@ -57,7 +57,9 @@ def validate(
         "samples": f"{train.num_rows} in training, {held_out.num_rows} in {split}",
         "encoder": f"{held_out.encoder['name']}, hidden layers {held_out.encoder['layers']}",
     }
-    before, after = progress.initial_dev_losses, progress.dev_losses
+    rows = config.training.evaluate_rows
+    before, now = progress.initial_dev_losses, evaluate(model, dev, config.loss, weights, device, max_rows=rows)
+    after = now.losses  # of these very weights: the last look at dev before a checkpoint was written may be steps older
     losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before and TASKS[n].final]
     lines, causes = compare(result, model, train, dev, held_out), causes_of_regret(model, held_out)
     report = Report(f"Red Heart: what {config.preset} learned", facts, split, result, lines, losses, causes)

@@ -12,7 +12,7 @@ from redheart.model.backbone import Backbone, TaskPooling
 from redheart.model.build import build_model
 from redheart.model.dynamics import TOKEN_RATE_HZ, KalmanFusion
 from redheart.model.layers import Attention, FoldedAttention
-from redheart.model.moe import DenseMixture, usage
+from redheart.model.moe import DenseMixture, inert
 from redheart.model.redheart import FIELDS, RedHeartConfig, RedHeartModel, RedHeartOutput
 from redheart.model.select import FEEDS, MODULES, ExecutionMode, select
 from redheart.schema import LABELS, RedHeartError
@@ -226,11 +226,22 @@ def test_signals_are_silent_without_a_drive_and_stay_bounded(network):
     assert TOKEN_RATE_HZ > 2 * 1.0  # the fastest oscillator lies below half the token rate
 
 
-def test_expert_usage_and_a_single_expert():
-    share, entropy = usage(torch.zeros(10, 4))
-    assert share.tolist() == pytest.approx([0.25] * 4)
-    assert entropy == pytest.approx(1)
-    assert usage(torch.tensor([[50.0, 0, 0, 0]] * 3))[1] == pytest.approx(0, abs=1e-6)
+def test_an_inert_gate_is_one_that_never_learned():
+    torch.manual_seed(0)
+    mixture, x = DenseMixture(8, 16, 4, 0.0), torch.randn(3, 8)
+    told, _ = mixture(x, None)
+    with inert(mixture.gate):
+        even, logits = mixture(x, None)
+    assert not logits.any()
+    assert torch.equal(mixture(x, None)[0], told)
+    with torch.no_grad():
+        mixture.gate.weight.zero_()
+        mixture.gate.bias.zero_()
+    assert torch.equal(mixture(x, None)[0], even)
+    assert not torch.allclose(even, told)
+
+
+def test_a_single_expert_is_a_plain_network():
     mixture, single = DenseMixture(8, 16, 8, 0.0), DenseMixture(8, 128, 1, 0.0)
     sizes = [
         sum(p.numel() for n, p in m.named_parameters() if "weight" in n and "gate" not in n) for m in (mixture, single)

@@ -1,0 +1,48 @@
+"""No constant scores better than the constant baseline, metric by metric; the look-up says what training texts of a level have."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
+
+from redheart.evaluation.baselines import CONSTANTS, look_up, mean
+
+RNG = np.random.default_rng(0)
+SCORES = {  # by metric: of a constant c, the higher the better
+    "mae": lambda t, w, c: -mean_absolute_error(t, np.full_like(t, c), sample_weight=w),
+    "accuracy": lambda t, w, c: accuracy_score(t > 0.5, np.full(len(t), c > 0.5), sample_weight=w),
+    "macro_f1": lambda t, w, c: f1_score(t > 0.5, np.full(len(t), c > 0.5), sample_weight=w),
+}
+
+
+@pytest.mark.parametrize("metric", CONSTANTS)
+@pytest.mark.parametrize("positives", [0.01, 0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_no_constant_is_better(metric: str, positives: float, soft: bool):
+    target = (RNG.random((5, 300)) < positives).astype(float)
+    target = target.mean(0) if soft else target[0]
+    target[0] = 1  # F1 is undefined without a positive
+    weight = RNG.choice([1.0, 0.3], 300)
+    score = SCORES[metric]
+    found = score(target, weight, CONSTANTS[metric](target, weight))
+    assert found >= max(score(target, weight, c) for c in np.linspace(0, 1, 101)) - 1e-12
+    if metric == "macro_f1" and positives < 0.5:
+        assert found > score(target, weight, mean(target, weight)) or (target > 0.5).mean() > 0.5
+
+
+def test_the_look_up_is_the_mean_label_of_the_predicted_level():
+    """Two levels with an edge at 0.5; labels of one known sample of each, and none of an unlabelled third."""
+    surd = torch.tensor([[0.2, 0.3, 0.5, 0.1], [0.6, 0.3, 0.1, 0.7], [0.4, 0.3, 0.3, 0.3], [9.0, 9, 9, 9]])
+    weight = torch.ones(4, 4)
+    weight[3] = 0
+    labels = {"regret": torch.tensor([[0.0], [1.0], [1.0], [1.0]]), "surd": surd}
+    batch = SimpleNamespace(labels=labels, weights={"regret": torch.ones(4, 1), "surd": weight})
+    train = SimpleNamespace(index={"levels": {"regret": [0.5]}}, in_order=lambda size: iter([batch]))
+    predict = look_up(train, lambda regret: {"regret": regret})
+    said = predict(torch.tensor([[0.9], [0.1], [0.6]]))["surd"]
+    assert torch.allclose(said[1], surd[0].double())
+    assert torch.allclose(said[[0, 2]], surd[1:3].double().mean(0).expand(2, -1))
+    batch.weights["surd"] = torch.zeros(4, 4)
+    assert look_up(train, lambda regret: {"regret": regret}) is None
