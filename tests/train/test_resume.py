@@ -17,6 +17,7 @@ from redheart.train.named import check_names
 from redheart.train.resume import accept, changes, command, order_of_rows, settings
 from redheart.train.start import train as start
 from redheart.train.start import with_edges
+from redheart.train.validate import validate
 from tests.train.tiny import make_batch
 
 SETTINGS = [
@@ -208,3 +209,17 @@ def test_a_name_that_nothing_has_is_refused_before_anything_is_written(data, tmp
     with pytest.raises(RedHeartError, match=words):
         start(local(setting), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_is_about_the_checkpoint_that_is_judged(data, trained):
+    """The first step was saved without a look at dev: its losses are measured, as those of the split are; thresholds are crossed."""
+    report, _ = validate(trained / "checkpoints" / "step-00000001", None, "dev", None)
+    told = report.to_json()
+    after = {name: losses["after"] for name, losses in told["dev_losses"].items()}
+    assert {"emotion", "regret"} <= set(after)
+    assert after == pytest.approx({name: told["losses"][name] for name in after})
+    assert told["checkpoint"].startswith("step-00000001 (1 ")
+    assert told["thresholds_chosen_on"] == "the other half of dev"
+    assert {line["count"] for line in told["lines"] if line["task"] == "emotion"} == {
+        SampleStream(data, "dev").num_rows
+    }
