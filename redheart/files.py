@@ -167,37 +167,18 @@ def read_sealed_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
 
     What follows the last line break is what a kill cut short; it is left out.
     """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise RedHeartError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
     found = []
-    for number, line in enumerate(read_text(path, remedy).split("\n")[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             value = None
         found.append(check_sealed_json(value, f"line {number} of {path}", remedy))
     return found
-
-
-def write_sealed_bytes(path: Path, content: bytes) -> None:
-    """Replaces `path` in one step by `content` and, behind it, its sha256 (32 bytes)."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.write(hashlib.sha256(content).digest())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_sealed_bytes(path: Path, remedy: str) -> bytes:
-    """What `write_sealed_bytes` was given; a file that was changed since is an error that names it and `remedy`."""
-    try:
-        whole = path.read_bytes()
-    except OSError as error:
-        raise RedHeartError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
-    content, digest = whole[:-32], whole[-32:]
-    if hashlib.sha256(content).digest() != digest:
-        raise RedHeartError(f"{path} is damaged (its sha256 is not that of its content): {remedy}")
-    return content
 
 
 def _digest(value: dict[str, Any]) -> str:

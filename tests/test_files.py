@@ -20,7 +20,6 @@ from redheart.files import (
     no_room,
     read_json,
     read_pointer,
-    read_sealed_bytes,
     read_sealed_json,
     read_sealed_lines,
     seal,
@@ -30,7 +29,6 @@ from redheart.files import (
     write_json,
     write_manifest,
     write_pointer,
-    write_sealed_bytes,
     write_sealed_json,
     write_text,
 )
@@ -371,19 +369,3 @@ def test_sealed_lines_come_back_and_a_damaged_one_is_named_by_its_number(tmp_pat
     path.write_text("".join(map(sealed_line, values)).replace(": 1", ": 2"), encoding="utf-8")
     with pytest.raises(RedHeartError, match=r"line 2 of .*lines\.jsonl is damaged"):
         read_sealed_lines(path, "again")
-
-
-def test_sealed_bytes_come_back_and_any_flipped_bit_is_found(tmp_path):
-    path = tmp_path / "part"
-    write_sealed_bytes(path, b"features")
-    assert read_sealed_bytes(path, "again") == b"features"
-    content = path.read_bytes()
-    for bit in range(len(content) * 8):
-        path.write_bytes(flipped(content, bit))
-        with pytest.raises(RedHeartError, match=r"part is damaged .*: again"):
-            read_sealed_bytes(path, "again")
-    path.write_bytes(b"short")
-    with pytest.raises(RedHeartError, match="part is damaged"):
-        read_sealed_bytes(path, "again")
-    with pytest.raises(RedHeartError, match="cannot be read"):
-        read_sealed_bytes(tmp_path / "absent", "again")

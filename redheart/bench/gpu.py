@@ -24,7 +24,7 @@ from typing import Any, get_args
 from redheart.bench.gpu_worker import WARM_UP
 from redheart.config import RunConfig, Strategy, load_config
 from redheart.console import console, table
-from redheart.files import read_json, write_json
+from redheart.files import read_json, read_sealed_json, write_json, write_sealed_json
 from redheart.memory.activations import PAIR_SHARE
 from redheart.memory.budget import gib
 from redheart.memory.plan import GIB, Candidate, Plan, plan
@@ -293,7 +293,7 @@ def _keep(
 ) -> None:
     """Puts a case into its card's and cap's file, in place of an earlier one of the same name."""
     path = _path(out, machine, cap)
-    known = read_json(path, "delete it")["cases"] if path.is_file() else []
+    known = read_sealed_json(path, "delete it")["cases"] if path.is_file() else []
     cases = [c for c in known if c["name"] != result["name"]] + [{**result, "versions": machine["versions"]}]
     absent = [s for s in skipped if s["cap_gib"] == cap]
-    write_json(path, {"machine": machine, "cap_gib": cap, "cases": cases, "not_fitting": absent})
+    write_sealed_json(path, {"machine": machine, "cap_gib": cap, "cases": cases, "not_fitting": absent})

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from redheart.bench.picture import Line, draw
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
-from redheart.files import read_json, write_json
+from redheart.files import read_sealed_json, write_json, write_sealed_json
 from redheart.model.build import build_model
 from redheart.owned import make_directory, own
 from redheart.schema import RedHeartError
@@ -172,7 +172,7 @@ class _Bench:
         run = self.path(arm, seed, learning_rate)
         if not (run / "finished.json").is_file():
             self._run(arm, seed, learning_rate, run, origin)
-        return read_json(run / "finished.json", "delete the run's directory")["dev_loss"]
+        return read_sealed_json(run / "finished.json", "delete the run's directory")["dev_loss"]
 
     def _run(self, arm: str, seed: int, learning_rate: float, run: Path, origin: Path | None) -> None:
         console.print(f"{arm}, seed {seed}, learning rate {learning_rate:g}")
@@ -188,7 +188,7 @@ class _Bench:
         if done.signal:
             raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")
         own(run, "run", ["finished.json"])
-        write_json(run / "finished.json", {"dev_loss": dev_losses(run), "seconds": done.seconds})
+        write_sealed_json(run / "finished.json", {"dev_loss": dev_losses(run), "seconds": done.seconds})
 
     def _config(self, arm: str, seed: int, learning_rate: float) -> RunConfig:
         large = self.large

@@ -17,7 +17,7 @@ from redheart.data.card import dataset_card
 from redheart.data.neighbours import near_leaks
 from redheart.data.shards import INDEX, Shard, SplitsWriter, open_shard
 from redheart.data.store import Store
-from redheart.files import flush_to_disk, unfinished_directory, write_json, write_text
+from redheart.files import flush_to_disk, unfinished_directory, write_sealed_json, write_text
 from redheart.owned import check_can_make
 from redheart.schema import SPLITS, RedHeartError
 
@@ -85,7 +85,7 @@ def _fill(store: Store, out: Path, unfinished: Path, dropped: frozenset[str], re
     told = {**store.index["report"], "out": str(out), "rows": rows_of, "labels": writer.labels, "duplicates": report}
     index = {**store.index, "plan": _plan(store, report["threshold"]), "report": told, "splits": splits}
     write_text(unfinished / "README.md", dataset_card(index))
-    write_json(unfinished / INDEX, index)
+    write_sealed_json(unfinished / INDEX, index)
     return rows_of
 
 

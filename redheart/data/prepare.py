@@ -34,7 +34,7 @@ from redheart.data.readable import check_languages, unreadable
 from redheart.data.shards import FORMAT_VERSION, INDEX, LABEL_REMEDY, SplitsWriter
 from redheart.data.store import Store
 from redheart.device import chosen_device
-from redheart.files import read_sealed_json, write_json, write_sealed_json, write_text
+from redheart.files import read_sealed_json, write_sealed_json, write_text
 from redheart.owned import exclusive, make_directory, owned, remove
 from redheart.ranks import after_main, check_launch, launched_rank
 from redheart.schema import SPLITS, RedHeartError
@@ -135,7 +135,7 @@ def _make(
         "sources": report.sources, "report": asdict(report), "splits": splits,
     }  # fmt: skip
     write_text(out / CARD, dataset_card(index))
-    write_json(out / INDEX, index)
+    write_sealed_json(out / INDEX, index)
     remove(work)
     _say(report, config)
     return report
@@ -197,7 +197,7 @@ def _claim(
         return DONE
     claim(out, _files(parts), bool(gathered.refused))
     path = out / WORK / "plan.json"
-    if path.is_file() and read_sealed_json(path, "--force-preprocess")["plan"] != plan:
+    if path.is_file() and read_sealed_json(path, "--force-preprocess").get("plan") != plan:
         raise RedHeartError(f"{out / WORK} belongs to {OTHER}")
     write_sealed_json(path, {"plan": plan})
     if gathered.refused:

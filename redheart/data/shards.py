@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redheart.data.order import bucket
 from redheart.files import sha256_of
 from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, ORIGINS, SPLITS, RedHeartError
 
 INDEX = "index.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: the index carries its own sha256
 LABEL_REMEDY = (
     "name their columns (data.columns), let the LLM label (data.labeler.max_texts not 0), or take a source with labels"
 )
@@ -36,6 +37,57 @@ def content_digest(index: Mapping[str, Any]) -> str:
         s: [[e["file"], e["sha256"], e["rows"], e["repeat"]] for e in f["shards"]] for s, f in index["splits"].items()
     }
     return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+
+
+class _Entry(BaseModel):
+    """A shard in the index."""
+
+    model_config = ConfigDict(extra="forbid")
+    file: str = Field(pattern=r"^[^/\\]+$")
+    rows: int = Field(ge=0)
+    repeat: int = Field(1, ge=1)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    buckets: list[tuple[int, int]]
+
+
+class _Split(BaseModel):
+    rows: int = Field(ge=0)
+    shards: list[_Entry]
+    histograms: dict[str, list[list[tuple[int, float]]]] = {}
+
+
+class _Encoder(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    name: str
+    width: int = Field(gt=0)
+
+
+class _Index(BaseModel):
+    """What readers of an index rely on; the card and the report are told as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    plan: str
+    encoder: _Encoder
+    sources: dict[str, dict[str, Any]]
+    splits: dict[str, _Split]
+
+
+def check_index(index: dict[str, Any], where: str) -> None:
+    """Raises RedHeartError, naming the key, unless an index has the form that this program writes and agrees with itself."""
+    try:
+        known = _Index.model_validate(index)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RedHeartError(f"{where}: {key}: {first['msg']}: prepare the data again") from None
+    for split, facts in known.splits.items():
+        for entry in facts.shards:
+            if entry.rows != sum(count for _, count in entry.buckets):
+                raise RedHeartError(f"{where} contradicts itself about shard {entry.file}: prepare the data again")
+        if facts.rows != sum(entry.rows for entry in facts.shards):
+            raise RedHeartError(f"{where} contradicts itself about the rows of {split}: prepare the data again")
 
 
 def arrow_schema(encoder_width: int) -> pa.Schema:

@@ -18,8 +18,8 @@ from typing import Any
 from redheart.caches import cache_directory, writable
 from redheart.config import RemoteConfig
 from redheart.console import console
-from redheart.data.shards import FORMAT_VERSION, INDEX
-from redheart.files import read_json, sha256_of
+from redheart.data.shards import FORMAT_VERSION, INDEX, check_index
+from redheart.files import check_sealed_json, read_json, sha256_of
 from redheart.schema import SPLITS, RedHeartError
 
 BLOCK = 1 << 20
@@ -65,7 +65,7 @@ class Store:
             content = self._retry(INDEX, lambda: self._filesystem.cat_file(f"{self._root}/{INDEX}"))
             try:
                 index = json.loads(content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RedHeartError(f"{where} is not valid JSON ({error}): is this a data directory?") from None
         else:
             if Path(self.location).is_file():
@@ -79,14 +79,7 @@ class Store:
             raise RedHeartError(
                 f"{where} has version {version}, this program reads {FORMAT_VERSION}: prepare the data again"
             )
-        for split, facts in index["splits"].items():
-            for entry in facts["shards"]:
-                if entry["rows"] != sum(count for _, count in entry["buckets"]):
-                    raise RedHeartError(
-                        f"{where} contradicts itself about shard {entry['file']}: prepare the data again"
-                    )
-            if facts["rows"] != sum(entry["rows"] for entry in facts["shards"]):
-                raise RedHeartError(f"{where} contradicts itself about the rows of {split}: prepare the data again")
+        check_index(check_sealed_json(index, where, "prepare the data again"), where)
         return index
 
     def _download(self, entry: Mapping[str, Any], path: Path) -> None:

@@ -32,7 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from redheart.caches import cache_directory, writable
 from redheart.config import RunConfig
-from redheart.files import write_json
+from redheart.files import read_sealed_json, write_sealed_json
 from redheart.losses.combine import combine
 from redheart.model.build import build_model
 from redheart.model.redheart import RedHeartModel
@@ -42,7 +42,7 @@ from redheart.tasks import GATES, TASKS, task_losses, task_weights
 PAIR_SHARE = 1.0  # contrast texts per sample: a batch of a preference corpus has one for each
 MEASURED_AT = (4, 12)  # micro-batch sizes the line goes through
 CUDA_BLOCK = 512  # bytes to which CUDA's caching allocator rounds an allocation
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,12 @@ def activations(
     """Measured at two micro-batch sizes, or read from the cache of earlier measurements (same sizes, code and torch)."""
     path = _cache_file(config, tokens, checkpointing, dtype, autocast, sizes)
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_sealed_json(path, "delete it, and it is measured again")
         return Activations(MicroStep(**known["low"]), MicroStep(**known["high"]), sizes)
     writable(path.parent)
     low = measure(config, sizes[0], tokens, checkpointing, dtype, autocast)
     high = low if sizes[0] == sizes[1] else measure(config, sizes[1], tokens, checkpointing, dtype, autocast)
-    write_json(path, {"low": asdict(low), "high": asdict(high)})
+    write_sealed_json(path, {"low": asdict(low), "high": asdict(high)})
     return Activations(low, high, sizes)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from redheart.data.shards import INDEX, label_histograms, open_shard, write_shard
+from redheart.data.shards import FORMAT_VERSION, INDEX, label_histograms, open_shard, write_shard
 from redheart.data.stream import SampleStream
+from redheart.files import write_sealed_json
 from redheart.schema import LABELS
 
 WIDTH = 8
@@ -38,8 +39,15 @@ def write_directory(directory: Path, sizes: list[int], repeats: list[int] | None
     opened = [open_shard(directory / s["file"], WIDTH) for s in shards]
     split = {"rows": len(rows), "shards": shards, "histograms": label_histograms((s.values, s.weights) for s in opened)}
     encoder = {"name": "random", "width": WIDTH}
-    index = {"version": 2, "plan": "p", "splits": {"train": split}, "encoder": encoder, "sources": {}, **settings}
-    (directory / INDEX).write_text(json.dumps(index))
+    index = {
+        "version": FORMAT_VERSION,
+        "plan": "p",
+        "splits": {"train": split},
+        "encoder": encoder,
+        "sources": {},
+        **settings,
+    }
+    write_sealed_json(directory / INDEX, index)
     return rows
 
 

@@ -1,6 +1,5 @@
 """Shards: what is written is what is read, from a directory or over HTTP; damage is named; a bad network is tried again."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from redheart.config import RemoteConfig
 from redheart.data.order import global_batch, rank_slice
 from redheart.data.shards import INDEX
 from redheart.data.stream import SampleStream
+from redheart.files import read_sealed_json, write_sealed_json
 from redheart.schema import RedHeartError
 from tests.data.shard_data import write_directory
 
@@ -131,12 +131,12 @@ def test_a_damaged_directory_is_named(tmp_path: Path, harm: str):
     elif harm == "remove":
         shard.unlink()
     elif harm in ("rows", "total", "rows and buckets"):
-        index = json.loads((tmp_path / INDEX).read_text())
+        index = read_sealed_json(tmp_path / INDEX, "again")
         train = index["splits"]["train"]
         train["rows"] += harm != "rows"
         train["shards"][1]["rows"] += harm != "total"
         train["shards"][1]["buckets"][0][1] += harm == "rows and buckets"
-        (tmp_path / INDEX).write_text(json.dumps(index))
+        write_sealed_json(tmp_path / INDEX, index)
     else:
         (tmp_path / INDEX).write_text("{" if harm == "index" else '{"version": 99}')
     with pytest.raises(RedHeartError, match=HARM[harm]):

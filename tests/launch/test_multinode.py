@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from redheart.data.shards import INDEX, label_histograms, open_shard, write_shard
-from redheart.files import read_pointer
+from redheart.data.shards import FORMAT_VERSION, INDEX, label_histograms, open_shard, write_shard
+from redheart.files import read_pointer, write_sealed_json
 from redheart.train.checkpoint import committed
 from tests.data.shard_data import MAX_TOKENS, WIDTH, make_row
 from tests.launch.nodes import INTERFACE, Nodes, why_not
@@ -57,9 +57,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "histograms": label_histograms([(opened.values, opened.weights)]),
         }
     encoder = {"name": "random", "revision": "", "layers": [0], "width": WIDTH, "max_tokens": MAX_TOKENS}
-    (directory / INDEX).write_text(
-        json.dumps({"version": 2, "plan": "p", "splits": splits, "encoder": encoder, "sources": {}})
-    )
+    index = {"version": FORMAT_VERSION, "plan": "p", "splits": splits, "encoder": encoder, "sources": {}}
+    write_sealed_json(directory / INDEX, index)
     return directory
 
 

@@ -11,6 +11,7 @@ import torch
 from redheart.config import OptimizerConfig, load_config
 from redheart.data.shards import INDEX, write_shard
 from redheart.data.stream import SampleStream
+from redheart.files import read_sealed_json, write_sealed_json
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import Progress, read_progress
@@ -68,7 +69,7 @@ def test_the_plain_engine_skips_a_gradient_that_is_not_finite():
 @pytest.fixture
 def poisoned(data: Path, tmp_path: Path) -> Path:
     """The prepared rows with a feature of every training row turned into infinity."""
-    index = json.loads((data / INDEX).read_text())
+    index = read_sealed_json(data / INDEX, "again")
     out = tmp_path / "poisoned"
     out.mkdir()
     for split in ("train", "dev"):
@@ -80,7 +81,7 @@ def poisoned(data: Path, tmp_path: Path) -> Path:
                 row["features"][0, 0] = np.inf
         entry = write_shard(out / f"{split}-00000.arrow", rows, 768, 64)
         index["splits"][split] |= {"shards": [entry]}
-    (out / INDEX).write_text(json.dumps(index))
+    write_sealed_json(out / INDEX, index)
     return out
 
 
