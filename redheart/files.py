@@ -168,17 +168,23 @@ def read_sealed_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
     What follows the last line break is what a kill cut short; it is left out.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:
         raise RedHeartError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        found.append(check_sealed_json(value, f"line {number} of {path}", remedy))
+    found = [
+        check_sealed_json(_value_of(line), f"line {number} of {path}", remedy) for number, line in enumerate(lines, 1)
+    ]
+    if _value_of(rest[:-1]) is not None:  # nothing was cut short: its line break is another character now
+        raise RedHeartError(f"line {len(lines) + 1} of {path} is damaged (it does not end): {remedy}")
     return found
+
+
+def _value_of(line: bytes) -> Any:
+    """What a line of JSON holds, or None."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _digest(value: dict[str, Any]) -> str:

@@ -366,6 +366,9 @@ def test_sealed_lines_come_back_and_a_damaged_one_is_named_by_its_number(tmp_pat
         path.write_bytes(flipped(content, bit))
         with suppress(RedHeartError):
             assert read_sealed_lines(path, "again") == values
+    path.write_bytes(content[:-1] + b"\x0b")
+    with pytest.raises(RedHeartError, match=r"line 3 of .*lines\.jsonl is damaged"):
+        read_sealed_lines(path, "again")
     path.write_text("".join(map(sealed_line, values)).replace(": 1", ": 2"), encoding="utf-8")
     with pytest.raises(RedHeartError, match=r"line 2 of .*lines\.jsonl is damaged"):
         read_sealed_lines(path, "again")

@@ -58,6 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     encoder = {"name": "random", "revision": "", "layers": [0], "width": WIDTH, "max_tokens": MAX_TOKENS}
     index = {"version": FORMAT_VERSION, "plan": "p", "splits": splits, "encoder": encoder, "sources": {}}
+    index["levels"] = {"regret": [0.3, 0.6]}
     write_sealed_json(directory / INDEX, index)
     return directory
 
