@@ -92,7 +92,7 @@ more() {
 export -f setup tests bench more
 export python device out site wheels
 
-declare -A share=([setup]=150 [tests]=240 [bench]=300 [more]=100000) # seconds that a part may take at most
+declare -A share=([setup]=150 [tests]=240 [bench]=300 [more]=480) # seconds of eight minutes that a part may take at most
 records=() failed=no end=$((SECONDS + 60 * minutes))
 finish() {
   local joined
@@ -101,8 +101,8 @@ finish() {
 }
 for part in "${parts[@]}"; do
   began=$SECONDS
-  limit=$((end - SECONDS - 5))
-  if [ "$limit" -gt "${share[$part]}" ]; then limit=${share[$part]}; fi
+  limit=$((end - SECONDS - 5)) most=$((share[$part] * minutes / 8))
+  if [ "$limit" -gt "$most" ]; then limit=$most; fi
   if [[ "$skipped" == *" $part "* ]]; then
     outcome=skipped
   elif [ "$limit" -lt 5 ]; then

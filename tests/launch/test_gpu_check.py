@@ -121,12 +121,14 @@ def test_the_time_is_kept(python: str, tmp_path: Path):
         timeout=90,
         PYTHON=python,
         STUB_tests=f"sleep 300; touch {left}",
+        STUB_bench="sleep 300",
     )
     assert done.returncode == 1
     assert 50 < time.monotonic() - began < 62
     outcomes = {p["part"]: p["outcome"] for p in results(tmp_path / "out")["parts"]}
-    assert outcomes["tests"].startswith("cut off after 5")
-    assert outcomes["bench"] == outcomes["more"] == "no time left"
+    assert outcomes["tests"] == "cut off after 30 s"  # its share: half of the time
+    assert outcomes["bench"].startswith("cut off after 2")
+    assert outcomes["more"] == "no time left"
     assert subprocess.run(["pgrep", "-f", f"touch {left}"]).returncode == 1
 
 
