@@ -383,3 +383,37 @@ def test_one_source_gives_the_same_bits_at_every_vector_width():
         ends.append((p.detach().clone(), copy, *states(optimizer, p).values()))
     for other in ends[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+
+
+def test_moments_are_set_in_whole_blocks_or_to_the_end():
+    n = 3 * BLOCK + 40
+    p = parameter(torch.zeros(n))
+    optimizer = CPUAdamW8bit([p])
+    m, v = noise(n), noise(n, seed=1).square()
+    optimizer.set_moments(p, m, v)
+    whole = optimizer.moments(p)
+    other = CPUAdamW8bit([p])
+    for start, stop in ((2 * BLOCK, n), (0, BLOCK), (BLOCK, 2 * BLOCK)):  # in any order, piece by piece
+        other.set_moments(p, m[start:stop], v[start:stop], start)
+    assert all(torch.equal(a, b) for a, b in zip(other.moments(p), whole, strict=True))
+    for start, size in ((0, 100), (BLOCK, BLOCK + 1), (10, BLOCK), (10, n - 10), (BLOCK, n), (0, n + BLOCK)):
+        with pytest.raises(RedHeartError, match="moments must be"):
+            other.set_moments(p, torch.zeros(size), torch.zeros(size), start)
+    with pytest.raises(RedHeartError, match="moments must be"):
+        other.set_moments(p, m, v[:BLOCK])
+    assert all(torch.equal(a, b) for a, b in zip(other.moments(p), whole, strict=True))
+
+
+def test_fp32_moments_that_deepspeed_has_put_there_are_adopted():
+    p, q = parameter(noise(600)), parameter(noise(600))
+    m, v = noise(600, seed=1), noise(600, seed=2).square()
+    optimizer, other = CPUAdamW8bit([p]), CPUAdamW8bit([q])
+    optimizer.state[p].update(exp_avg=m, exp_avg_sq=v, step=torch.tensor(7.0))
+    optimizer.adopt_moments()
+    other.set_moments(q, m, v)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.moments(p), other.moments(q), strict=True))
+    assert set(optimizer.state[p]) == {*STATES, "step"}
+    assert type(optimizer.state[p]["step"]) is int
+    assert optimizer.state[p]["step"] == 7
+    optimizer.adopt_moments()  # nothing is left to adopt
+    assert optimizer.state[p]["step"] == 7
