@@ -272,3 +272,38 @@ def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path):
     first_run(run)
     (run / "checkpoints" / "step-00000004" / MANIFEST).unlink()
     assert last(run) == run / "checkpoints" / "step-00000003"
+
+
+def test_what_is_kept_and_what_is_removed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    told = lambda: " ".join("".join(capsys.readouterr()).split())  # noqa: E731
+    run = tmp_path / "run"
+    run.mkdir()
+    state = Progress()
+    assert state.note() == ""
+    state.last_loss = 1.25
+    assert state.note() == "loss 1.2500"
+    state.evaluated(0.5, {"surd": float("nan"), "emotion": float("inf"), "regret": 0.5})
+    assert told() == "step 0: dev losses that are not finite: emotion, surd"
+    state.evaluated(0.5, {"regret": 0.5})
+    assert (told(), state.note()) == ("", "loss 1.2500 dev 0.5000".replace(" dev", "  dev"))
+    train(run, state, 4, FALLING, keep=9)
+    resume(run)
+    assert told() == ""
+    resume(run, str(run / "checkpoints" / "step-00000002"))
+    after = "step-00000003, step-00000004 will be removed once a new checkpoint is there"
+    assert told() == f"going back to step 2: {after}"
+    for name in ("step-00000009.tmp", "step-00000005.removed"):
+        (run / "checkpoints" / name).mkdir()
+    (run / "rebuild.tmp").mkdir()
+    (run / "checkpoints" / "last").unlink()
+    resume(run)
+    assert told().replace(f"{run}/", "") == (
+        "removed what an earlier end left unfinished: rebuild.tmp, step-00000005.removed, step-00000009.tmp "
+        "checkpoints/last names step-00000004 again"
+    )
+    newest = read_progress(last(run))
+    source = run / "checkpoints" / "step-00000004"
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    go_on(newest, source, run)
+    assert "the best checkpoint so far, of step 2, is not in" in told()
+    assert (newest.best_value, newest.best_step) == (None, None)
