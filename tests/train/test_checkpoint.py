@@ -15,7 +15,7 @@ from redheart.config import load_config
 from redheart.files import MANIFEST, read_pointer, verify_manifest, write_manifest, write_pointer, write_text
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
-from redheart.train.checkpoint import Progress, best, clear, committed, find, go_on, last, read_progress, save
+from redheart.train.checkpoint import Progress, best, clear, committed, find, go_on, holds, last, read_progress, save
 
 CONFIG = load_config("local")
 OPERATIONS = ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync")
@@ -97,6 +97,7 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint_and_the_next_start_leaves_
 ):
     first_run(tmp_path / "whole")
     assert names(tmp_path / "whole") == ["best", "last", "step-00000002", "step-00000003", "step-00000004"]
+    assert [holds(tmp_path / "whole", step) for step in (1, 2, 3, 4, 5)] == [False, True, True, True, False]
     before = len(committed(tmp_path / "whole"))
     work(tmp_path / "whole")
     expected = names(tmp_path / "whole")
