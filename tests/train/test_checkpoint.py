@@ -284,8 +284,9 @@ def test_what_is_kept_and_what_is_removed_is_told(tmp_path: Path, capsys: pytest
     assert state.note() == ""
     state.last_loss = 1.25
     assert state.note() == "loss 1.2500"
-    state.evaluated(0.5, {"surd": float("nan"), "emotion": float("inf"), "regret": 0.5})
-    assert told() == "step 0: dev losses that are not finite: emotion, surd"
+    wrong = dict.fromkeys(("vad", "surd", "ethics", "emotion", "culture"), float("nan"))
+    state.evaluated(0.5, {**wrong, "bentham": float("-inf"), "regret": 0.5})
+    assert told() == "step 0: dev losses that are not finite: bentham, culture, emotion, ethics, surd, vad"
     state.evaluated(0.5, {"regret": 0.5})
     assert (told(), state.note()) == ("", "loss 1.2500 dev 0.5000".replace(" dev", "  dev"))
     train(run, state, 4, FALLING, keep=9)
