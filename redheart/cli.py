@@ -16,6 +16,7 @@ from redheart.console import any_encoding, emit, literal
 from redheart.device import settle_allocator
 from redheart.files import no_room
 from redheart.options import (  # fmt: skip
+    All,
     Augment,
     Checkpoint,
     Data,
@@ -244,17 +245,17 @@ def evaluate(
     ] = None,
     device: Device = "cpu",
     swap: Swap = None,
+    all_: All = False,
     json_: Json = False,
 ) -> None:
     """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
     from redheart.console import console
-    from redheart.evaluation.report import FOOTNOTE
     from redheart.train.validate import validate
 
-    result, path = validate(checkpoint, data, split, report, device, swap)
+    result, path = validate(checkpoint, data, split, report, device, swap, all_)
     for one in result.terminal_tables():
         console.print(one)
-    console.print(FOOTNOTE + (f"\nreport: {path}" if path else ""))
+    console.print(result.footnote() + (f"\nreport: {path}" if path else ""))
     emit(result.to_json(), json_)
 
 
@@ -264,13 +265,14 @@ def predict(
     checkpoint: Checkpoint,
     device: Device = "cpu",
     swap: Swap = None,
+    all_: All = False,
     json_: Json = False,
 ) -> None:
     """Read texts and answer for each of them."""
     from redheart.console import console, show_answers
     from redheart.infer import RedHeartPipeline
 
-    pipeline = RedHeartPipeline.from_pretrained(checkpoint, device=device, swap=swap or ())
+    pipeline = RedHeartPipeline.from_pretrained(checkpoint, device=device, swap=swap or (), untrained=all_)
     answers = pipeline(text)
     if swap:
         console.print(str(pipeline.swap.report()))

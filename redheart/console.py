@@ -125,11 +125,13 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def show_answers(text: str, answers: dict[str, Any], untrained: Iterable[str] = ()) -> None:
-    """What the network says of a text, as a table on stdout; `untrained`: the answers, as ANSWER or ANSWER.ENTRY, to mark so."""
+def show_answers(text: str, answers: dict[str, Any]) -> None:
+    """What the network says of a text, as a table on stdout; those that it names under `untrained` are marked so."""
     rows: list[tuple[str, str, str]] = []
-    marked = set(untrained)
+    marked = set(answers.get("untrained", ()))
     for name, value in answers.items():
+        if name == "untrained":
+            continue
         entries = value.items() if isinstance(value, dict) else [("", value)]
         for entry, v in entries:
             mark = " (not trained)" if marked & {name, f"{name}.{entry}"} else ""

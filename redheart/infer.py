@@ -9,10 +9,12 @@ from typing import Any, overload
 import torch
 
 from redheart.config import EncoderConfig
+from redheart.console import console
 from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
 from redheart.device import device_of
 from redheart.evaluation.evaluate import predict_all
+from redheart.evaluation.trained import Entries, trained_entries
 from redheart.memory.swap import place
 from redheart.model.redheart import RedHeartModel
 from redheart.model.select import MODULES, ExecutionMode
@@ -27,7 +29,9 @@ class RedHeartPipeline:
 
     The network computes on `device`; modules named in `swap` stay on the host and visit it for their turn (memory/swap.py,
     `pipeline.swap.report()`). `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they
-    do not need stays idle, and answers are their own instead of the fused ones.
+    do not need stays idle, and answers are their own instead of the fused ones. Answers that no label trained (`trained`, by
+    label and entry: evaluation/trained.py; None: not known) are left out; with `untrained` they are there too, and their names
+    under the key `untrained`.
     """
 
     def __init__(
@@ -37,13 +41,15 @@ class RedHeartPipeline:
         modules: Collection[str] = MODULES,
         device: torch.device | str = "cpu",
         swap: Collection[str] = (),
+        trained: Entries | None = None,
+        untrained: bool = False,
     ):
         made_with = model.config.encoder
         if made_with is None or made_with["revision"] != encoder.fingerprint["revision"]:
             raise RedHeartError(
                 f"this model was trained on features of {made_with}, the encoder here is {encoder.fingerprint}"
             )
-        self.model, self.encoder = model, encoder
+        self.model, self.encoder, self.trained, self.untrained = model, encoder, trained, untrained
         model.set_mode(ExecutionMode.INFERENCE, modules)
         self.swap = place(model, device, swap)
 
@@ -54,17 +60,23 @@ class RedHeartPipeline:
         modules: Collection[str] = MODULES,
         device: torch.device | str = "cpu",
         swap: Collection[str] = (),
+        untrained: bool = False,
     ) -> RedHeartPipeline:
         """`path`: an export, a checkpoint, or a run directory (its best checkpoint). Loads the encoder it was trained with."""
         device_of(device)  # before anything is loaded
-        model = load_model(Path(path)).model
+        model, settings, progress = load_model(Path(path))
+        trained = trained_entries(progress.labels, settings.loss) if progress.labels else None
+        if trained is None:
+            console.print(
+                f"{path} was made by an earlier version and does not say which answers its labels trained: all are given"
+            )
         made_with = model.config.encoder
         if made_with is None:
             raise RedHeartError(
                 f"{path} does not say which encoder it was trained with: export a run of `redheart train`"
             )
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
-        return cls(model, TextEncoder(config, device), modules, device, swap)
+        return cls(model, TextEncoder(config, device), modules, device, swap, trained, untrained)
 
     @overload
     def __call__(self, text: str) -> dict[str, Any]: ...
@@ -78,21 +90,36 @@ class RedHeartPipeline:
         features, mask = pad(self.encoder.encode(texts)[0], self.encoder.width)
         outputs = self.model(features.float(), mask)
         found = {n: p for n, p in predict_all(outputs).items() if TASKS[n].final}
-        answers = [self._answer({n: p[i] for n, p in found.items()}, outputs, i) for i in range(len(texts))]
+        if "preference" in found:  # a pair's answer; one text has a utility instead
+            assert outputs.utility is not None
+            found["preference"] = outputs.utility.cpu()
+        for name, values in found.items():
+            bad = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
+            if bad:
+                raise RedHeartError(
+                    f"the network's {SHOWN.get(name, name)} of text {bad[0] + 1} is not a finite number: its training went astray; "
+                    "choose an earlier checkpoint"
+                )
+        answers = [self._answer({n: p[i].tolist() for n, p in found.items()}) for i in range(len(texts))]
         return answers[0] if isinstance(text, str) else answers
 
-    @staticmethod
-    def _answer(predictions: dict[str, torch.Tensor], outputs: Any, row: int) -> dict[str, Any]:
+    def _answer(self, predictions: dict[str, list[float]]) -> dict[str, Any]:
+        """One text's answers, by task [size], as users see them."""
         answer: dict[str, Any] = {}
+        left: list[str] = []
         for name, values in predictions.items():
             label = LABELS[TASKS[name].label]
-            if name == "preference" and outputs.utility is not None:  # a pair's answer; one text has a utility instead
-                answer["utility"] = float(outputs.utility[row])
-            elif label.scalar:
-                answer[name] = float(values)
-            else:
-                answer[name] = {CULTURE_KEYS.get(n, n): float(v) for n, v in zip(label.names, values, strict=True)}
-        return answer
+            known = self.trained[name] if self.trained is not None else (True,) * label.size
+            shown = SHOWN.get(name, name)
+            keys = [CULTURE_KEYS.get(n, n) for n in label.names]
+            left += (
+                [shown] if not any(known) else [f"{shown}.{k}" for k, yes in zip(keys, known, strict=True) if not yes]
+            )
+            given = {k: v for k, v, yes in zip(keys, values, known, strict=True) if yes or self.untrained}
+            if given:
+                answer[shown] = values[0] if label.scalar else given
+        return {**answer, "untrained": left} if self.untrained else answer
 
 
+SHOWN = {"preference": "utility"}
 CULTURE_KEYS = {name: f"{name} {hangul}" for name, hangul in CULTURE_HANGUL.items()}

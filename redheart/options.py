@@ -35,6 +35,7 @@ Data = Annotated[
     str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where the network computes: cpu, cuda, cuda:1 …")]
+All = Annotated[bool, typer.Option("--all", help="Also the answers that no label trained, marked.")]
 Swap = Annotated[
     list[str] | None,
     typer.Option(

@@ -89,7 +89,7 @@ def test_a_number_that_is_not_finite_is_null_and_named(capsys):
 
 
 def test_answers_are_printed_whole(capsys):
-    show_answers("word " * 60 + "[removed] end", {"emotion": {"joy": 0.25}, "regret": 0.5}, ["regret"])
+    show_answers("word " * 60 + "[removed] end", {"emotion": {"joy": 0.25}, "regret": 0.5, "untrained": ["regret"]})
     told = capsys.readouterr().out
     assert told.count("word") == 60
     assert "[removed]" in told

@@ -13,9 +13,9 @@ from redheart.data.store import Store
 from redheart.device import device_of
 from redheart.infer import RedHeartPipeline
 from redheart.schema import RedHeartError
+from redheart.train.claim import Claim
 from redheart.train.export import export, resolve
 from redheart.train.grow import grow
-from redheart.train.start import _claim
 from redheart.train.validate import validate
 from redheart.version import VERSION
 
@@ -76,7 +76,7 @@ def test_the_doors_below_the_command_line_say_so_too(file, tmp_path):
         resolve(file)
     for out in (file, file / "below"):
         with pytest.raises(RedHeartError, match=r"--out .*is a file"):
-            _claim(out, load_config("local"), resuming=False, overwrite=False)
+            Claim(out).take(resuming=False, overwrite=False, log_samples=False)
     for act in (
         lambda: export(tmp_path, file / "out"),
         lambda: grow(tmp_path, load_config("base"), file / "out"),

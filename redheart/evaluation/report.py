@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,31 @@ class Report:
     lines: list[Line]
     dev_losses: list[tuple[str, float, float, float]]
     causes: Informing | None  # what informs the predicted regret; None where there are too few texts
+    untrained: list[str] | None = None  # answers, or answers' entries, that no label trained; None: not known
+
+    def without_untrained(self) -> Report:
+        """The same without the lines, losses and causes of answers that no label trained; they stay named."""
+        gone = set(self.untrained or ())
+        return replace(
+            self,
+            lines=[line for line in self.lines if line.task not in gone],
+            dev_losses=[row for row in self.dev_losses if row[0] not in gone],
+            causes=None if gone & {"regret", "emotion", "bentham"} else self.causes,
+        )
+
+    def footnote(self) -> str:
+        """What the tables need to be read right."""
+        if self.untrained is None:
+            return FOOTNOTE + "\nWhich answers were trained is not known: an earlier version made this checkpoint."
+        if not self.untrained:
+            return FOOTNOTE
+        return f"{FOOTNOTE}\nNo label trained these answers, and they mean nothing: {', '.join(self.untrained)}."
 
     def terminal_tables(self) -> list[Any]:
         title = f"{self.split} split, {self.evaluation.rows} samples"
         tables = [
             table("what was learned", LOSS_COLUMNS, self._loss_cells()),
-            table(title, COLUMNS, map(cells, self.lines)),
+            table(title, COLUMNS, self._line_cells()),
         ]
         return (
             tables
@@ -128,7 +147,7 @@ class Report:
         losses = {n: {"before": b, "after": a, "constant": c} for n, b, a, c in self.dev_losses}
         return {
             "split": self.split, "checkpoint": self.facts["checkpoint"], "thresholds_chosen_on": TUNED_ON[self.split == "dev"],
-            "rows": result.rows, "total_loss": result.total, "losses": result.losses,
+            "untrained": self.untrained, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
             "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
             "causes_of_regret": None if self.causes is None else {
                 "shares": self.causes.shares(), "bits": self.causes.mutual_information, "leak": self.causes.leak,
@@ -141,7 +160,7 @@ class Report:
         curve = learning_curve(path.parent)
         text = [f"# {self.title}", "", *(f"- {k}: {v}" for k, v in self.facts.items()), ""]
         text += [*_markdown(LOSS_COLUMNS, self._loss_cells()), "", f"## {self.split} split", ""]
-        text += [*_markdown(COLUMNS, map(cells, self.lines)), "", FOOTNOTE, ""]
+        text += [*_markdown(COLUMNS, self._line_cells()), "", self.footnote(), ""]
         text += [
             "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels."
         ]
@@ -165,6 +184,10 @@ class Report:
     def _cause_cells(self) -> list[list[str]]:
         assert self.causes is not None
         return [[kind, agents, f"{bits:.4f}"] for kind, agents, bits in self.causes.rows()]
+
+    def _line_cells(self) -> list[list[str]]:
+        marked = {name: f"{name} (not trained)" for name in self.untrained or ()}
+        return [[marked.get(task, task), *rest] for task, *rest in map(cells, self.lines)]
 
     def _loss_cells(self) -> list[list[str]]:
         return [[name, *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]

@@ -59,6 +59,9 @@ class Progress:
     data: str = ""  # the data directory it was trained on
     encoder: dict[str, Any] = field(default_factory=dict)  # fingerprint of the features it was trained on
     sources: dict[str, Any] = field(default_factory=dict)  # where the training data came from, with licences
+    labels: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # what it learned from: evaluation/trained.py; empty where an earlier version did not say
     initial_dev_loss: float | None = None
     initial_dev_losses: dict[str, float] = field(default_factory=dict)  # per task, before the first step
     dev_losses: dict[str, float] = field(default_factory=dict)  # per task, at the last evaluation

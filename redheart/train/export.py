@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from redheart.config import RunConfig, parse_config, read_config
 from redheart.console import console, quiet_libraries
+from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.files import committed_directory, read_json, write_text
 from redheart.model.build import model_config
 from redheart.model.loading import refuse_other_tensors, shapes_of, verify_export
@@ -95,17 +96,23 @@ def write_card(directory: Path, model: RedHeartModel, config: RunConfig, progres
     """What an export holds beside weights and config.json: its run's settings, and the model card."""
     kept = {"config": config.model_dump(mode="json"), "progress": asdict(progress)}
     write_text(directory / SETTINGS, json.dumps(kept, indent=2) + "\n")
-    write_text(directory / "README.md", _card(model, config, progress.sources))
+    write_text(directory / "README.md", _card(model, config, progress))
 
 
-def _card(model: RedHeartModel, config: RunConfig, sources: dict[str, Any]) -> str:
+def _card(model: RedHeartModel, config: RunConfig, progress: Progress) -> str:
     counts = parameter_counts(model)
     rows = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
     lines = [
         f"- {name}: {facts['licence']}" + (" (not for commercial use)" if facts["non_commercial"] else "")
-        for name, facts in sources.items()
+        for name, facts in progress.sources.items()
     ]
     encoder = model.config.encoder or {}
+    untrained = untrained_names(trained_entries(progress.labels, config.loss)) if progress.labels else []
+    caution = (
+        f"\nNo label trained these answers, and what they say means nothing: {', '.join(untrained)}.\n"
+        if untrained
+        else ""
+    )
     return f"""---
 library_name: redheart
 tags: [emotion, ethics, regret, multi-task]
@@ -114,7 +121,7 @@ tags: [emotion, ethics, regret, multi-task]
 
 Reads token features of the frozen encoder `{encoder.get("name")}` (hidden layers {encoder.get("layers")}) and predicts emotion,
 Korean cultural affect (jeong 정, han 한, chemyeon 체면), Bentham's hedonic values, acceptability, regret and SURD shares.
-
+{caution}
 | module | parameters |
 |---|---|
 {rows}

@@ -75,7 +75,8 @@ def grow(
     # what the weights were trained on, and by which losses they are judged, stays
     config = target.model_copy(update={"data": source.config.data, "loss": source.config.loss})
     progress = Progress(
-        scales=source.progress.scales, data=source.progress.data, encoder=source.progress.encoder, sources=source.progress.sources
+        scales=source.progress.scales, data=source.progress.data, encoder=source.progress.encoder, sources=source.progress.sources,
+        labels=source.progress.labels,
     )  # fmt: skip
     difference = loss_before = loss_after = None
     with committed_directory(out) as temporary:

@@ -15,6 +15,7 @@ from redheart.data.encode import check_encoder
 from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
 from redheart.device import bf16_is_fast, compute_device
+from redheart.evaluation.trained import joined, label_weights
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
@@ -112,8 +113,11 @@ def _train(
     if launched_rank() == 0:
         planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
 
+    weights = label_weights(streams[0].index["splits"]["train"]["histograms"])
+    state.labels = joined(state.labels, weights)
     if init:
-        fitting(model_config(config, state.encoder), init)
+        earlier = fitting(model_config(config, state.encoder), init).progress.labels
+        state.labels = joined(earlier, weights) if earlier else {}  # what it learned before is not known
     if init and overwrite and init.resolve().is_relative_to(run.resolve()):
         raise RedHeartError(f"--overwrite would remove {init}, which --init reads: name another --out")
     claim.take(bool(source), overwrite, config.training.log_samples)

@@ -11,6 +11,7 @@ from redheart.device import device_of
 from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.evaluate import evaluate
 from redheart.evaluation.report import Report, compare
+from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.losses.combine import factors
 from redheart.memory.swap import place
 from redheart.model.redheart import parameter_counts
@@ -28,9 +29,11 @@ def validate(
     out: Path | None,
     device: str = "cpu",
     swap: Collection[str] | None = None,
+    untrained: bool = False,
 ) -> tuple[Report, Path | None]:
     """(the report, where it was written). `data` defaults to what the checkpoint was trained on, `out` to its run directory,
-    `swap` (modules kept off `device` but for their turn) to its memory.swap."""
+    `swap` (modules kept off `device` but for their turn) to its memory.swap. Answers that no label trained are left out, or, with
+    `untrained`, marked."""
     device_of(device)  # this and the next before anything is loaded
     if out is not None:
         if out.is_dir():
@@ -61,8 +64,11 @@ def validate(
     before, now = progress.initial_dev_losses, evaluate(model, dev, config.loss, weights, device, max_rows=rows)
     after = now.losses  # of these very weights: the last look at dev before a checkpoint was written may be steps older
     losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before and TASKS[n].final]
+    silent = untrained_names(trained_entries(progress.labels, config.loss)) if progress.labels else None
     lines, causes = compare(result, model, train, dev, held_out), causes_of_regret(model, held_out)
-    report = Report(f"Red Heart: what {config.preset} learned", facts, split, result, lines, losses, causes)
+    report = Report(f"Red Heart: what {config.preset} learned", facts, split, result, lines, losses, causes, silent)
+    if not untrained:
+        report = report.without_untrained()
     if swapped.names:
         console.print(str(swapped.report()))
     run = directory.parent.parent

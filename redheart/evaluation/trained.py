@@ -1,0 +1,53 @@
+"""Which answers a network has learned: an entry whose label is nowhere in its training data is an answer that nothing taught.
+
+Such an answer is a number like any other, in its label's range, and means nothing. It is left out wherever answers are shown,
+unless it is asked for, and marked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from redheart.config import LossConfig
+from redheart.data.shards import Histograms
+from redheart.schema import LABELS
+from redheart.tasks import TASKS, task_weights
+
+LabelWeights = dict[str, list[float]]  # by label: the summed weight of each entry's labels in the training data
+Entries = dict[str, tuple[bool, ...]]  # by label: which of its entries were trained
+
+
+def label_weights(histograms: Histograms) -> LabelWeights:
+    """From the histograms of a training split (data/shards.py); 0 where an entry has no label."""
+    return {
+        name: [round(sum(weight for _, weight in entry), 4) for entry in histograms[name]]
+        if name in histograms
+        else [0.0] * label.size
+        for name, label in LABELS.items()
+    }
+
+
+def joined(earlier: LabelWeights, now: LabelWeights) -> LabelWeights:
+    """Of training that went on with other data: the larger weight of each entry. What an entry once learned it has learned."""
+    return {
+        name: [max(pair) for pair in zip(earlier.get(name, entries), entries, strict=True)]
+        for name, entries in now.items()
+    }
+
+
+def trained_entries(weights: Mapping[str, Sequence[float]], config: LossConfig) -> Entries:
+    """By label: the entries that have labels and whose loss counts for something (`loss.weights`, `loss.shares`)."""
+    factors = task_weights(config)
+    counts = {task.label for name, task in TASKS.items() if factors[name] > 0 and task.link != "density"}
+    return {name: tuple(name in counts and w > 0 for w in weights[name]) for name in LABELS}
+
+
+def untrained_names(trained: Mapping[str, Sequence[bool]]) -> list[str]:
+    """As they are shown: `regret` where no entry was trained, `culture.han` where another entry was."""
+    names = []
+    for label, entries in trained.items():
+        if not any(entries):
+            names.append(label)
+        else:
+            names += [f"{label}.{n}" for n, yes in zip(LABELS[label].names, entries, strict=True) if not yes]
+    return names

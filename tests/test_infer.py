@@ -1,0 +1,211 @@
+"""What the pipeline answers: what labels trained and nothing else, finite numbers, and never less of a text than it says."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import redheart.infer as infer
+import redheart.train.start as start
+from redheart.config import LossConfig, load_config
+from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
+from redheart.evaluation.trained import joined, label_weights, trained_entries, untrained_names
+from redheart.infer import RedHeartPipeline
+from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
+from redheart.train.export import export, load_model
+from redheart.train.start import train
+from redheart.train.validate import validate
+
+WIDTH, TOKENS = 8, 6
+MADE_WITH = {"name": "random", "revision": "r", "layers": [1], "width": WIDTH, "max_tokens": TOKENS}
+SMALL = [
+    "model.encoder_width=8",
+    "model.width=24",
+    "model.heads=2",
+    "model.layers=1",
+    "model.task_width=16",
+    "model.task_heads=2",
+]
+TRAINING = [
+    "training.max_steps=2",
+    "training.global_batch_size=4",
+    "training.micro_batch_size=4",
+    "training.precision=fp32",
+]
+ENCODER = ["data.encoder.name=random", "data.encoder.layers=[1]", f"data.encoder.max_tokens={TOKENS}"]
+ALL = {name: (True,) * label.size for name, label in LABELS.items()}
+NONE = {name: (False,) * label.size for name, label in LABELS.items()}
+
+
+class Encoder:
+    """Stands in for the frozen encoder: a random vector per word."""
+
+    fingerprint, width = MADE_WITH, WIDTH
+
+    def __init__(self, *_: object):
+        self.config = SimpleNamespace(max_tokens=TOKENS)
+
+    def encode(self, texts):
+        rng = np.random.default_rng(0)
+        lengths = [len(t.split()) for t in texts]
+        features = [rng.normal(size=(min(n, TOKENS), WIDTH)).astype(np.float16) for n in lengths]
+        return features, [n > TOKENS for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def model() -> RedHeartModel:
+    torch.manual_seed(0)
+    sizes = {"encoder_width": WIDTH, "width": 24, "heads": 2, "layers": 1, "task_width": 16, "task_heads": 2}
+    return RedHeartModel(RedHeartConfig(**sizes, encoder=MADE_WITH))
+
+
+def row(number: int, split: str, **labels: object) -> dict:
+    rng = np.random.default_rng(number)
+    made: dict = dict.fromkeys(LABELS)
+    made |= {"id": str(number), "source": "s", "split": split, "lang": "en", "text": "t", "contrast_text": None}
+    made |= {"features": rng.normal(size=(3, WIDTH)).astype(np.float16), "contrast_features": None, **labels}
+    return made | {"label_weight": dict.fromkeys(labels, 0.5), "label_origin": dict.fromkeys(labels, "human")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Emotion without `disgust`, and two of three views of regret, in training; regret in dev and test alone."""
+    out = tmp_path_factory.mktemp("emotion-only")
+    writer = SplitsWriter(out, WIDTH, TOKENS)
+    emotion = lambda n: [float(n % 2), 1.0 - n % 2, 0.5, 0.0, 0.0, None, 0.0]  # noqa: E731
+    views = [None, 0.25, 0.5]
+    writer.write("train-00000.arrow", [row(n, "train", emotion=emotion(n), regret_views=views) for n in range(8)], 1)
+    for first, split in ((10, "dev"), (20, "test")):
+        rows = [row(n, split, emotion=emotion(n), regret=(n % 4) / 4) for n in range(first, first + 4)]
+        writer.write(f"{split}-00000.arrow", rows, 1)
+    index = {"version": FORMAT_VERSION, "plan": "p", "encoder": MADE_WITH, "sources": {}, "splits": writer.finish()}
+    (out / INDEX).write_text(json.dumps(index))
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("emotion-run") / "run"
+    train(load_config("local", [*SMALL, *TRAINING, *ENCODER, "memory.strategy=plain"]), data, out)
+    return out
+
+
+def test_label_weights_are_the_sums_over_the_training_rows(data):
+    weights = label_weights(json.loads((data / INDEX).read_text())["splits"]["train"]["histograms"])
+    expected = {name: [0.0] * label.size for name, label in LABELS.items()}
+    expected |= {"emotion": [4.0] * 5 + [0.0, 4.0], "regret_views": [0.0, 4.0, 4.0]}
+    assert weights == expected
+    assert joined({}, weights) == weights
+    earlier = {**expected, "regret": [7.0], "emotion": [1.0] * 7}
+    assert joined(earlier, weights) == {**expected, "regret": [7.0], "emotion": [4.0] * 5 + [1.0, 4.0]}
+
+
+def test_an_answer_is_trained_where_it_has_labels_and_its_loss_counts():
+    weights = {name: [1.0] * label.size for name, label in LABELS.items()} | {
+        "culture": [0.0, 2.0, 0.0],
+        "surd": [0.0] * 4,
+    }
+    trained = trained_entries(weights, LossConfig())
+    assert trained == ALL | {"culture": (False, True, False), "surd": (False,) * 4}
+    assert untrained_names(trained) == ["culture.jeong", "culture.chemyeon", "surd"]
+    names = ["regret", "heads.regret/regret", "analyzers.regret/regret"]
+    silent = trained_entries(weights, LossConfig(weights=dict.fromkeys(names, 0.0)))
+    assert silent == trained | {"regret": (False,)}
+
+
+@pytest.mark.parametrize(
+    ("trained", "keys"),
+    [
+        ({"emotion": (True,) * 7}, {"emotion": list(EMOTIONS)}),
+        ({"emotion": (True, False) * 3 + (True,)}, {"emotion": list(EMOTIONS[::2])}),
+        ({"preference": (True,)}, {"utility": None}),
+        ({"culture": (False, True, False), "regret": (True,)}, {"culture": ["han 한"], "regret": None}),
+        ({"bentham": (True,) * 7, "surd": (False,) * 4}, {"bentham": list(BENTHAM)}),
+        ({}, {}),
+    ],
+)
+def test_what_no_label_trained_is_left_out_unless_asked_for(model, trained, keys):
+    entries = NONE | trained
+    whole = RedHeartPipeline(model, Encoder(), trained=ALL)("we laughed")
+    told = RedHeartPipeline(model, Encoder(), trained=entries)("we laughed")
+    assert {k: list(v) if isinstance(v, dict) else None for k, v in told.items()} == keys
+    for name, value in told.items():
+        assert value == ({k: whole[name][k] for k in value} if isinstance(value, dict) else whole[name])
+    everything = RedHeartPipeline(model, Encoder(), trained=entries, untrained=True)("we laughed")
+    left = everything.pop("untrained")
+    assert everything == whole == RedHeartPipeline(model, Encoder())("we laughed")
+    kept = {k if v is None else f"{k}.{e}" for k, v in keys.items() for e in (v or [""])}
+    shown = {f"{k}.{e}" if e else k for k, v in whole.items() for e in (v if isinstance(v, dict) else [""])}
+    marked = {s for s in shown if s in left or s.split(".")[0] in left}
+    assert shown - marked == kept
+
+
+def test_a_run_says_what_it_learned_and_its_export_its_answers_and_its_report_follow(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "TextEncoder", Encoder)
+    weights = label_weights(json.loads((data / INDEX).read_text())["splits"]["train"]["histograms"])
+    export(run, tmp_path / "model")
+    for path in (run, tmp_path / "model"):
+        assert load_model(path).progress.labels == weights
+        told = RedHeartPipeline.from_pretrained(path)("we laughed")
+        assert {k: list(v) for k, v in told.items()} == {
+            "emotion": [e for e in EMOTIONS if e != "disgust"],
+            "regret_views": ["neutral", "pessimistic"],
+        }
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "No label trained these answers" in card
+    assert "emotion.disgust" in card
+    assert ", regret," in card
+
+    report, _ = validate(run, None, "test", tmp_path / "report.md")
+    assert {line.task for line in report.lines} == {"emotion"}
+    assert "regret" in report.untrained
+    assert "emotion" not in report.untrained
+    assert "No label trained these answers" in (tmp_path / "report.md").read_text()
+    everything, _ = validate(run, None, "test", tmp_path / "report.md", untrained=True)
+    assert {line.task for line in everything.lines} == {"emotion", "regret"}
+    assert "regret (not trained)" in (tmp_path / "report.md").read_text()
+
+
+def test_what_a_run_started_from_had_learned_counts(run, data, tmp_path, monkeypatch):
+    config = load_config("local", [*SMALL, *TRAINING, *ENCODER, "memory.strategy=plain", "training.max_steps=1"])
+    weights, fitting = load_model(run).progress.labels, start.fitting
+
+    def after(labels: dict):
+        def found(*arguments):
+            stored = fitting(*arguments)
+            return stored._replace(progress=replace(stored.progress, labels=labels))
+
+        return found
+
+    more = {**weights, "regret": [9.0]}
+    for number, (earlier, expected) in enumerate(((more, more), ({}, {}))):
+        monkeypatch.setattr(start, "fitting", after(earlier))
+        assert train(config, data, tmp_path / str(number), init=run).state.labels == expected
+
+
+def test_an_older_checkpoint_that_does_not_say_gives_everything_and_says_so(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(infer, "TextEncoder", Encoder)
+    loaded = load_model(run)
+    loaded.progress.labels.clear()
+    monkeypatch.setattr(infer, "load_model", lambda path: loaded)
+    told = RedHeartPipeline.from_pretrained(run)("we laughed")
+    assert {"emotion", "regret", "surd", "utility"} <= told.keys()
+    assert "does not say which answers its labels trained" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_not_finite_is_refused_by_name(model):
+    pipeline = RedHeartPipeline(model, Encoder(), trained=ALL)
+    with torch.no_grad():
+        weight = model.get_submodule("aux.utility").correction["vad"].bias
+        kept = weight.clone()
+        weight[1] = math.nan
+        with pytest.raises(RedHeartError, match="network's vad of text 1 is not a finite number"):
+            pipeline(["we laughed", "we cried"])
+        weight.copy_(kept)
+    assert len(pipeline(["we laughed", "we cried"])) == 2
