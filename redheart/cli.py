@@ -21,9 +21,11 @@ from redheart.options import (  # fmt: skip
     Checkpoint,
     Data,
     Device,
+    Init,
     Json,
     NetworkGbit,
     Preset,
+    Resume,
     RunPreset,
     Set,
     Sources,
@@ -198,16 +200,8 @@ def train(
     preset: RunPreset = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/PRESET]")] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", metavar="[PATH]", help="Go on from a checkpoint; alone: the last one of the run."),
-    ] = None,
-    init: Annotated[
-        Path | None,
-        typer.Option(
-            "--init", metavar="PATH", help="Start from the weights of an export (of `grow`), a checkpoint or a run."
-        ),
-    ] = None,
+    resume: Resume = None,
+    init: Init = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old run in the run directory.")] = False,
     no_param_update: Annotated[
         bool, typer.Option("--no-param-update", help="A dry run: every stage, learning rate 0, no checkpoint.")

@@ -12,6 +12,7 @@ from redheart.config import EncoderConfig
 from redheart.console import console
 from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
+from redheart.data.readable import Reader
 from redheart.device import device_of
 from redheart.evaluation.evaluate import predict_all
 from redheart.evaluation.trained import Entries, trained_entries
@@ -51,6 +52,7 @@ class RedHeartPipeline:
             )
         self.model, self.encoder, self.trained, self.untrained = model, encoder, trained, untrained
         model.set_mode(ExecutionMode.INFERENCE, modules)
+        self.reader = Reader(encoder.tokenizer)
         self.swap = place(model, device, swap)
 
     @classmethod
@@ -87,6 +89,7 @@ class RedHeartPipeline:
         texts = [text] if isinstance(text, str) else text
         if not texts or any(not t.strip() for t in texts):
             raise RedHeartError("give at least one text that is not empty")
+        self._tell(texts)
         features, mask = pad(self.encoder.encode(texts)[0], self.encoder.width)
         outputs = self.model(features.float(), mask)
         found = {n: p for n, p in predict_all(outputs).items() if TASKS[n].final}
@@ -102,6 +105,24 @@ class RedHeartPipeline:
                 )
         answers = [self._answer({n: p[i].tolist() for n, p in found.items()}) for i in range(len(texts))]
         return answers[0] if isinstance(text, str) else answers
+
+    def _tell(self, texts: list[str]) -> None:
+        """Says on stderr which texts lose their end, and which the encoder cannot read. Raises for one that is no Unicode."""
+        for number, text in enumerate(texts, 1):
+            if any(0xD800 <= ord(c) < 0xE000 for c in text):
+                raise RedHeartError(f"text {number} is not valid Unicode: give it as UTF-8")
+        most, readings = self.encoder.config.max_tokens, self.reader(texts)
+        cut = [f"text {n} has {r.tokens}" for n, r in enumerate(readings, 1) if r.tokens > most]
+        if cut:
+            console.print(
+                f"{len(cut)} of {len(texts)} texts exceed {most} tokens: only their first {most} are read ({_some(cut)})"
+            )
+        foreign = [f"text {n}: {r.reason}" for n, r in enumerate(readings, 1) if r.reason]
+        if foreign:
+            console.print(
+                f"{len(foreign)} of {len(texts)} texts are in no language that the encoder {self.encoder.config.name} reads, and their "
+                f"answers say nothing about them ({_some(foreign)})"
+            )
 
     def _answer(self, predictions: dict[str, list[float]]) -> dict[str, Any]:
         """One text's answers, by task [size], as users see them."""
@@ -119,6 +140,10 @@ class RedHeartPipeline:
             if given:
                 answer[shown] = values[0] if label.scalar else given
         return {**answer, "untrained": left} if self.untrained else answer
+
+
+def _some(said: list[str]) -> str:
+    return ", ".join(said[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
 
 
 SHOWN = {"preference": "utility"}

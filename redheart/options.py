@@ -73,3 +73,13 @@ Augment = Annotated[
         help="`paraphrase` or `counterfactual`: the LLM writes about training texts; gated, marked, counted (data.augment).",
     ),
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="[PATH]", help="Go on from a checkpoint; alone: the last one of the run."),
+]
+Init = Annotated[
+    Path | None,
+    typer.Option(
+        "--init", metavar="PATH", help="Start from the weights of an export (of `grow`), a checkpoint or a run."
+    ),
+]

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import redheart.infer as infer
 import redheart.train.start as start
 from redheart.config import LossConfig, load_config
+from redheart.data.pretrained import encoder_path
 from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
 from redheart.evaluation.trained import joined, label_weights, trained_entries, untrained_names
 from redheart.infer import RedHeartPipeline
@@ -49,7 +51,8 @@ class Encoder:
     fingerprint, width = MADE_WITH, WIDTH
 
     def __init__(self, *_: object):
-        self.config = SimpleNamespace(max_tokens=TOKENS)
+        self.config = SimpleNamespace(max_tokens=TOKENS, name="package:minilm")
+        self.tokenizer = AutoTokenizer.from_pretrained(encoder_path("package:minilm"))
 
     def encode(self, texts):
         rng = np.random.default_rng(0)
@@ -209,3 +212,28 @@ def test_an_answer_that_is_not_finite_is_refused_by_name(model):
             pipeline(["we laughed", "we cried"])
         weight.copy_(kept)
     assert len(pipeline(["we laughed", "we cried"])) == 2
+
+
+@pytest.mark.parametrize(("words", "tokens"), [(4, None), (5, 7), (30, 32)])  # two tokens are special
+def test_a_text_that_loses_its_end_is_named_with_its_length(model, capsys, words, tokens):
+    RedHeartPipeline(model, Encoder(), trained=ALL)(["we laughed", "day " * words])
+    told = capsys.readouterr().err
+    line = f"1 of 2 texts exceed 6 tokens: only their first 6 are read (text 2 has {tokens})\n"
+    assert told == (line if tokens else "")
+
+
+def test_a_text_in_no_language_of_the_encoder_is_named(model, capsys):
+    pipeline = RedHeartPipeline(model, Encoder(), trained=ALL)
+    for text in ("ዛሬ ደስተኛ", "나는 오늘 정말 기쁘다"):  # Amharic: unknown pieces; Korean: letter by letter
+        pipeline([text, "we laughed"])
+        told = [line for line in capsys.readouterr().err.splitlines() if "language" in line]
+        assert len(told) == 1
+        assert "1 of 2 texts are in no language that the encoder package:minilm reads" in told[0]
+        assert "(text 1: " in told[0]
+    pipeline("wir lachten")
+    assert "language" not in capsys.readouterr().err
+
+
+def test_a_text_that_is_no_unicode_is_refused(model):
+    with pytest.raises(RedHeartError, match="text 2 is not valid Unicode"):
+        RedHeartPipeline(model, Encoder(), trained=ALL)(["we laughed", "half \udcff"])
