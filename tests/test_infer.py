@@ -17,6 +17,7 @@ from redheart.config import LossConfig, load_config
 from redheart.data.pretrained import encoder_path
 from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
 from redheart.evaluation.trained import joined, label_weights, trained_entries, untrained_names
+from redheart.files import write_sealed_json
 from redheart.infer import RedHeartPipeline
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
@@ -87,8 +88,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for first, split in ((10, "dev"), (20, "test")):
         rows = [row(n, split, emotion=emotion(n), regret=(n % 4) / 4) for n in range(first, first + 4)]
         writer.write(f"{split}-00000.arrow", rows, 1)
-    index = {"version": FORMAT_VERSION, "plan": "p", "encoder": MADE_WITH, "sources": {}, "splits": writer.finish()}
-    (out / INDEX).write_text(json.dumps(index))
+    index = {
+        "version": FORMAT_VERSION,
+        "plan": "p",
+        "encoder": MADE_WITH,
+        "sources": {},
+        "levels": {"regret": [1 / 3, 2 / 3]},
+    }
+    write_sealed_json(out / INDEX, {**index, "splits": writer.finish()})
     return out
 
 
