@@ -53,7 +53,7 @@ SETTINGS = [
     *(f"model.encoder_width={WIDTH}", "data.encoder.name=random", "data.encoder.layers=[0]"),
     *(f"data.encoder.max_tokens={MAX_TOKENS}", "memory.strategy=plain", "training.precision=fp32"),
     *("training.max_steps=2", "training.checkpoint_every=1", "training.global_batch_size=4", "training.micro_batch_size=4"),
-    *("training.log_samples=true"),
+    "training.log_samples=true",
 ]  # fmt: skip
 
 
