@@ -1,6 +1,7 @@
 """Plans: what fits, what is fastest, what is said where nothing fits; activations here are a line written down, not measured."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from redheart.cli import app
 from redheart.config import load_config
 from redheart.memory import plan as room
 from redheart.memory.activations import Activations, MicroStep
-from redheart.memory.budget import gib
-from redheart.memory.plan import GIB, parameters_of, plan, ranks_hold
-from redheart.memory.states import TRAITS
+from redheart.memory.budget import CONTEXT, gib
+from redheart.memory.plan import GIB, parameters_of, plan, predict, ranks_hold
+from redheart.memory.states import TRAITS, states
 from redheart.schema import RedHeartError
 
 MB = 10**6
@@ -72,9 +73,79 @@ def test_nothing_fits_1_gib_and_the_smallest_budget_that_works_is_named():
 
 
 def test_a_host_that_is_too_small_is_named_too():
-    found = plan(load_config("330m"), 3.0, 2.0, strategies=("zero2_offload_8bit",))
-    with pytest.raises(RedHeartError, match="--host-memory"):
-        _ = found.chosen
+    only = ("zero2_offload_8bit",)
+    for gpu, host in ((3.0, 2.0), (0.3, 40.0), (0.3, 2.0), (None, 2.0)):
+        with pytest.raises(RedHeartError, match="smallest budget that works is --") as error:
+            _ = plan(load_config("330m"), gpu, host, strategies=only).chosen
+        told = str(error.value).split("that works is ")[1]
+        named = {name: float(size) for name, size in re.findall(r"--(gpu|host)-memory ([0-9.]+)GiB", told)}
+        assert named.keys() == {n for n, small in (("gpu", (gpu or 9) < 1), ("host", host < 3)) if small}
+        candidates = {}
+        for more in (0.01, -0.02):  # what is named works, and nothing smaller
+            sizes = {"gpu": gpu, "host": host, **{name: size + more for name, size in named.items()}}
+            candidates[more] = [
+                c for c in plan(load_config("330m"), sizes["gpu"], sizes["host"], strategies=only).candidates if c.fits
+            ]
+        assert candidates[-0.02] == []
+        names = {
+            f"with {c.strategy}, micro-batch {c.micro_batch_size}{', recomputing' * c.activation_checkpointing}"
+            for c in candidates[0.01]
+        }
+        assert any(told.endswith(name) for name in names)
+
+
+STEP = MicroStep(1000 * MB, 1600 * MB, 1024 * MB, 7 * MB, 3 * 10**12, 10_500)
+
+
+def predicted(strategy, accumulation, **more):
+    config = load_config("330m", ["training.precision=bf16"])
+    return predict(config, strategy, 8, accumulation, False, STEP, parameters_of(config), **more)
+
+
+def test_a_candidates_bytes_and_peaks_by_hand():
+    found = predicted("zero2", 8)
+    assert found == predicted("zero2", 8, nodes=1, gpus_per_node=1)
+    assert not found.fits  # before a plan has looked at it
+    s = states("zero2", parameters_of(load_config("330m")), accumulation=8)
+    assert {k: found.gpu[k] for k in s.gpu} == s.gpu
+    more = {k: v for k, v in found.gpu.items() if k not in s.gpu}
+    allocator = (
+        24 * MB + 64 * 2**20 + int(0.05 * (1000 * MB + s.gpu["buckets"]))
+    )  # rounding, half-used segments, fragments
+    assert more == {
+        "activations": 1000 * MB, "inputs": 7 * MB, "workspace": 40 * 2**20, "allocator": allocator, "context": CONTEXT,
+    }  # fmt: skip
+    terms = sum(found.gpu.values())
+    assert found.gpu_peak == max(terms, terms - 1007 * MB + s.step, s.gpu_start + 40 * 2**20 + allocator + CONTEXT)
+    assert found.host == {**s.host, "base": room.HOST_BASE_GPU}
+    assert predicted("zero2", 8, gpus_per_node=4).host_peak == 4 * max(
+        room.HOST_BASE_GPU, s.host_start + room.HOST_BASE_GPU
+    )
+    once = predicted("plain", 1)  # gradients grow while activations shrink: 600 MB of them stand beside the peak
+    assert once.gpu["gradients"] == 600 * MB
+    assert predicted("plain", 2).gpu["gradients"] == 4 * parameters_of(load_config("330m")).total
+
+
+def test_a_candidates_times_by_hand():
+    n = parameters_of(load_config("330m")).total
+    one = predicted("zero2", 8).times_s
+    assert one == pytest.approx(
+        {"compute": 8 * 3e12 / 20e12, "launches": 8 * 10_500 * 6e-6, "optimizer": 32 * n / 250e9}, rel=1e-6
+    )
+    down_and_up = predicted("zero2_offload_8bit", 8).times_s
+    assert down_and_up["optimizer"] == pytest.approx(18 * n / 20e9, rel=1e-6)
+    assert down_and_up["pcie"] == pytest.approx(
+        (4 + 2 + 15 * 2) * n / 12e9, rel=1e-6
+    )  # partial sums 8 times down, 7 times up
+    assert predicted("zero2_offload", 8).times_s["pcie"] == pytest.approx(6 * n / 12e9, rel=1e-6)
+    assert "network" not in one
+    cpu = predicted("zero2_offload_8bit", 8, on_cpu=True).times_s
+    assert cpu == pytest.approx({"compute": 8 * 3e12 / 2e9, "launches": 0, "optimizer": 18 * n / 20e9}, rel=1e-6)
+    for strategy, passes in (("zero1", 2), ("zero2", 9), ("zero3", 24)):
+        cards = predicted(strategy, 8, gpus_per_node=4).times_s["network"]
+        assert cards == pytest.approx(passes * 2 * n * 3 / 4 / 10e9, rel=1e-6), strategy
+        nodes = predicted(strategy, 8, nodes=2, gpus_per_node=4).times_s["network"]
+        assert nodes == pytest.approx(passes * 2 * n * 7 / 8 / (3e9 * 4), rel=1e-6), strategy
 
 
 def test_the_chosen_is_the_fastest_that_fits_and_sums_its_batch():

@@ -89,7 +89,15 @@ def test_a_measured_step_replaces_the_estimate():
     assert found.measured
     assert found.weak[0].step_s == pytest.approx(3.0)
     assert found.strong[0].step_s == pytest.approx(3.0)
-    assert found.weak[1].network_s == told().weak[1].network_s
+    estimate = told()
+    assert found.weak[1].network_s == estimate.weak[1].network_s
+    for curve, other in (
+        (found.weak, estimate.weak),
+        (found.strong, estimate.strong),
+    ):  # what is inside a node is scaled alike
+        for measured, estimated in zip(curve, other, strict=True):
+            factor = (measured.step_s - measured.network_s) / (estimated.step_s - estimated.network_s)
+            assert factor == pytest.approx(3.0 / estimate.weak[0].step_s)
 
 
 def test_the_default_network_is_the_plans_and_the_plans_nodes_are_a_point():

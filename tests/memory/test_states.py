@@ -63,6 +63,42 @@ def test_host_bytes_per_parameter_are_those_of_the_design():
     assert with_accumulation["accumulation"] == 2 * n
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
+    """Buckets, the optimizer's step and DeepSpeed's set-up, in bf16 with buckets smaller than the largest parameter."""
+    n, largest, bucket = EVEN.total, EVEN.largest, 1000
+    most, part = sum(EVEN.groups[0]) // ranks, EVEN.total // ranks  # a rank's share of the larger group, and of both
+    found = {s: states(s, EVEN, ranks, bucket=bucket) for s in STRATEGIES if s != "plain" or ranks == 1}
+    two = 2 * 2 * largest  # two buckets in bf16, each as large as the largest parameter
+    flat = 2 * n + max(2 * n, 6 * part)  # old weights beside flat ones, then the clone and its master
+    for strategy, buckets, step, start in (
+        ("gpu_8bit", two, 0, flat),
+        ("zero1", two, (4 + 2 + 4) * most, flat),  # the flat gradient in bf16 and fp32, and the root of v
+        ("zero2", two, 4 * most, flat),
+        ("zero2_offload", two + (2 + 4) * largest, 0, 2 * n + max(2 * n, 2 * most)),
+        ("zero2_offload_8bit", two + (2 + 4) * largest, 0, 2 * n + max(2 * n, 2 * most)),
+        (
+            "zero3",
+            2 * 2 * bucket + 4 * largest,
+            8 * most,
+            4 * part,
+        ),  # of the larger sub-group, the gradient in fp32 and AdamW
+        ("zero3_offload_8bit", 2 * 2 * bucket + 4 * largest, 0, 4 * part),
+    ):
+        s = found[strategy]
+        assert (s.gpu["buckets"], s.step, s.gpu_start) == (buckets, step, start), strategy
+    assert found["zero1"].gpu["gradients"] == 2 * (part + n)
+    assert found["zero2"].host_start == found["zero1"].host_start == 2 * n
+    masters = (1 << 23) // ranks + 4096 // ranks  # pinned: the next power of two of each group's
+    copies = masters // 2
+    assert found["zero2_offload"].host_start == max(2 * n, 4 * most + masters, 2 * masters + copies)
+    assert found["zero3_offload_8bit"].host_start == 4 * part + 4 * most
+    on_cpu = states("zero2_offload", EVEN, ranks, bucket=bucket, on_cpu=True)
+    assert (on_cpu.gpu_start, on_cpu.host_start) == (4 * n + 8 * part, 0)
+    if ranks == 1:
+        assert (found["plain"].step, found["plain"].gpu_start) == (4 * n, 4 * n)
+
+
 def test_pinned_buffers_are_powers_of_two():
     host = states("zero2_offload_8bit", Parameters(((1000,), (10,)))).host
     assert host["master"] == 4096 + 64
