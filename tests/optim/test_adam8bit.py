@@ -1,5 +1,7 @@
 """The 8-bit optimizer: near fp32 AdamW, right on average, the same on any number of threads, bitwise after a resume."""
 
+import copy
+
 import pytest
 import torch
 
@@ -417,3 +419,53 @@ def test_fp32_moments_that_deepspeed_has_put_there_are_adopted():
     assert optimizer.state[p]["step"] == 7
     optimizer.adopt_moments()  # nothing is left to adopt
     assert optimizer.state[p]["step"] == 7
+
+
+def test_one_moment_that_is_not_finite_among_many_is_refused():
+    p = parameter(noise(600))
+    optimizer = CPUAdamW8bit([p])
+    m, v = noise(600), noise(600, seed=1).square()
+    for place, bad in ((0, float("nan")), (599, float("inf"))):
+        for which in range(2):
+            given = [m.clone(), v.clone()]
+            given[which][place] = bad
+            with pytest.raises(RedHeartError, match="finite float32"):
+                optimizer.set_moments(p, *given)
+    assert not optimizer.state[p]
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        torch.zeros(600), torch.zeros(599, dtype=torch.bfloat16), torch.zeros(601, dtype=torch.bfloat16),
+        torch.zeros(1200, dtype=torch.bfloat16)[::2], torch.zeros(600, dtype=torch.bfloat16, device="meta"),
+    ],
+)  # fmt: skip
+def test_a_copy_that_does_not_fit_is_refused_and_nothing_is_written(copy):
+    p = parameter(noise(600))
+    p.grad = noise(600, seed=1)
+    with pytest.raises(RedHeartError, match="600 elements here"):
+        CPUAdamW8bit([p]).step(copies={p: copy})
+    assert torch.equal(p, noise(600))
+
+
+def test_one_group_of_another_version_is_enough_to_refuse():
+    p, q = parameter(noise(300)), parameter(noise(300))
+    optimizer = CPUAdamW8bit([{"params": [p]}, {"params": [q]}])
+    p.grad = q.grad = noise(300, seed=1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["codes"] = 1
+    with pytest.raises(RedHeartError, match="another version"):
+        optimizer.load_state_dict(saved)
+
+
+def test_what_is_loaded_last_counts():
+    p = parameter(noise(300))
+    optimizer, kept = CPUAdamW8bit([p]), []
+    for seed in (1, 2):
+        run(optimizer, p, [noise(300, seed=seed)])
+        kept.append((copy.deepcopy(optimizer.state_dict()), states(optimizer, p)))
+    for saved, expected in (kept[0], kept[1], kept[0]):
+        optimizer.load_state_dict(saved)
+        assert all(torch.equal(x, expected[name]) for name, x in states(optimizer, p).items())
