@@ -115,7 +115,7 @@ class RedHeartPipeline:
         cut = [f"text {n} has {r.tokens}" for n, r in enumerate(readings, 1) if r.tokens > most]
         if cut:
             console.print(
-                f"{len(cut)} of {len(texts)} texts exceed {most} tokens: only their first {most} are read ({_some(cut)})"
+                f"{len(cut)} of {len(texts)} texts exceed {most} tokens and are cut: only the first {most} of each are read ({_some(cut)})"
             )
         foreign = [f"text {n}: {r.reason}" for n, r in enumerate(readings, 1) if r.reason]
         if foreign:

@@ -225,7 +225,7 @@ def test_an_answer_that_is_not_finite_is_refused_by_name(model):
 def test_a_text_that_loses_its_end_is_named_with_its_length(model, capsys, words, tokens):
     RedHeartPipeline(model, Encoder(), trained=ALL)(["we laughed", "day " * words])
     told = capsys.readouterr().err
-    line = f"1 of 2 texts exceed 6 tokens: only their first 6 are read (text 2 has {tokens})\n"
+    line = f"1 of 2 texts exceed 6 tokens and are cut: only the first 6 of each are read (text 2 has {tokens})\n"
     assert told == (line if tokens else "")
 
 
