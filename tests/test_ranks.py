@@ -88,3 +88,15 @@ def test_prepare_and_train_refuse_before_anything_is_read_or_written(monkeypatch
     with pytest.raises(RedHeartError, match="RANK=1"):
         train(load_config("local"), tmp_path / "nothing", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_CPU", "ACCELERATE_USE_MEGATRON_LM"])
+def test_what_would_turn_deepspeed_off_is_refused_by_name(monkeypatch, name):
+    from redheart.train.engine.machinery import check_accelerate
+
+    for harmless in ("", "false", "0"):
+        monkeypatch.setenv(name, harmless)
+        check_accelerate()
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(RedHeartError, match=f"{name}=true turns DeepSpeed off.*unset {name}"):
+        check_accelerate()

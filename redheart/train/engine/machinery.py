@@ -17,8 +17,10 @@ from redheart.files import read_json
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import build_root
 from redheart.ranks import is_launched
+from redheart.schema import RedHeartError
 
 START_S = 600  # how long processes wait for each other to start: nodes read and compile at their own pace
+OTHERS = {"ACCELERATE_USE_CPU": "--cpu", "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm"}
 FILES = {"gpu_8bit": "zero2"}  # strategies that share the file of another
 
 
@@ -46,6 +48,16 @@ def import_machinery() -> tuple[Any, Any]:
     # DeepSpeed asks twice for every kernel, and every answer takes py-cpuinfo more than a second
     cpuinfo.get_cpu_info = _cpu_info
     return accelerate, deepspeed
+
+
+def check_accelerate() -> None:
+    """Raises RedHeartError where a variable of `accelerate launch` asks for another machinery than DeepSpeed."""
+    for name, option in OTHERS.items():
+        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise RedHeartError(
+                f"{name}={os.environ[name]} turns DeepSpeed off, which memory.strategy asks for: `unset {name}`, start without {option}, "
+                "or choose memory.strategy=plain"
+            )
 
 
 @cache

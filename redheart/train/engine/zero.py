@@ -32,7 +32,7 @@ from redheart.train.engine.base import (
     squared_by_module,
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
-from redheart.train.engine.machinery import START_S, deepspeed_config, import_machinery, limit_waiting
+from redheart.train.engine.machinery import START_S, check_accelerate, deepspeed_config, import_machinery, limit_waiting
 from redheart.train.engine.moments import Read, adopt, partitions
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
 
@@ -47,6 +47,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, build: Build, config: RunConfig, accumulation: int, micro_batch_size: int):
         accelerate, self._deepspeed = self._accelerate, _ = import_machinery()
+        check_accelerate()
         build_root()  # DeepSpeed compiles its kernels there
         world_size = launched_world_size()
         settings = deepspeed_config(config, accumulation, micro_batch_size, world_size)
