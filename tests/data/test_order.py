@@ -133,6 +133,7 @@ def test_neighbouring_buckets_of_pairs_are_alike_in_both_lengths():
     cells = sorted({bucket(t, c, 16): (t // 2, c // 2) for t in range(1, 17) for c in range(1, 17)}.items())
     steps = [abs(a[0] - b[0]) + abs(a[1] - b[1]) for (_, a), (_, b) in itertools.pairwise(cells)]
     assert max(steps) == 1
+    assert len(cells) == 9 * 9  # no two share a bucket
     assert min(k for k, _ in cells) > 16 >= max(bucket(t, 0, 16) for t in range(1, 17))
 
 

@@ -469,3 +469,5 @@ def test_what_is_loaded_last_counts():
     for saved, expected in (kept[0], kept[1], kept[0]):
         optimizer.load_state_dict(saved)
         assert all(torch.equal(x, expected[name]) for name, x in states(optimizer, p).items())
+        assert not optimizer._optimizer_load_state_dict_pre_hooks
+        assert not optimizer._optimizer_load_state_dict_post_hooks
