@@ -1,11 +1,14 @@
 """`redheart grow` and `train --init`: tensor by tensor onto the disk, the same function on real rows, and training goes on from it."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from redheart.config import load_config
 from redheart.model import growth
@@ -81,6 +84,45 @@ def test_weights_to_start_from_must_fit(export: Path):
     ):
         with pytest.raises(RedHeartError, match=words):
             initialise(RedHeartModel(RedHeartConfig(**changes)), export)
+
+
+def _change_weights(out: Path, act) -> None:
+    tensors = load_file(out / "model.safetensors")
+    act(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _change_json(path: Path, act) -> None:
+    values = json.loads(path.read_text())
+    act(values)
+    path.write_text(json.dumps(values))
+
+
+UNSOUND = {
+    "a tensor gone": (lambda o: _change_weights(o, lambda t: t.pop(min(t))), "lacks 1 tensor"),
+    "a tensor more": (lambda o: _change_weights(o, lambda t: t.update(x=torch.ones(1))), r"unknown to this network, 1 tensor \(x\)"),
+    "a shape": (
+        lambda o: _change_weights(o, lambda t: t.update({"backbone.norm.weight": torch.ones(3)})),
+        r"backbone.norm.weight \[3\] instead of \[24\]",
+    ),
+    "half the weights": (lambda o: os.truncate(o / "model.safetensors", 5000), "no whole safetensors file"),
+    "no weights": (lambda o: (o / "model.safetensors").unlink(), "model.safetensors"),
+    "a width that is a word": (lambda o: _change_json(o / "config.json", lambda v: v.update(width="wide")), "width"),
+    "no JSON": (lambda o: (o / "config.json").write_text("{"), "JSON"),
+    "an unknown key": (lambda o: _change_json(o / "redheart.json", lambda v: v["progress"].update(stepp=1)), "stepp"),
+    "a step that is a word": (lambda o: _change_json(o / "redheart.json", lambda v: v["progress"].update(step="one")), "step"),
+    "no progress": (lambda o: _change_json(o / "redheart.json", lambda v: v.pop("progress")), "must hold config and progress"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", UNSOUND)
+def test_an_export_without_a_manifest_is_still_looked_at_by_every_door(export: Path, tmp_path: Path, fault: str):
+    spoil, words = UNSOUND[fault]
+    out = Path(shutil.copytree(export, tmp_path / "export"))
+    spoil(out)
+    for read in (load_model, open_stored):
+        with pytest.raises(RedHeartError, match=words):
+            read(out)
 
 
 def test_a_changed_function_is_refused_and_nothing_stays(
