@@ -246,6 +246,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
      training.checkpoint_every training.keep_checkpoints training.log_samples"""),
     ("free", "when it gives up", "training.max_bad_steps training.collective_timeout_s"),
     ("free", "what the plan may take", "memory.gpu_memory_gib memory.host_memory_gib"),
+    ("free", "where what computes stands", "data.encoder.device"),
     ("free", "how data is fetched", "data.remote.attempts data.remote.timeout_s data.remote.cache_gib"),
     ("free", "read by prepare alone", """data.encoder.batch_size data.encoder.languages data.labeler.name
      data.labeler.quantization data.labeler.weight data.labeler.max_texts data.labeler.batch_size data.labeler.unpack

@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
     return {
         **kept,
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "COLUMNS": "200",
         "REDHEART_DEBUG": "",
     }
@@ -78,7 +78,7 @@ def forked(module: str, *arguments: str | Path, ranks: int = 0, timeout: int = 2
         worlds = [
             {**meeting, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks)} for r in range(ranks)
         ]
-    os.environ["OMP_NUM_THREADS"] = "1"  # the server reads it once, when it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:

@@ -153,7 +153,7 @@ def test_what_a_killed_preparation_left_is_gone_on_with_or_cleaned(
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as broken:
-        broken.setattr(module, "write_json", _killed_at_the_index)
+        broken.setattr(module, "write_sealed_json", _killed_at_the_index)
         with pytest.raises(KeyboardInterrupt):
             prepare([source], out, CONFIG)
     encoded = {p: p.stat().st_mtime_ns for p in (out / "work").glob("encoded-*")}

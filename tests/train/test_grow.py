@@ -59,7 +59,7 @@ def test_what_is_streamed_is_what_grows_in_memory(export: Path, tmp_path: Path, 
 
 def test_what_cannot_be_done_is_said_before_anything_is_written(export: Path, tmp_path: Path):
     for config, words in (
-        (run_config(**sizes(36, 3, 32)), "no multiple of 24"),
+        (run_config(**sizes(36, 4, 32)), "no multiple of 24"),
         (run_config(**sizes(48, 4, 32, num_experts=2)), "num_experts"),
     ):
         with pytest.raises(RedHeartError, match=re.escape(words)):

@@ -52,7 +52,7 @@ def test_zero_goes_on_with_them(strategy: str, ranks: int, tmp_path: Path):
     assert carried["losses"] == pytest.approx(whole["losses"][3:], rel=1e-4)
     reset = run(ranks, strategy=strategy, steps=3, carry=str(tmp_path / "a"), moments=False)
     assert reset["losses"][0] == pytest.approx(whole["losses"][3], rel=1e-5)
-    assert reset["losses"][2] != pytest.approx(whole["losses"][5], rel=1e-2)
+    assert reset["losses"][2] != pytest.approx(whole["losses"][5], rel=1e-3)  # ten times as far as with them
 
 
 def test_8_bit_moments_are_taken_over_in_chunks():
