@@ -37,7 +37,7 @@ def test_under_an_absolute_error_it_is_the_weighted_median():
 
 def test_a_label_of_the_histograms_is_met_however_narrow_its_kink():
     target = torch.tensor([[49 / GRID, 1 / GRID, 0.9975]], dtype=torch.float64)
-    narrow = lambda p, t, w: weighted(-(-((p - t) * 1e5).abs()).exp(), w)  # noqa: E731
+    narrow = lambda p, t, w: weighted(-(-((p - t) * 1e8).abs()).exp(), w)  # noqa: E731
     assert GRID % 400 == 0
     found = best_constant(narrow, lambda p: p, target, torch.ones_like(target), 0.0, 1.0)
     assert torch.allclose(found, target, rtol=0, atol=1e-9)

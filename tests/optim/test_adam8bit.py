@@ -293,6 +293,20 @@ def test_an_unchecked_gradient_that_is_not_finite_spoils_no_block():
         old = states(optimizer, p)
 
 
+@pytest.mark.parametrize("place", [3, BLOCK + 2])
+def test_a_block_that_is_left_leaves_its_copy_too(place):
+    n = BLOCK + 5
+    p, kept = parameter(noise(n)), torch.full((n,), 7.0, dtype=torch.bfloat16)
+    p.grad = noise(n, seed=1)
+    p.grad[place] = float("inf")
+    with pytest.raises(FloatingPointError, match="1 blocks"):
+        CPUAdamW8bit([p]).step(copies={p: kept}, check_finite=False)
+    left = slice(0, BLOCK) if place < BLOCK else slice(BLOCK, n)
+    other = slice(BLOCK, n) if place < BLOCK else slice(0, BLOCK)
+    assert (kept[left] == 7).all()
+    assert torch.equal(kept[other], p.detach()[other].bfloat16())
+
+
 def test_a_state_dict_goes_through_a_file_without_pickled_code(tmp_path):
     p, q = parameter(noise(700)), parameter(noise(700))
     a, b = CPUAdamW8bit([p], seed=1), CPUAdamW8bit([q], seed=1)
