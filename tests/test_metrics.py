@@ -7,7 +7,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
 
 from redheart.evaluation.answers import Answers, metric, sums
-from redheart.metrics import not_finite, summarise, tally
+from redheart.metrics import FIELDS, not_finite, summarise, tally
 
 P = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
 T = (P + 0.6 * torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) - 0.3).clamp(0, 1)
@@ -61,6 +61,8 @@ def test_rows_are_texts_and_count_is_entries():
     w[:10, 0] = w[5:20, 2] = 0.3
     told = summarise(tally(P[:7], T[:7], w[:7]) + tally(P[7:], T[7:], w[7:]))
     assert (told["rows"], told["count"]) == (20, 25)
+    assert tally(P[:, :1], T[:, :1], w[:, :1])[FIELDS.index("rows")].tolist() == [10]
+    assert tally(P, T, w)[FIELDS.index("rows")].tolist() == [20, 0, 0]
 
 
 def test_macro_f1_is_one_definition_for_sums_and_for_rows():

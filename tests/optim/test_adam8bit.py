@@ -121,6 +121,16 @@ def test_hard_blocks():
     assert (v[2 * BLOCK :] > 0).all()  # a second moment never rounds to zero
 
 
+def test_a_second_moment_too_small_for_fp32_is_told_as_above_zero():
+    p = parameter(torch.zeros(300))
+    optimizer = CPUAdamW8bit([p])
+    run(optimizer, p, [torch.full((300,), 1e-28)])  # its root is held, its square would be 0
+    m, v = optimizer.moments(p)
+    assert (v > 0).all()
+    optimizer.set_moments(p, m, v)
+    assert (optimizer.moments(p)[1] > 0).all()
+
+
 def test_the_16_bit_copy_is_the_parameter_rounded():
     p = parameter(noise(1000))
     copy = torch.zeros(1000, dtype=torch.bfloat16)

@@ -119,6 +119,7 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint_and_the_next_start_leaves_
         for directory in committed(run):
             verify_manifest(directory)
             assert (directory / "deep" / "state").read_text() == "moments"
+            assert (directory / "config.yaml").read_text() == "preset: local\n"
         said = read_progress(newest)
         assert said.step in (4, 5 if work is one_more else 3)
         assert best(run) is not None
