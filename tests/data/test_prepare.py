@@ -15,6 +15,7 @@ from redheart.data.prepare import PrepareReport, prepare
 from redheart.data.pretrained import encoder_path
 from redheart.data.shards import INDEX
 from redheart.data.store import Store
+from redheart.files import write_sealed_json
 from redheart.owned import MARKER, exclusive
 from redheart.schema import RedHeartError
 from tests.runs import forked
@@ -176,11 +177,10 @@ def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _killed_at_the_index(path: Path, value: object) -> None:
+def _killed_at_the_index(path: Path, value: dict) -> None:
     if path.name == INDEX:
         raise KeyboardInterrupt
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value))
+    write_sealed_json(path, value)
 
 
 def test_rejected_rows_of_an_earlier_call_are_not_this_calls(tmp_path: Path):

