@@ -87,6 +87,7 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     ):
         s = found[strategy]
         assert (s.gpu["buckets"], s.step, s.gpu_start) == (buckets, step, start), strategy
+        assert (s.partition, s.weights) == (part, part if strategy.startswith("zero3") else n), strategy
     assert found["zero1"].gpu["gradients"] == 2 * (part + n)
     assert found["zero2"].host_start == found["zero1"].host_start == 2 * n
     masters = (1 << 23) // ranks + 4096 // ranks  # pinned: the next power of two of each group's
