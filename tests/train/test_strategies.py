@@ -56,7 +56,7 @@ OTHERS += [(s, n) for s in ("zero1", "zero2", "zero2_offload", "zero2_offload_8b
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), RISKY + [pytest.param(*c, marks=pytest.mark.slow) for c in OTHERS])
-def test_a_run_ends_resumes_and_is_bitwise_the_run_without_synergy(one_label_each, tmp_path, strategy, ranks):
+def test_a_run_with_synergy_ends_and_resumes_bitwise(one_label_each, tmp_path, strategy, ranks):
     settings = [x for s in (*SETTINGS, f"memory.strategy={strategy}") for x in ("--set", s)]
     world = 0 if strategy == "plain" else ranks
     whole, again = tmp_path / "whole", tmp_path / "again"
