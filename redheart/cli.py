@@ -21,6 +21,7 @@ from redheart.options import (  # fmt: skip
     Checkpoint,
     Data,
     Device,
+    HelpConfig,
     Init,
     Json,
     NetworkGbit,
@@ -206,6 +207,7 @@ def train(
     no_param_update: Annotated[
         bool, typer.Option("--no-param-update", help="A dry run: every stage, learning rate 0, no checkpoint.")
     ] = False,
+    help_config: HelpConfig = False,
     json_: Json = False,
 ) -> None:
     """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""

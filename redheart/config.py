@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from redheart.files import read_text, seal, unseal, write_text
 from redheart.schema import RedHeartError
@@ -30,6 +32,8 @@ SEALED = "restore it, or remove its last line if the change is yours"
 
 
 class Section(BaseModel):
+    """Settings that belong together; each key says what it means (`redheart train --help-config`)."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -42,9 +46,7 @@ class ModelConfig(Section):
     layers: int = Field(6, gt=0, description="encoder layers")
     task_width: int = Field(gt=0, description="K: width of a task's feature")
     task_heads: int = Field(gt=0, description="attention heads over K")
-    num_experts: int = Field(
-        8, gt=0, description="experts of the emotion head, of equal width in sum; 1: a single network"
-    )
+    num_experts: int = Field(8, gt=0, description="experts of the emotion head, as wide in sum; 1: a single network")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of channels dropped, drawn per sample position")
     activation_checkpointing: bool = Field(False, description="recompute encoder layers in the backward pass")
     ablate: tuple[str, ...] = Field((), description="modules left out, for instance analyzers.surd: an ablation run")
@@ -57,60 +59,60 @@ class ModelConfig(Section):
 
 
 class EncoderConfig(Section):
+    """The frozen encoder whose token states are the network's input."""
+
     name: str = Field("package:minilm", description="`package:minilm`, a directory, or a hub id")
     layers: tuple[int, ...] = Field((4, 6), min_length=1, description="hidden layers concatenated; 0 is the embedding")
-    max_tokens: int = Field(64, ge=4, le=512)
-    batch_size: int = Field(32, gt=0)
+    max_tokens: int = Field(64, ge=4, le=512, description="longer texts are cut here; prepare says how many")
+    batch_size: int = Field(32, gt=0, description="texts the encoder reads at once")
     device: str = Field("auto", description="where it computes: `auto` (a GPU where there is one), cpu, cuda or cuda:1")
     languages: tuple[str, ...] = Field(("en",), description="languages the encoder was made for; others are refused")
 
 
 class LabelerConfig(Section):
+    """The causal LM that scores what no corpus labels, and the gates its answers must pass."""
+
     name: str = Field("package:smollm2", description="`package:smollm2`, a directory, or a hub id of a causal LM")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit weights through bitsandbytes, or none")
     weight: float = Field(0.3, gt=0, le=1, description="weight of an LLM or derived label beside a human one")
     max_texts: int | None = Field(None, ge=0, description="most texts the LLM reads, spread over the sources; 0: none")
     batch_size: int = Field(8, gt=0, description="texts the LLM reads at once")
-    unpack: bool = Field(
-        True, description="hold the 4-bit weights' values in bf16: twice as fast, four times the memory"
-    )
-    min_mass: float = Field(
-        0.05, ge=0, lt=1, description="mean probability of the answer words below which a question is refused"
-    )
-    min_spread: float = Field(0.01, ge=0, lt=1, description="deviation of the scores below which a question is refused")
-    min_agreement: float = Field(
-        0.55, ge=0, le=1, description="agreement with people (0.5: chance) below which it is refused"
-    )
+    unpack: bool = Field(True, description="4-bit weights' values held in bf16: twice as fast, four times the memory")
+    min_mass: float = Field(0.05, ge=0, lt=1, description="least mean probability of the answer words of a question")
+    min_spread: float = Field(0.01, ge=0, lt=1, description="least deviation of the scores of a question")
+    min_agreement: float = Field(0.55, ge=0, le=1, description="least agreement of it with people; 0.5: chance")
 
 
 class RemoteConfig(Section):
+    """Reading shards from a remote store."""
+
     attempts: int = Field(5, gt=0, description="tries of a read from a remote store, with growing pauses between")
     timeout_s: float = Field(30.0, gt=0, description="silence after which a transfer counts as stalled (http)")
     cache_gib: float = Field(20.0, gt=0, description="shards of remote stores kept on this machine")
 
 
 class AugmentConfig(Section):
+    """Texts that the labelling LLM writes beside those of the corpora, and the gates they must pass."""
+
     kind: Literal["paraphrase", "counterfactual"] | None = Field(
         None, description="what the labelling LLM writes about training texts; nothing where null"
     )
     max_texts: int | None = Field(None, gt=0, description="most texts it writes about, spread over the sources")
     min_similarity: float = Field(0.8, ge=-1, le=1, description="least cosine of the mean token states")
-    max_shift: float = Field(
-        0.05, gt=0, le=1, description="paraphrase: mean movement of the LLM's own answers above which it is refused"
-    )
-    min_gain: float = Field(
-        0.05, ge=0, le=1, description="counterfactual: gain of act and effect, to the LLM, below which it is refused"
-    )
+    max_shift: float = Field(0.05, gt=0, le=1, description="paraphrase: most mean movement of the LLM's own answers")
+    min_gain: float = Field(0.05, ge=0, le=1, description="counterfactual: least gain of act and effect, to the LLM")
 
 
 class DataConfig(Section):
+    """What `redheart prepare` makes of raw records."""
+
     encoder: EncoderConfig = EncoderConfig()
     labeler: LabelerConfig = LabelerConfig()
     augment: AugmentConfig = AugmentConfig()
     remote: RemoteConfig = RemoteConfig()
-    rows_per_shard: int = Field(2048, gt=0)
+    rows_per_shard: int = Field(2048, gt=0, description="most rows of a shard, the unit that is fetched and drawn")
     dedup: bool = Field(
-        False, description="drop train rows that nearly repeat a dev or test row, and dev rows a test row"
+        False, description="drop train rows that nearly repeat dev or test rows, and dev rows test rows"
     )
     dedup_threshold: float = Field(
         0.95,
@@ -133,17 +135,19 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """AdamW, with warm-up and then a cosine to the final learning rate."""
+
     name: Literal["adamw", "adamw_8bit"] | None = Field(
         None,
         description="fp32 or 8-bit states; null: what memory.strategy says. What is asked for is what runs, or an error",
     )
-    learning_rate: float = Field(1e-4, gt=0)
-    final_learning_rate: float = Field(1e-6, ge=0)
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="the highest one, reached at the end of the warm-up")
+    final_learning_rate: float = Field(1e-6, ge=0, description="that of the last step")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is scaled down to this norm")
 
 
 class LossShares(Section):
@@ -158,10 +162,12 @@ THIRDS = (1 / 3, 2 / 3)  # of regret's range: the levels of a network that has s
 
 
 class LossConfig(Section):
+    """How the answers' losses are computed and combined."""
+
     weights: dict[str, Factor] = Field(default_factory=dict, description="factor per output, 1.0 where not named")
     shares: LossShares = LossShares()
-    focal_gamma: float = Field(2.0, ge=0)
-    huber_delta: float = Field(0.25, gt=0)
+    focal_gamma: float = Field(2.0, ge=0, description="focus of the emotion loss on what is answered badly; 0: none")
+    huber_delta: float = Field(0.25, gt=0, description="error of regret beyond which its loss grows linearly")
     extreme_penalty: float = Field(0.1, ge=0, description="of Bentham values pushed beyond 0.02 or 0.98")
     balance: float = Field(0.001, ge=0, description="load balance of a sample's gate")
     router_z: float = Field(0.001, ge=0, description="squared log-partition of the gate's logits")
@@ -172,19 +178,21 @@ class LossConfig(Section):
 
 
 class TrainingConfig(Section):
-    seed: int = Field(0, ge=0, lt=2**63)
+    """How long, how much at once, and what is written down on the way."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of samples, dropout and rounding")
     epochs: float = Field(gt=0, description="passes over the training split; ignored where max_steps is given")
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="optimizer steps of the run; null: what epochs says")
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step over all ranks and micro-steps")
     micro_batch_size: int = Field(gt=0, description="most samples a rank runs at once")
-    precision: Literal["fp32", "bf16"] = "bf16"
-    log_every: int = Field(10, gt=0)
-    evaluate_every: int = Field(100, gt=0)
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of matrix products and of the weights they read")
+    log_every: int = Field(10, gt=0, description="steps between two lines of the log and of TensorBoard")
+    evaluate_every: int = Field(100, gt=0, description="steps between two looks at the dev loss")
     evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
     synergy_every: int = Field(
-        100, gt=0, description="steps between two looks at gradients' angles and at what informs regret"
+        100, gt=0, description="steps between two looks at gradients' angles and regret's causes"
     )
-    checkpoint_every: int = Field(100, gt=0)
+    checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept beside the best one")
     best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
     log_samples: bool = Field(False, description="write every step's sample ids to samples-rankN.jsonl")
@@ -195,9 +203,13 @@ class TrainingConfig(Section):
 
 
 class MemoryConfig(Section):
-    strategy: Strategy = "zero2_offload"
-    gpu_memory_gib: float = Field(8.0, gt=0)
-    host_memory_gib: float = Field(16.0, gt=0)
+    """What the run may take, and how weights, gradients and optimizer states are spread over GPU, host and ranks."""
+
+    strategy: Strategy = Field(
+        "zero2_offload", description="where states live: `redheart plan` compares all of them and names the fastest"
+    )
+    gpu_memory_gib: float = Field(8.0, gt=0, description="most memory taken on each GPU, the CUDA context included")
+    host_memory_gib: float = Field(16.0, gt=0, description="most memory taken on the host by all processes of a node")
     swap: tuple[str, ...] = Field(
         (),
         description="modules that stay on the host and visit the device for their turn; training: strategy plain only",
@@ -207,7 +219,10 @@ class MemoryConfig(Section):
 class RunConfig(Section):
     """A complete run. `redheart train` writes the resolved one to `config.yaml` in the run directory."""
 
-    preset: str
+    # a file that leaves out `preset` takes its own name, so an editor that reads the schema need not ask for it
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("preset"))
+
+    preset: str = Field(description="a name for these settings; a file that gives none is called as the file is")
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -276,11 +291,19 @@ ON_RESUME = {key: OnResume(kind, why) for kind, why, keys in _ON_RESUME for key 
 
 def leaves(config: Section) -> dict[str, Any]:
     """Every leaf key of a configuration by its dotted path, as plain values."""
-    found: dict[str, Any] = {}
-    for name, value in config:
-        inner = {f"{name}.{k}": v for k, v in leaves(value).items()} if isinstance(value, Section) else {name: value}
-        found |= inner
-    return found
+    return {key: functools.reduce(getattr, key.split("."), config) for key in config_keys(type(config))}
+
+
+def config_keys(section: type[BaseModel] = RunConfig, path: str = "") -> dict[str, FieldInfo]:
+    """Every leaf key of a section by its dotted path: default, bounds and description."""
+    keys: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys |= config_keys(kind, f"{path}{name}.")
+        else:
+            keys[f"{path}{name}"] = field
+    return keys
 
 
 def preset_names() -> list[str]:
@@ -365,18 +388,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(error["loc"][-1]), known_keys(), 1)
+        names = {name for key in config_keys() for name in key.split(".")}
+        close = difflib.get_close_matches(str(error["loc"][-1]), sorted(names), 1)
         return f"unknown config key {path}" + (f" (did you mean {close[0]}?)" if close else "")
     if error["type"] == "missing":
         return f"config key {path} is missing"
     return f"config key {path} = {error['input']!r}: {error['msg']}"
-
-
-def known_keys(section: type[BaseModel] = RunConfig) -> list[str]:
-    """Every key of the configuration, for suggestions."""
-    keys: list[str] = []
-    for name, field in section.model_fields.items():
-        keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation)
-    return keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,21 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(VERSION)
         raise typer.Exit
+
+
+def _print_config_help(context: typer.Context, wanted: bool) -> None:
+    """Every config key with its default and meaning on stdout, or, with --json, the JSON Schema of a configuration file."""
+    if not wanted:
+        return
+    from redheart.config import RunConfig, config_keys
+    from redheart.console import emit
+
+    if not context.params["json_"]:
+        for key, field in config_keys().items():
+            default = "" if field.is_required() else f" = {json.dumps(field.get_default(call_default_factory=True))}"
+            print(f"{key}{default}\n    {field.description}")
+    emit(RunConfig.model_json_schema(), context.params["json_"])
+    raise typer.Exit
 
 
 Version = Annotated[
@@ -30,7 +46,16 @@ RunPreset = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one config key; may be repeated.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+# eager: known before what prints and exits
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", is_eager=True)]
+HelpConfig = Annotated[
+    bool,
+    typer.Option(
+        "--help-config",
+        help="Explain every config key and exit; with --json as JSON Schema, for editors.",
+        callback=_print_config_help,
+    ),
+]
 Data = Annotated[
     str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
 ]

@@ -1,15 +1,20 @@
 """Configurations: presets are complete, every wrong key or value is named, and a dumped run reads back as itself."""
 
+import json
+from importlib import resources
+from typing import Any
+
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from redheart.cli import app
 from redheart.config import (
     _ON_RESUME,
     ON_RESUME,
     RunConfig,
+    config_keys,
     dump_config,
-    known_keys,
     leaves,
     load_config,
     parse_config,
@@ -20,29 +25,114 @@ from redheart.schema import RedHeartError
 PRESETS = ("330m", "base", "local")
 
 
-def unset_keys(model: BaseModel, path: str = "") -> list[str]:
-    """Dotted paths of the keys a preset leaves to a default of the code."""
-    missing = []
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        if isinstance(value, BaseModel):
-            missing += unset_keys(value, f"{path}{name}.")
-        elif name not in model.model_fields_set:
-            missing.append(path + name)
-    return missing
+# every key that the presets leave to its default, as the presets wrote them out when they still named every key
+DEFAULTS = {
+    "model": {"encoder_width": 768, "layers": 6, "num_experts": 8, "dropout": 0.1, "ablate": (), "activation_checkpointing": False},
+    "data.encoder": {"name": "package:minilm", "layers": (4, 6), "max_tokens": 64, "batch_size": 32, "device": "auto",
+                     "languages": ("en",)},
+    "data.labeler": {"name": "package:smollm2", "quantization": "nf4", "weight": 0.3, "max_texts": None, "batch_size": 8,
+                     "unpack": True, "min_mass": 0.05, "min_spread": 0.01, "min_agreement": 0.55},
+    "data.augment": {"kind": None, "max_texts": None, "min_similarity": 0.8, "max_shift": 0.05, "min_gain": 0.05},
+    "data.remote": {"attempts": 5, "timeout_s": 30.0, "cache_gib": 20.0},
+    "data": {"rows_per_shard": 2048, "dedup": False, "dedup_threshold": 0.95, "columns": {}, "mixture": {}},
+    "optimizer": {"name": None, "learning_rate": 1e-4, "final_learning_rate": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8,
+                  "weight_decay": 0.01, "warmup_fraction": 0.05, "max_grad_norm": 1.0},
+    "loss": {"weights": {}, "focal_gamma": 2.0, "huber_delta": 0.25, "extreme_penalty": 0.1, "balance": 0.001, "router_z": 0.001,
+             "regret_edges": (1 / 3, 2 / 3), "constant_floor": 0.01},
+    "loss.shares": {"heads": 0.7, "analyzers": 0.3, "aux": 1.0},
+    "training": {"seed": 0, "max_steps": None, "precision": "bf16", "log_every": 10, "evaluate_rows": 2048, "synergy_every": 100,
+                 "keep_checkpoints": 2, "best_metric": "loss", "log_samples": False, "max_bad_steps": 3, "collective_timeout_s": 600},
+    "memory": {"strategy": "zero2_offload", "gpu_memory_gib": 8.0, "host_memory_gib": 16.0, "swap": ()},
+}  # fmt: skip
+# what each preset says itself, in the order of its file
+SAID = {
+    "330m": (768, 12, 512, 8, 4, 64, 16, 200, 200, "zero2_offload_8bit"),
+    "1b3": (1536, 24, 1024, 16, True, 4, 64, 8, 200, 200, "zero2_offload_8bit", 32),
+    "base": (192, 6, 128, 4, 3e-4, 6, 32, 32, "fp32", 200, 200),
+    "local": (96, 3, 64, 2, 5e-4, 40, 16, 16, "fp32", 5, 20, 40),
+}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_names_every_key_itself(name):
-    config = load_config(name)
-    assert config.preset == name
-    assert unset_keys(config) == ["loss.regret_edges"]  # what the data says
+def preset_file(name: str) -> dict[str, Any]:
+    """A preset's own keys by their dotted paths."""
+    text = resources.files("redheart").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+    sections = yaml.safe_load(text)
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
-def test_a_key_that_is_left_to_its_default_would_be_noticed():
-    values = yaml.safe_load(dump_config(load_config("local")))
-    del values["loss"]["huber_delta"]
-    assert unset_keys(parse_config(values)) == ["loss.huber_delta"]
+def repeated_defaults(keys: dict[str, Any]) -> list[str]:
+    known = config_keys()
+    return [k for k, value in keys.items() if value == known[k].get_default(call_default_factory=True)]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_resolves_to_what_it_always_did(name):
+    found, said = leaves(load_config(name)), preset_file(name)
+    assert tuple(said.values()) == SAID[name]
+    assert {k: found[k] for k in said} == said
+    defaults = {f"{section}.{key}": value for section, keys in DEFAULTS.items() for key, value in keys.items()}
+    assert {k: found[k] for k in defaults if k not in said} == {k: v for k, v in defaults.items() if k not in said}
+    assert found["preset"] == name
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_repeats_no_default(name):
+    assert repeated_defaults(preset_file(name)) == []
+
+
+def test_a_repeated_default_would_be_noticed():
+    assert repeated_defaults({"loss.huber_delta": 0.25, "loss.weights": {}, "model.width": 96}) == [
+        "loss.huber_delta",
+        "loss.weights",
+    ]
+
+
+def undescribed(section: type[BaseModel]) -> list[str]:
+    return [key for key, field in config_keys(section).items() if not field.description]
+
+
+def test_every_key_says_what_it_means():
+    assert undescribed(RunConfig) == []
+
+    class Longer(RunConfig):
+        note: str = ""
+
+    assert undescribed(Longer) == ["note"]
+
+
+def test_the_help_names_every_key_with_its_default_and_meaning(capsys):
+    for arguments in (["--help-config"], ["--help-config", "--json"], ["--json", "--help-config"]):
+        with pytest.raises(SystemExit) as stopped:
+            app(["train", *arguments])
+        assert stopped.value.code == 0
+    lines, *schemas = capsys.readouterr().out.split('{"$defs"')
+    told = dict(zip(lines.splitlines()[::2], lines.splitlines()[1::2], strict=True))
+    assert [line.split(" = ")[0] for line in told] == list(config_keys())
+    assert "most memory taken on each GPU" in told["memory.gpu_memory_gib = 8.0"]
+    assert "width of the backbone" in told["model.width"]  # no default
+    assert (
+        schemas == [json.dumps(RunConfig.model_json_schema(), ensure_ascii=False).removeprefix('{"$defs"') + "\n"] * 2
+    )
+
+
+def schema_keys(schema: dict[str, Any], whole: dict[str, Any], path: str = "") -> dict[str, dict[str, Any]]:
+    """The leaf keys of a JSON Schema by their dotted paths."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in schema["properties"].items():
+        inner = value.get("$ref", "").removeprefix("#/$defs/")
+        found |= schema_keys(whole["$defs"][inner], whole, f"{path}{name}.") if inner else {path + name: value}
+    return found
+
+
+def test_an_editor_learns_every_key_and_refuses_others():
+    schema = RunConfig.model_json_schema()
+    keys = schema_keys(schema, schema)
+    assert list(keys) == list(config_keys())
+    assert all(value["description"] for value in keys.values())
+    assert all(s["additionalProperties"] is False for s in [schema, *schema["$defs"].values()])
+    assert schema["required"] == ["model", "training"]  # a file without `preset` takes its own name
+    assert keys["model.dropout"]["exclusiveMaximum"] == 1
+    assert "zero3_offload_8bit" in keys["memory.strategy"]["enum"]
 
 
 def test_the_presets_are_listed():
@@ -125,7 +215,7 @@ def test_a_later_set_wins():
 
 
 @pytest.mark.parametrize(
-    "override", ["training.epochs", "=3", "preset.name=x", "training.seed=[1", "training.seed.x=1"]
+    "override", ["training.epochs", "=3", "preset.name=x", "training.seed=[1", "training.epochs.x=1"]
 )
 def test_a_set_that_cannot_be_applied_is_quoted(override):
     with pytest.raises(RedHeartError) as error:
@@ -204,22 +294,8 @@ def test_a_dump_reads_back_as_itself(name, tmp_path):
     assert load_config(str(tmp_path / "config.yaml")) == config
 
 
-def test_known_keys_reach_the_innermost_section():
-    assert {"training", "epochs", "encoder", "layers", "quantization"} <= set(known_keys(RunConfig))
-
-
-def leaf_keys(section: type[BaseModel], path: str = "") -> set[str]:
-    """Dotted paths of a section's keys, from its classes alone."""
-    found: set[str] = set()
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        inner = isinstance(kind, type) and issubclass(kind, BaseModel)
-        found |= leaf_keys(kind, f"{path}{name}.") if inner else {path + name}
-    return found
-
-
 def test_every_key_stands_once_in_the_table_of_resuming():
-    keys = leaf_keys(RunConfig)
+    keys = set(config_keys())
     assert {"preset", "training.seed", "loss.shares.heads", "data.encoder.layers"} <= keys
     assert sorted(key for _, _, group in _ON_RESUME for key in group.split()) == sorted(keys)
     assert set(leaves(load_config("local"))) == keys
@@ -230,4 +306,4 @@ def test_a_new_key_would_be_missed_in_the_table():
     class Longer(RunConfig):
         note: str = ""
 
-    assert leaf_keys(Longer) - set(ON_RESUME) == {"note"}
+    assert config_keys(Longer).keys() - set(ON_RESUME) == {"note"}
