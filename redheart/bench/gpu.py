@@ -27,7 +27,7 @@ from redheart.console import console, table
 from redheart.files import read_json, read_sealed_json, write_json, write_sealed_json
 from redheart.memory.activations import PAIR_SHARE
 from redheart.memory.budget import gib
-from redheart.memory.plan import GIB, Candidate, Plan, plan
+from redheart.memory.plan import GIB, Candidate, Card, Plan, plan
 from redheart.owned import make_directory
 from redheart.schema import RedHeartError
 
@@ -190,6 +190,11 @@ def show(result: dict[str, Any]) -> None:
     for one in result["cases"]:
         if not one["ended"]:
             console.print(f"failed, {one['name']}: {one['error']}")
+    if machine["launch_s"] is not None:
+        console.print(
+            f"a launch takes {machine['launch_s'] * 1e6:.1f} µs and a wait {machine['wait_s'] * 1e6:.1f} µs "
+            f"(the plan assumes {Card.kernel_s * 1e6:g} and {Card.wait_s * 1e6:g})"
+        )
     goal = result["target"]
     outcome = {None: "not measured here", True: "met", False: "missed"}[goal["met"]]
     reached = "" if goal["reached"] is None else f": {goal['reached']:.1f} with {goal['by']}"

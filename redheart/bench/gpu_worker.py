@@ -57,6 +57,7 @@ def machine() -> dict[str, Any]:
         "host_free_gib": free_host_gib(),
         "threads": torch.get_num_threads(),
         "matmul": matmul(EDGE_GPU if on_gpu else EDGE_CPU),
+        **(prices() if on_gpu else {"launch_s": None, "wait_s": None}),
         "versions": {"redheart": VERSION, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
     }
 
@@ -75,6 +76,25 @@ def matmul(edge: int, repeats: int = 20) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     precision = str(dtype).removeprefix("torch.")
     return {"edge": edge, "precision": precision, "tflop_per_s": 2 * edge**3 / median(seconds[3:]) / 1e12}
+
+
+def prices(launches: int = 2000, waits: int = 200) -> dict[str, float]:
+    """Seconds of the host to launch a small kernel, and those that reading one number of the device costs beyond the launch of
+    what made it: what `plan` assumes as kernel_s and wait_s."""
+    x = torch.zeros(16, device=compute_device())
+
+    def seconds(count: int, wait: bool) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(count):
+            x.add_(1)
+            if wait:
+                float(x[0])
+        return (time.perf_counter() - started) / count
+
+    seconds(100, True)  # kernels loaded, memory reserved
+    launch = median(seconds(launches, False) for _ in range(5))
+    return {"launch_s": launch, "wait_s": median(seconds(waits, True) for _ in range(5)) - launch}
 
 
 def case(job: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ candidates, and are stated with every plan. Host figures of several ranks are th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ import torch
 from redheart.config import RunConfig, Strategy
 from redheart.memory.activations import MicroStep, activations
 from redheart.memory.budget import CONTEXT
-from redheart.memory.states import STRATEGIES, Parameters, States, partition_sizes, states, traits_of
+from redheart.memory.launches import count_launches, count_waits
+from redheart.memory.states import STRATEGIES, Parameters, States, Traits, partition_sizes, states, traits_of
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
 
@@ -37,10 +39,11 @@ class Card:
     """What a step's time is estimated with: sustained, not advertised, figures of an ordinary 8 GB card and its host."""
 
     flops: float = 20e12  # FLOP/s in bf16 matrix products of this size
-    fp32_flops: float = (
-        10e12  # the same in fp32: TF32 stays off, its 10 bits are too few for the Kalman filter's covariances
+    fp32_flops: float = 10e12  # the same in fp32: TF32 stays off, too few bits for the Kalman filter's covariances
+    kernel_s: float = (
+        6e-6  # s to launch one kernel from Python: what bounds small micro-batches (`bench gpu`: launch_s)
     )
-    kernel_s: float = 6e-6  # s to launch one kernel from Python: what bounds small micro-batches
+    wait_s: float = 15e-6  # s in which nothing is launched when the host waits for the GPU (`bench gpu`: wait_s)
     gpu_bytes: float = 250e9  # B/s of the card's memory
     pcie_bytes: float = 12e9  # B/s, pinned, one direction
     host_bytes: float = 20e9  # B/s that all cores of the host reach in the optimizer
@@ -51,6 +54,40 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One way to train, on `nodes` × `gpus_per_node` ranks: what bytes and times are predicted of."""
+
+    config: RunConfig
+    strategy: Strategy
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    activation_checkpointing: bool
+    step: MicroStep
+    parameters: Parameters
+    card: Card = Card()
+    on_cpu: bool = False
+    nodes: int = 1
+    gpus_per_node: int = 1
+    base: int | None = None  # bytes of the process before a network; None: the constants above
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def traits(self) -> Traits:
+        return traits_of(self.strategy, self.config.optimizer.name == "adamw_8bit")
+
+    @cached_property
+    def states(self) -> States:
+        """Of one rank."""
+        return states(
+            self.strategy, self.parameters, self.ranks, self.config.training.precision, self.gradient_accumulation_steps,
+            self.on_cpu, eight_bit=self.traits.eight_bit,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to train. Bytes by term; peaks are the worst moment's, not the terms' sum: start, micro-step or update."""
 
@@ -58,6 +95,7 @@ class Candidate:
     micro_batch_size: int
     gradient_accumulation_steps: int
     activation_checkpointing: bool
+    step: MicroStep
     gpu: dict[str, int]
     host: dict[str, int]
     gpu_peak: int
@@ -87,18 +125,16 @@ class Candidate:
         }
 
     def details(self) -> dict[str, Any]:
-        breakdown = {
-            where: {k: round(v / GIB, 4) for k, v in terms.items()}
-            for where, terms in (("gpu", self.gpu), ("host", self.host))
-        }
-        times = {name: round(value, 5) for name, value in self.times_s.items()}
+        terms = {"gpu": self.gpu, "host": self.host}
         return {
             **self.to_json(),
             "fits": self.fits,
             "step_s": round(self.step_s, 4),
             "bound": self.bound,
-            "times_s": times,
-            "breakdown_gib": breakdown,
+            "times_s": {name: round(value, 5) for name, value in self.times_s.items()},
+            "breakdown_gib": {
+                where: {k: round(v / GIB, 4) for k, v in sizes.items()} for where, sizes in terms.items()
+            },
         }
 
 
@@ -198,7 +234,7 @@ def plan(
         )
     parameters, card = parameters_of(config), Card()
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     flops = 0
     for checkpointing in (False, True):
         usual = activations(config, tokens, checkpointing, dtype)
@@ -209,78 +245,53 @@ def plan(
             autocast = strategy == "plain" and dtype == torch.bfloat16
             measured = activations(config, tokens, checkpointing, torch.float32, True) if autocast else usual
             for micro in (m for m in range(1, share + 1) if share % m == 0):
-                candidate = predict(
-                    config,
-                    strategy,
-                    micro,
-                    share // micro,
-                    checkpointing,
-                    measured.at(micro),
-                    parameters,
-                    card,
-                    on_cpu,
-                    nodes,
-                    gpus_per_node,
-                    base,
-                )
-                fits = candidate.host_peak <= host_memory_gib * GIB and (
-                    on_cpu or candidate.gpu_peak <= float(gpu_memory_gib or 0) * GIB
-                )
-                found.append(Candidate(**{**candidate.__dict__, "fits": fits}))
+                request = Request(
+                    config, strategy, micro, share // micro, checkpointing, measured.at(micro), parameters, card,
+                    on_cpu, nodes, gpus_per_node, base,
+                )  # fmt: skip
+                c = predict(request)
+                fits = c.host_peak <= host_memory_gib * GIB and c.gpu_peak <= (gpu_memory_gib or 0) * GIB
+                candidates.append(replace(c, fits=fits))
     memory = None if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
-    return Plan(config.preset, tokens, memory, int(host_memory_gib * GIB), nodes, gpus_per_node, flops, card, found)
+    return Plan(
+        config.preset, tokens, memory, int(host_memory_gib * GIB), nodes, gpus_per_node, flops, card, candidates
+    )
 
 
-def predict(
-    config: RunConfig,
-    strategy: Strategy,
-    micro: int,
-    accumulation: int,
-    checkpointing: bool,
-    step: MicroStep,
-    parameters: Parameters,
-    card: Card | None = None,
-    on_cpu: bool = False,
-    nodes: int = 1,
-    gpus_per_node: int = 1,
-    base: int | None = None,
-) -> Candidate:
+def predict(request: Request) -> Candidate:
     """One candidate: bytes by term, peaks, times."""
-    card = card or Card()
-    ranks = nodes * gpus_per_node
-    eight_bit = config.optimizer.name == "adamw_8bit"
-    s = states(strategy, parameters, ranks, config.training.precision, accumulation, on_cpu, eight_bit=eight_bit)
+    r, s, step = request, request.states, request.step
     gpu, host = dict(s.gpu), dict(s.host)
     kept = 0
-    if strategy == "plain" and accumulation == 1:  # gradients grow while activations shrink
+    if r.strategy == "plain" and r.gradient_accumulation_steps == 1:  # gradients grow while activations shrink
         kept = gpu["gradients"] - min(gpu["gradients"], max(0, step.peak_with_gradients - step.peak))
         gpu["gradients"] -= kept
     gpu["activations"], gpu["inputs"] = step.peak, step.inputs
-    if on_cpu:
+    if r.on_cpu:
         gpu["allocator"] = int(HOST_SLACK * step.peak)
     else:
         gpu["workspace"] = WORKSPACE
-        gpu["allocator"] = (step.peak_rounded - step.peak if step.peak_rounded > step.peak else 0) + RESERVE
+        gpu["allocator"] = max(0, step.peak_rounded - step.peak) + RESERVE
         gpu["allocator"] += int(FRAGMENTATION * (step.peak + gpu.get("buckets", 0)))
         gpu["context"] = CONTEXT
-    passing = sum(gpu[k] for k in ("activations", "inputs"))
+    passing = gpu["activations"] + gpu["inputs"]
     fixed = sum(gpu.get(k, 0) for k in ("workspace", "allocator", "context"))
     during = sum(gpu.values())
     gpu_peak = max(during, during - passing + s.step + kept, s.gpu_start + fixed)
-    if on_cpu:
+    if r.on_cpu:
         host = {**host, **{k: host.get(k, 0) + v for k, v in gpu.items()}}
-        host["base"] = HOST_BASE_CPU if base is None else base + HOST_ENGINE * (strategy != "plain")
+        host["base"] = HOST_BASE_CPU if r.base is None else r.base + HOST_ENGINE * (r.strategy != "plain")
         both = sum(host.values())
         host_peak = max(both, both - passing + s.step + kept, s.gpu_start + s.host_start + host["base"])
         gpu, gpu_peak = {}, 0
     else:
-        host["base"] = HOST_BASE_GPU if base is None else base
-        host_peak = gpus_per_node * max(sum(host.values()), s.host_start + host["base"])
-    times = step_times(
-        config, strategy, parameters, step.flops, step.kernels, accumulation, s, card, on_cpu, nodes, gpus_per_node
-    )
-    made = Candidate(strategy, micro, accumulation, checkpointing, gpu, host, gpu_peak, host_peak, times, 0.0)
-    return Candidate(**{**made.__dict__, "samples_per_s": config.training.global_batch_size / made.step_s})
+        host["base"] = HOST_BASE_GPU if r.base is None else r.base
+        host_peak = r.gpus_per_node * max(sum(host.values()), s.host_start + host["base"])
+    candidate = Candidate(
+        r.strategy, r.micro_batch_size, r.gradient_accumulation_steps, r.activation_checkpointing, step, gpu, host,
+        gpu_peak, host_peak, step_times(r), 0.0,
+    )  # fmt: skip
+    return replace(candidate, samples_per_s=r.config.training.global_batch_size / candidate.step_s)
 
 
 def _offered(strategy: Strategy, on_cpu: bool, ranks: int, checkpointing: bool) -> bool:
@@ -290,47 +301,32 @@ def _offered(strategy: Strategy, on_cpu: bool, ranks: int, checkpointing: bool) 
     return not (strategy == "gpu_8bit" and on_cpu)
 
 
-def step_times(
-    config: RunConfig,
-    strategy: Strategy,
-    parameters: Parameters,
-    flops: int,
-    kernels: int,
-    accumulation: int,
-    s: States,
-    card: Card,
-    on_cpu: bool,
-    nodes: int,
-    gpus_per_node: int,
-) -> dict[str, float]:
-    """Seconds of one optimizer step by what takes them."""
-    t, n, part = traits_of(strategy, config.optimizer.name == "adamw_8bit"), parameters.total, s.partition
-    bf16 = config.training.precision == "bf16"
+def step_times(request: Request) -> dict[str, float]:
+    """Seconds of one optimizer step by what takes them; launches overlap with computing, the rest does not."""
+    r, t, card, part = request, request.traits, request.card, request.states.partition
+    n, accumulation = r.parameters.total, r.gradient_accumulation_steps
+    bf16 = r.config.training.precision == "bf16"
     b = 2 if bf16 and t.stage else 4
-    rate = (card.cpu_bf16_flops if bf16 else card.cpu_flops) if on_cpu else card.flops if bf16 else card.fp32_flops
-    optimizer = (
-        18 if t.eight_bit else 34 if t.offload else 32
-    ) * part  # bytes read and written, the 16-bit copy included
-    times = {
-        "compute": accumulation * flops / rate,
-        "launches": 0.0 if on_cpu else accumulation * kernels * card.kernel_s,
-    }
-    times["optimizer"] = optimizer / (card.host_bytes if t.offload or on_cpu else card.gpu_bytes)
-    if t.offload and not on_cpu:
+    rate = (card.cpu_bf16_flops if bf16 else card.cpu_flops) if r.on_cpu else card.flops if bf16 else card.fp32_flops
+    times = {"compute": accumulation * r.step.flops / rate, "launches": 0.0, "waits": 0.0}
+    if not r.on_cpu:
+        tensors = r.parameters.count
+        times["launches"] = count_launches(t, tensors, r.step.kernels, accumulation) * card.kernel_s
+        times["waits"] = count_waits(t, tensors) * card.wait_s
+    # bytes read and written, the 16-bit copy included
+    optimizer = (18 if t.eight_bit else 34 if t.offload else 32) * part
+    times["optimizer"] = optimizer / (card.host_bytes if t.offload or r.on_cpu else card.gpu_bytes)
+    if t.offload and not r.on_cpu:
         sums_there = t.fp32_accumulation and bf16 and t.stage == 2
         traffic = 4 * part + b * part  # the fp32 gradient down, weights up
         if accumulation > 1 and not sums_there:
             traffic += (2 * accumulation - 1) * b * part  # partial sums down, and up again
         times["pcie"] = traffic / (card.pcie_bytes if t.pinned else card.pcie_bytes / 3)
-    ranks = nodes * gpus_per_node
-    if ranks > 1:
-        sent = b * n * (ranks - 1) // ranks
-        times_sent = 2 + (accumulation - 1) * (
-            t.stage >= 2
-        )  # gradients (every micro-step where they are partitioned), weights
-        if t.stage == 3:
-            times_sent = 3 * accumulation  # weights forward and backward, gradients
-        times["network"] = times_sent * sent / (card.network_bytes * gpus_per_node if nodes > 1 else card.node_bytes)
+    if r.ranks > 1:
+        sent = b * n * (r.ranks - 1) // r.ranks
+        # gradients (every micro-step where they are partitioned), weights; ZeRO-3: weights forward and backward, gradients
+        passes = 3 * accumulation if t.stage == 3 else 2 + (accumulation - 1) * (t.stage >= 2)
+        times["network"] = passes * sent / (card.network_bytes * r.gpus_per_node if r.nodes > 1 else card.node_bytes)
     return times
 
 

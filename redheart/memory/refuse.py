@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from redheart.config import RunConfig
 from redheart.console import console
 from redheart.device import has_gpu
 from redheart.memory.activations import MicroStep, measured
 from redheart.memory.budget import budget_of, local_world_size, resident
-from redheart.memory.plan import GIB, Candidate, parameters_of, plan, predict
+from redheart.memory.plan import GIB, Candidate, Request, parameters_of, plan, predict
 from redheart.memory.show import plan_table, show_memory
-from redheart.memory.states import states
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 
@@ -24,40 +25,34 @@ def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, to
     on_cpu = not has_gpu()
     budget = budget_of(config, on_cpu=on_cpu)
     gpu, host = budget.gpu.gib if budget.gpu else None, budget.host.gib
-    strategy, parameters = config.memory.strategy, parameters_of(config)
-    base = resident() if on_cpu else None
-    step = MicroStep(0, 0, 0, 0, 0, 0)
-    eight_bit = config.optimizer.name == "adamw_8bit"
-    s = states(strategy, parameters, world_size, config.training.precision, accumulation, on_cpu, eight_bit=eight_bit)
-    small = here * (sum(s.gpu.values()) + sum(s.host.values())) < SMALL * min(host, host if gpu is None else gpu) * GIB
-    if not small:
-        step = measured(config, micro_batch_size, tokens, config.model.activation_checkpointing, strategy == "plain")
-    found = predict(
-        config, strategy, micro_batch_size, accumulation, config.model.activation_checkpointing, step, parameters,
-        on_cpu=on_cpu, nodes=nodes, gpus_per_node=here, base=base,
+    strategy, checkpointing = config.memory.strategy, config.model.activation_checkpointing
+    request = Request(
+        config, strategy, micro_batch_size, accumulation, checkpointing, MicroStep(0, 0, 0, 0, 0, 0), parameters_of(config),
+        on_cpu=on_cpu, nodes=nodes, gpus_per_node=here, base=resident() if on_cpu else None,
     )  # fmt: skip
+    held = here * (sum(request.states.gpu.values()) + sum(request.states.host.values()))
+    small = held < SMALL * min(host, host if gpu is None else gpu) * GIB
+    if not small:
+        step = measured(config, micro_batch_size, tokens, checkpointing, strategy == "plain")
+        request = replace(request, step=step)
+    planned = predict(request)
     gpu_bytes = None if gpu is None else int(gpu * GIB)
-    if found.host_peak <= host * GIB and (gpu_bytes is None or found.gpu_peak <= gpu_bytes):
-        show_memory(found, gpu_bytes, int(host * GIB))
+    if planned.host_peak <= host * GIB and (gpu_bytes is None or planned.gpu_peak <= gpu_bytes):
+        show_memory(planned, gpu_bytes, int(host * GIB))
         console.print(f"within: {budget}")
         if small:
             console.print("(activations not measured: the network is small beside this machine's memory)")
-        return found
-    others = plan(config, gpu, host, nodes, here, tokens, base=base)
+        return planned
+    others = plan(config, gpu, host, nodes, here, tokens, base=request.base)
     console.print(plan_table(others))
-    show_memory(found, gpu_bytes, int(host * GIB))
-    need = (
-        f"{found.gpu_peak / GIB:.2f} GiB on the GPU and " * (not on_cpu)
-        + f"{found.host_peak / GIB:.2f} GiB on the host"
-    )
-    fitting = [c for c in others.candidates if c.fits]
-    if not fitting:
-        raise RedHeartError(
-            f"{strategy} with micro-batch {micro_batch_size} needs {need}, there is {budget}; {others.no_fit()}"
-        )
+    show_memory(planned, gpu_bytes, int(host * GIB))
+    on_gpu = "" if on_cpu else f"{planned.gpu_peak / GIB:.2f} GiB on the GPU and "
+    need = f"{strategy} with micro-batch {micro_batch_size} needs {on_gpu}{planned.host_peak / GIB:.2f} GiB on the host"
+    if not any(c.fits for c in others.candidates):
+        raise RedHeartError(f"{need}, there is {budget}; {others.no_fit()}")
     best = others.chosen
     raise RedHeartError(
-        f"{strategy} with micro-batch {micro_batch_size} needs {need}, there is {budget}: choose "
+        f"{need}, there is {budget}: choose "
         f"--set memory.strategy={best.strategy} --set training.micro_batch_size={best.micro_batch_size} "
         f"--set model.activation_checkpointing={str(best.activation_checkpointing).lower()}"
     )

@@ -16,8 +16,8 @@ from typing import Any
 
 from redheart.config import RunConfig
 from redheart.console import console, table
-from redheart.memory.plan import Candidate, Card, Plan, parameters_of, step_times
-from redheart.memory.states import REDUCE_BUCKET, Parameters, states
+from redheart.memory.plan import Candidate, Card, Plan, Request, parameters_of, step_times
+from redheart.memory.states import REDUCE_BUCKET
 
 NODES = (2, 8, 64)
 LATENCY_S = 30e-6  # s from node to node for a short message: TCP over Ethernet (RDMA: about 3e-6)
@@ -60,43 +60,43 @@ class Efficiency:
 
 def efficiency(
     config: RunConfig,
-    found: Plan,
+    plan: Plan,
     network_gbit: float | None = None,
     step_seconds: float | None = None,
     nodes: Sequence[int] = NODES,
 ) -> Efficiency | None:
-    """What the chosen candidate of `found` would do on other numbers of nodes.
+    """What the chosen candidate of `plan` would do on other numbers of nodes.
 
     `plain` runs on one process: where it is the chosen one, the fastest other one that fits is looked at; None without one.
     `network_gbit`: Gbit/s of one node, all of its cards together (default: that of the plan's Card for each card).
     `step_seconds`: a measured step of one node alone on its share of the batch (global batch ÷ nodes of the plan); the estimate of
     everything that happens inside a node is scaled to it. Raises RedHeartError where nothing fits.
     """
-    chosen = found.chosen
+    chosen = plan.chosen
     if chosen.strategy == "plain":
-        others = [c for c in found.candidates if c.fits and c.strategy != "plain"]
+        others = [c for c in plan.candidates if c.fits and c.strategy != "plain"]
         if not others:
             return None
         chosen = min(others, key=lambda c: (c.step_s, c.gpu_peak))
-    gbit = network_gbit or found.card.network_bytes * found.gpus_per_node * 8 / 1e9
-    card = replace(found.card, network_bytes=gbit * 1e9 / 8 / found.gpus_per_node)
-    model = _Model(config, found, chosen, card, parameters_of(config))
-    per_node = config.training.global_batch_size // found.nodes
+    gbit = network_gbit or plan.card.network_bytes * plan.gpus_per_node * 8 / 1e9
+    card = replace(plan.card, network_bytes=gbit * 1e9 / 8 / plan.gpus_per_node)
+    model = _Model(config, plan, chosen, card)
+    per_node = config.training.global_batch_size // plan.nodes
     if step_seconds is not None:
         model.scale = step_seconds / model.point(1, per_node)[0]
-    asked = sorted({1, found.nodes, *nodes})
+    counts = sorted({1, plan.nodes, *nodes})
     return Efficiency(
         chosen.strategy,
         chosen.micro_batch_size,
         gbit,
         step_seconds is not None,
         per_node,
-        model.curve(dict.fromkeys(asked, per_node), weak=True),
+        model.curve(dict.fromkeys(counts, per_node), weak=True),
         model.curve(
             {
                 n: config.training.global_batch_size // n
-                for n in asked
-                if config.training.global_batch_size % (n * found.gpus_per_node) == 0
+                for n in counts
+                if config.training.global_batch_size % (n * plan.gpus_per_node) == 0
             },
             weak=False,
         ),
@@ -106,34 +106,28 @@ def efficiency(
 class _Model:
     """A candidate's times on any number of nodes; `scale` is what one node's estimate has to be multiplied with."""
 
-    def __init__(self, config: RunConfig, found: Plan, chosen: Candidate, card: Card, parameters: Parameters):
-        self.config, self.chosen, self.card, self.parameters = config, chosen, card, parameters
-        self.gpus, self.on_cpu, self.scale = found.gpus_per_node, found.gpu_memory is None, 1.0
-        accumulation, times = chosen.gradient_accumulation_steps, chosen.times_s
-        held = states(chosen.strategy, parameters, 1, config.training.precision, 1, self.on_cpu)
-        one = step_times(  # of 10⁹ FLOPs and one kernel: what the plan's rate is
-            config, chosen.strategy, parameters, 10**9, 1, 1, held, card, self.on_cpu, 1, 1
-        )
-        self.flops_per_sample = times["compute"] / one["compute"] * 1e9 / accumulation / chosen.micro_batch_size
-        self.kernels = round(times["launches"] / card.kernel_s / accumulation)
+    def __init__(self, config: RunConfig, plan: Plan, chosen: Candidate, card: Card):
+        self.scale = 1.0
+        self.request = Request(
+            config, chosen.strategy, chosen.micro_batch_size, chosen.gradient_accumulation_steps,
+            chosen.activation_checkpointing, chosen.step, parameters_of(config), card, plan.gpu_memory is None,
+            gpus_per_node=plan.gpus_per_node,
+        )  # fmt: skip
 
     def point(self, nodes: int, samples_per_node: int) -> tuple[float, float]:
         """(seconds inside a node, seconds of the network between nodes) of one optimizer step."""
-        share = samples_per_node // self.gpus
-        micro = next(m for m in range(min(self.chosen.micro_batch_size, share), 0, -1) if share % m == 0)
-        accumulation, ranks = share // micro, nodes * self.gpus
-        held = states(
-            self.chosen.strategy, self.parameters, ranks, self.config.training.precision, accumulation, self.on_cpu
+        most, share = self.request.micro_batch_size, samples_per_node // self.request.gpus_per_node
+        micro = next(m for m in range(min(most, share), 0, -1) if share % m == 0)
+        step = replace(self.request.step, flops=self.request.step.flops * micro // most)
+        request = replace(
+            self.request, micro_batch_size=micro, gradient_accumulation_steps=share // micro, step=step, nodes=nodes
         )
-        times = step_times(
-            self.config, self.chosen.strategy, self.parameters, int(self.flops_per_sample * micro), self.kernels, accumulation,
-            held, self.card, self.on_cpu, nodes, self.gpus,
-        )  # fmt: skip
+        times = step_times(request)
         between = times.pop("network", 0.0)
         inside = max(times.pop("compute"), times.pop("launches")) + sum(times.values())
         if nodes == 1:
             return (inside + between) * self.scale, 0.0
-        collectives = accumulation * -(-self.parameters.total // REDUCE_BUCKET)
+        collectives = request.gradient_accumulation_steps * -(-request.parameters.total // REDUCE_BUCKET)
         return inside * self.scale, between + collectives * (nodes - 1) * LATENCY_S
 
     def curve(self, samples_per_node: dict[int, int], weak: bool) -> tuple[Point, ...]:
@@ -146,19 +140,19 @@ class _Model:
         return tuple(points)
 
 
-def show_efficiency(told: Efficiency | None) -> None:
-    if told is None:
+def show_efficiency(shown: Efficiency | None) -> None:
+    if shown is None:
         console.print("more nodes: no strategy fits that several processes can run")
         return
-    strong = {p.nodes: p for p in told.strong}
+    strong = {p.nodes: p for p in shown.strong}
     rows = []
-    for p in told.weak:
+    for p in shown.weak:
         other = strong.get(p.nodes)
         shared = (f"{other.step_s:.3f}", f"{other.efficiency:.2f}") if other else ("–", "–")
         rows.append((p.nodes, f"{p.step_s:.3f}", f"{p.network_s:.3f}", f"{p.efficiency:.2f}", *shared))
     title = (
-        f"more nodes: {told.strategy}, {told.network_gbit:g} Gbit/s a node, one node's step "
-        f"{'measured' if told.measured else 'estimated'}; weak: {told.samples_per_node} samples a node, strong: the batch shared"
+        f"more nodes: {shown.strategy}, {shown.network_gbit:g} Gbit/s a node, one node's step "
+        f"{'measured' if shown.measured else 'estimated'}; weak: {shown.samples_per_node} samples a node, strong: the batch shared"
     )
     columns = ("nodes", "step s", "network s", "efficiency", "strong: step s", "efficiency")
     console.print(table(title, columns, rows))

@@ -35,7 +35,7 @@ def show_plan(plan: Plan, budget: Budget) -> None:
     speed = (
         f"{card.cpu_flops / 1e9:.0f} GFLOP/s (fp32) on the CPU"
         if plan.gpu_memory is None
-        else f"{card.flops / 1e12:.0f} TFLOP/s in bf16"
+        else f"{card.flops / 1e12:.0f} TFLOP/s in bf16, {card.kernel_s * 1e6:.0f} µs a launch, {card.wait_s * 1e6:.0f} µs a wait"
     )
     console.print(
         f"{plan.flops_per_sample / 1e9:.1f} GFLOP a sample of {plan.tokens} tokens; times assume {speed}, {card.pcie_bytes / 1e9:.0f} GB/s "
@@ -46,9 +46,13 @@ def show_plan(plan: Plan, budget: Budget) -> None:
 def plan_table(plan: Plan) -> Table:
     rows = []
     for strategy in dict.fromkeys(c.strategy for c in plan.candidates):
-        mine = [c for c in plan.candidates if c.strategy == strategy]
-        fitting = [c for c in mine if c.fits]
-        best = min(fitting, key=lambda c: c.step_s) if fitting else min(mine, key=lambda c: (c.gpu_peak, c.host_peak))
+        candidates = [c for c in plan.candidates if c.strategy == strategy]
+        fitting = [c for c in candidates if c.fits]
+        best = (
+            min(fitting, key=lambda c: c.step_s)
+            if fitting
+            else min(candidates, key=lambda c: (c.gpu_peak, c.host_peak))
+        )
         rows.append(
             (
                 ("→ " if fitting and best is plan.chosen else "  ") + strategy,

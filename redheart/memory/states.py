@@ -85,6 +85,10 @@ class Parameters:
         return sum(map(sum, self.groups))
 
     @property
+    def count(self) -> int:
+        return sum(map(len, self.groups))
+
+    @property
     def largest(self) -> int:
         return max(n for group in self.groups for n in group)
 

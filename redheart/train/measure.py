@@ -21,7 +21,7 @@ from redheart.device import has_gpu
 from redheart.losses.combine import factors
 from redheart.memory.activations import measured
 from redheart.memory.budget import CONTEXT, resident, resident_peak
-from redheart.memory.plan import GIB, parameters_of, predict
+from redheart.memory.plan import GIB, Request, parameters_of, predict
 from redheart.model.build import build_model
 from redheart.ranks import launched_world_size
 from redheart.schema import LABELS, Batch
@@ -51,34 +51,35 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
     micro, accumulation = stages.split_global_batch(
         config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
     )
-    step = measured(config, micro, tokens, config.model.activation_checkpointing, config.memory.strategy == "plain")
-    parameters, on_gpu = parameters_of(config), has_gpu()
-    if config.memory.strategy != "plain":
+    strategy, checkpointing, on_gpu = config.memory.strategy, config.model.activation_checkpointing, has_gpu()
+    step = measured(config, micro, tokens, checkpointing, strategy == "plain")
+    if strategy != "plain":
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log keeps the stdout it is imported with
             compile_kernels()  # imports the libraries, too: they belong to the base
     base = resident()
-    predicted = predict(
-        config, config.memory.strategy, micro, accumulation, config.model.activation_checkpointing, step, parameters,
-        on_cpu=not on_gpu, nodes=1, gpus_per_node=launched_world_size(), base=None if on_gpu else base,
+    request = Request(
+        config, strategy, micro, accumulation, checkpointing, step, parameters_of(config),
+        on_cpu=not on_gpu, gpus_per_node=launched_world_size(), base=None if on_gpu else base,
     )  # fmt: skip
+    planned = predict(request)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(config.training.seed)
     engine = make_engine(partial(build_model, config, None), config, accumulation, micro)
     start = peaks()
     steps = run_steps(engine, config, micro, accumulation, tokens, num_steps)
-    observed, told = peaks(), {"host_peak_gib": predicted.host_peak / GIB}
+    observed, predicted = peaks(), {"host_peak_gib": planned.host_peak / GIB}
     if on_gpu:
-        allocated = predicted.gpu_peak - sum(predicted.gpu.get(k, 0) for k in ("allocator", "context"))
-        told |= {"gpu_allocated_gib": allocated / GIB, "gpu_reserved_gib": (predicted.gpu_peak - CONTEXT) / GIB}
+        allocated = planned.gpu_peak - sum(planned.gpu.get(k, 0) for k in ("allocator", "context"))
+        predicted |= {"gpu_allocated_gib": allocated / GIB, "gpu_reserved_gib": (planned.gpu_peak - CONTEXT) / GIB}
     return {
         "preset": config.preset,
         "tokens": tokens,
         "precision": config.training.precision,
-        **predicted.details(),
-        "predicted": told,
+        **planned.details(),
+        "predicted": predicted,
         "observed": observed,
-        "ratio": {name: told[name] / observed[name] for name in told},
+        "ratio": {name: predicted[name] / observed[name] for name in predicted},
         "base_gib": base / GIB,
         "start_gib": start,
         "resident_gib": steps.resident_gib,
@@ -135,11 +136,11 @@ def show_measured(result: dict[str, Any]) -> None:
     rows = [
         (
             name.removesuffix("_gib").replace("_", " "),
-            f"{told:.3f}",
+            f"{predicted:.3f}",
             f"{result['observed'][name]:.3f}",
             f"{result['ratio'][name]:.3f}",
         )
-        for name, told in result["predicted"].items()
+        for name, predicted in result["predicted"].items()
     ]
     load = (
         f"micro-batch {result['micro_batch_size']} × {result['gradient_accumulation_steps']}, {result['tokens']} tokens"

@@ -28,6 +28,8 @@ MACHINE = {
     "card": "NVIDIA H100 80GB HBM3",
     "matmul": {"tflop_per_s": 2.0, "edge": 8, "precision": "bfloat16"},
     "versions": {"torch": "0"},
+    "launch_s": 5e-6,
+    "wait_s": 2e-5,
 }
 
 
@@ -45,6 +47,7 @@ def test_it_runs_to_its_end_on_the_cpu(preset: str, tmp_path: Path):
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout.splitlines()[-1])
     assert {c["strategy"] for c in told["cases"]} == {"plain", "zero2_offload_8bit"}
+    assert (told["machine"]["launch_s"], told["machine"]["wait_s"]) == (None, None)  # prices of a card
     peak = told["machine"]["matmul"]["tflop_per_s"]
     for case in told["cases"]:
         assert case["ended"], case
@@ -76,7 +79,7 @@ def fake(preset: str, tmp_path: Path, monkeypatch, answer, **more):
     return gpu.bench_gpu([preset], [8], out=tmp_path, **more)
 
 
-def test_a_case_that_fails_is_recorded_and_the_next_one_runs(preset: str, tmp_path: Path, monkeypatch):
+def test_a_case_that_fails_is_recorded_and_the_next_one_runs(preset: str, tmp_path: Path, monkeypatch, capfd):
     asked = []
 
     def answer(job):
@@ -92,6 +95,7 @@ def test_a_case_that_fails_is_recorded_and_the_next_one_runs(preset: str, tmp_pa
     assert "2 GiB" in failed[0]["error"]
     assert result["ok"] == (not failed[0]["is_chosen"])
     gpu.show(result)
+    assert "a launch takes 5.0 µs and a wait 20.0 µs (the plan assumes 6 and 15)" in capfd.readouterr().err
     assert {p.name for p in tmp_path.glob("gpu-*.json")} == {
         "gpu-nvidia-h100-80gb-hbm3-8gib.json",
         "gpu-nvidia-h100-80gb-hbm3-uncapped.json",

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from redheart.memory.plan import Card
 from tests.gpu.conftest import STAND_IN, grows_segments, work
 from tests.train.tiny import SETTINGS
 
@@ -41,6 +42,15 @@ def test_more_than_was_promised_is_not_to_be_had(device: str, record_property: A
     if device == "cuda":
         assert told["expandable"] == grows_segments()
         assert 0.2 < told["context_gib"] < 0.8  # the constant says 0.44
+
+
+def test_a_launch_and_a_wait_cost_what_the_plan_assumes_within_an_order(device: str, record_property: Any):
+    if device != "cuda":
+        pytest.skip("prices of a card")
+    told = work("prices")
+    record_property("told", told)
+    assert Card.kernel_s / 10 < told["launch_s"] < 10 * Card.kernel_s
+    assert Card.wait_s / 10 < told["wait_s"] < 10 * Card.wait_s
 
 
 def test_swap_answers_bitwise_and_holds_two_swapped_modules_at_most(device: str, record_property: Any):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from redheart.bench.gpu_worker import prices
 from redheart.config import RunConfig, load_config
 from redheart.device import compute_device, has_gpu
 from redheart.memory.budget import CONTEXT, limit_gpu
@@ -212,7 +213,7 @@ def refuses(strategy: str) -> dict[str, Any]:
     return {"error": None}
 
 
-JOBS = {f.__name__: f for f in (one_step, resume, peak, promise, swap, predict, refuses)}
+JOBS = {f.__name__: f for f in (one_step, resume, peak, promise, swap, predict, refuses, prices)}
 
 if __name__ == "__main__":
     print("\n" + json.dumps(JOBS[sys.argv[1]](**json.loads(sys.argv[2]))))

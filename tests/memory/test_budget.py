@@ -15,7 +15,7 @@ from redheart.config import load_config
 from redheart.memory import budget, refuse
 from redheart.memory.activations import Activations, MicroStep
 from redheart.memory.budget import CONTEXT, Bound, budget_of, limit_gpu, over_host_memory
-from redheart.memory.plan import Card, predict
+from redheart.memory.plan import Card, Request, predict
 from redheart.memory.states import Parameters
 from redheart.schema import RedHeartError
 from redheart.train.engine import make_engine
@@ -177,7 +177,7 @@ def test_times_in_fp32_are_those_without_tf32():
     step, small = MicroStep(10**6, 10**6, 10**6, 10**3, 10**9, 10), Parameters(((1000,), (10,)))
     times = {
         precision: predict(
-            load_config("local", [f"training.precision={precision}"]), "zero2", 4, 4, False, step, small
+            Request(load_config("local", [f"training.precision={precision}"]), "zero2", 4, 4, False, step, small)
         ).times_s["compute"]
         for precision in ("bf16", "fp32")
     }

@@ -12,8 +12,9 @@ from redheart.config import load_config
 from redheart.memory import plan as room
 from redheart.memory.activations import Activations, MicroStep
 from redheart.memory.budget import CONTEXT, gib
-from redheart.memory.plan import GIB, parameters_of, plan, predict, ranks_hold
-from redheart.memory.states import TRAITS, states
+from redheart.memory.launches import UPDATE, WAITS
+from redheart.memory.plan import GIB, Card, Request, parameters_of, plan, predict, ranks_hold
+from redheart.memory.states import TRAITS, Parameters, states
 from redheart.schema import RedHeartError
 
 MB = 10**6
@@ -94,12 +95,13 @@ def test_a_host_that_is_too_small_is_named_too():
         assert any(told.endswith(name) for name in names)
 
 
+CONFIG = load_config("330m", ["training.precision=bf16"])
+PARAMETERS = parameters_of(CONFIG)
 STEP = MicroStep(1000 * MB, 1600 * MB, 1024 * MB, 7 * MB, 3 * 10**12, 10_500)
 
 
 def predicted(strategy, accumulation, **more):
-    config = load_config("330m", ["training.precision=bf16"])
-    return predict(config, strategy, 8, accumulation, False, STEP, parameters_of(config), **more)
+    return predict(Request(CONFIG, strategy, 8, accumulation, False, STEP, PARAMETERS, **more))
 
 
 def test_a_candidates_bytes_and_peaks_by_hand():
@@ -127,10 +129,12 @@ def test_a_candidates_bytes_and_peaks_by_hand():
 
 
 def test_a_candidates_times_by_hand():
-    n = parameters_of(load_config("330m")).total
+    n, tensors = PARAMETERS.total, PARAMETERS.count
     one = predicted("zero2", 8).times_s
+    launches = 8 * (10_500 + 3 * tensors) + 9 * tensors + UPDATE
     assert one == pytest.approx(
-        {"compute": 8 * 3e12 / 20e12, "launches": 8 * 10_500 * 6e-6, "optimizer": 32 * n / 250e9}, rel=1e-6
+        {"compute": 8 * 3e12 / 20e12, "launches": launches * 6e-6, "waits": 2 * 15e-6, "optimizer": 32 * n / 250e9},
+        rel=1e-6,
     )
     down_and_up = predicted("zero2_offload_8bit", 8).times_s
     assert down_and_up["optimizer"] == pytest.approx(18 * n / 20e9, rel=1e-6)
@@ -140,12 +144,32 @@ def test_a_candidates_times_by_hand():
     assert predicted("zero2_offload", 8).times_s["pcie"] == pytest.approx(6 * n / 12e9, rel=1e-6)
     assert "network" not in one
     cpu = predicted("zero2_offload_8bit", 8, on_cpu=True).times_s
-    assert cpu == pytest.approx({"compute": 8 * 3e12 / 2e9, "launches": 0, "optimizer": 18 * n / 20e9}, rel=1e-6)
+    assert cpu == pytest.approx(
+        {"compute": 8 * 3e12 / 2e9, "launches": 0, "waits": 0, "optimizer": 18 * n / 20e9}, rel=1e-6
+    )
     for strategy, passes in (("zero1", 2), ("zero2", 9), ("zero3", 24)):
         cards = predicted(strategy, 8, gpus_per_node=4).times_s["network"]
         assert cards == pytest.approx(passes * 2 * n * 3 / 4 / 10e9, rel=1e-6), strategy
         nodes = predicted(strategy, 8, nodes=2, gpus_per_node=4).times_s["network"]
         assert nodes == pytest.approx(passes * 2 * n * 7 / 8 / (3e9 * 4), rel=1e-6), strategy
+
+
+def test_a_step_counts_the_launches_and_waits_of_every_tensor():
+    """By hand, after DeepSpeed 0.19.8: with offload and 16-bit sums a gradient takes 4 launches a micro-step (into the bucket; up, added,
+    down) and 10 a step, and the host waits twice (is it finite, its norm)."""
+    tensors = PARAMETERS.count
+    card = Card(kernel_s=1e-6, wait_s=1e-3)
+    times = predicted("zero2_offload_8bit", 4, card=card).times_s
+    assert times["launches"] == pytest.approx((4 * (10_500 + 4 * tensors) + 10 * tensors + UPDATE) * 1e-6)
+    assert times["waits"] == pytest.approx((2 * tensors + WAITS) * 1e-3)
+    assert predicted("plain", 4, card=card).times_s["waits"] == pytest.approx(WAITS * 1e-3)
+    few = Parameters(tuple((sum(group),) for group in PARAMETERS.groups))  # the same elements in two tensors
+    flat = predict(Request(CONFIG, "zero2_offload_8bit", 8, 4, False, STEP, few, card))
+    assert flat.times_s["waits"] == pytest.approx((2 * 2 + WAITS) * 1e-3)
+    assert flat.samples_per_s > predicted("zero2_offload_8bit", 4, card=card).samples_per_s
+    bound = predicted("zero2_offload_8bit", 4, card=Card(wait_s=1.0))
+    assert bound.bound == "waits"
+    assert bound.step_s > 2 * tensors  # nothing hides a wait
 
 
 def test_the_chosen_is_the_fastest_that_fits_and_sums_its_batch():

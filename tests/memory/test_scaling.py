@@ -11,6 +11,8 @@ from redheart.bench.scaling import predicted_step
 from redheart.cli import app
 from redheart.config import load_config
 from redheart.memory import scaling
+from redheart.memory.activations import MicroStep
+from redheart.memory.launches import UPDATE, WAITS
 from redheart.memory.plan import GIB, Candidate, Card, Plan, parameters_of
 from redheart.memory.scaling import LATENCY_S, Efficiency, efficiency
 from redheart.memory.states import REDUCE_BUCKET
@@ -30,7 +32,8 @@ def plan_of(strategy="zero2_offload_8bit", micro=16, nodes=1, gpus=1, card=None)
     card = card or Card()
     accumulation = 512 // nodes // gpus // micro
     times = {"compute": accumulation * micro * FLOPS / card.flops, "launches": accumulation * 10_000 * card.kernel_s}
-    one = Candidate(strategy, micro, accumulation, False, {}, {}, GIB, GIB, times, 1.0, True)
+    step = MicroStep(0, 0, 0, 0, int(micro * FLOPS), 10_000)
+    one = Candidate(strategy, micro, accumulation, False, step, {}, {}, GIB, GIB, times, 1.0, True)
     return Plan("330m", 64, 8 * GIB, 32 * GIB, nodes, gpus, int(FLOPS), card, [one])
 
 
@@ -69,7 +72,9 @@ def test_efficiency_rises_with_the_bandwidth_and_the_network_part_falls():
 def test_an_endless_network_leaves_what_is_shared():
     """Computing stays and only the optimizer's part shrinks: weak efficiency from 1 to (compute + update) ÷ compute."""
     found = told(network_gbit=1e9, nodes=(2, 8))
-    compute = max(512 * FLOPS / 20e12, 32 * 10_000 * 6e-6)
+    tensors = PARAMETERS.count
+    launches = (32 * (10_000 + 4 * tensors) + 10 * tensors + UPDATE) * 6e-6
+    compute = max(512 * FLOPS / 20e12, launches) + (2 * tensors + WAITS) * 15e-6
     assert all(1 <= p.efficiency < found.weak[0].step_s / compute for p in found.weak)
 
 
@@ -79,7 +84,8 @@ def test_a_point_by_hand():
     n = PARAMETERS.total
     bytes_sent = (2 + 31) * (2 * n // 2)
     assert found.weak[1].network_s == pytest.approx(bytes_sent / 1e9 + 32 * -(-n // REDUCE_BUCKET) * LATENCY_S)
-    compute = max(512 * FLOPS / 20e12, 32 * 10_000 * 6e-6)
+    launches = (32 * (10_000 + 3 * PARAMETERS.count) + 9 * PARAMETERS.count + UPDATE) * 6e-6
+    compute = max(512 * FLOPS / 20e12, launches) + WAITS * 15e-6
     assert found.weak[0].step_s == pytest.approx(compute + 32 * n / 250e9, rel=1e-3)
     assert found.weak[1].step_s == pytest.approx(compute + 16 * n / 250e9 + found.weak[1].network_s, rel=1e-3)
 
