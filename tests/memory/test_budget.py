@@ -87,6 +87,7 @@ def test_what_is_free_on_the_host_counts_where_the_run_is(monkeypatch):
 
 
 def test_plan_says_which_bound_won(monkeypatch):
+    monkeypatch.setattr(budget, "free_host_gib", lambda: 100.0)  # whatever else runs here
     step = MicroStep(10**8, 10**8, 10**8, 10**6, 10**9, 10)
     monkeypatch.setattr("redheart.memory.plan.activations", lambda *_: Activations(step, step, (4, 12)))
     asked = ["plan", "--preset", "local", "--tokens", "8", "--cpu"]
