@@ -20,6 +20,8 @@ from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import evaluate, forward
 from redheart.files import committed_directory, write_json
 from redheart.losses.combine import factors
+from redheart.memory.budget import resident_peak
+from redheart.memory.plan import GIB
 from redheart.model.growth import grown_tensors, reachable, relative_differences, tensors_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.model.select import ExecutionMode
@@ -104,14 +106,7 @@ def grow(
                     "nothing was written. An answer of a network that was hardly trained can be as small as its rounding: "
                     "train it further, or grow without --verify"
                 )
-    return GrowReport(_count(source.sizes), _count(sizes), difference, loss_before, loss_after, peak_host_gib())
-
-
-def peak_host_gib() -> float:
-    """The most memory this process has held so far (VmHWM), mapped files included."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    kib = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return int(kib) / 2**20
+    return GrowReport(_count(source.sizes), _count(sizes), difference, loss_before, loss_after, resident_peak() / GIB)
 
 
 def _count(sizes: RedHeartConfig) -> int:

@@ -10,7 +10,6 @@ the backward pass itself may fail. The global batch stays the same, so does ever
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from redheart.model.redheart import RedHeartModel
 from redheart.ranks import barrier, is_main, launched_world_size, together
 from redheart.schema import Batch, RedHeartError
 from redheart.train.checkpoint import REBUILD, Progress
-from redheart.train.engine import Build, DeepSpeedEngine, Engine, free_memory, make_engine
+from redheart.train.engine import DeepSpeedEngine, Engine, free_memory, make_engine
 from redheart.train.moments import carry
 from redheart.train.stages import Window, loss_of, split_global_batch
 from redheart.train.stored import fill, fitting
@@ -48,31 +47,21 @@ def build_engine(
     `constants`: the answers its biases start with (model/prior.py).
     """
     torch.manual_seed(config.training.seed)
-    build: Build = partial(build_model, config, encoder)
-    if constants and not init:
+    stored = fitting(model_config(config, encoder), init) if init else None
 
-        def build(place: Place) -> RedHeartModel:
-            def start_and_place(name: str, module: nn.Module) -> None:
-                start_at(name, module, constants)
-                place(name, module)
-
-            return build_model(config, encoder, start_and_place)
-
-    if init:
-        stored = fitting(model_config(config, encoder), init)
-
-        def build(
-            place: Place,
-        ) -> RedHeartModel:  # each module gets its weights before it is placed, which may cut it up
-            def fill_and_place(name: str, module: nn.Module) -> None:
+    def build(place: Place) -> RedHeartModel:
+        def start_and_place(name: str, module: nn.Module) -> None:
+            if stored:
                 fill(stored, name, module)
-                place(name, module)
+            elif constants:
+                start_at(name, module, constants)
+            place(name, module)  # last: it may cut the module up
 
-            return build_model(config, encoder, fill_and_place)
+        return build_model(config, encoder, start_and_place)
 
     accumulation = config.training.global_batch_size // launched_world_size() // micro_batch_size
     engine = make_engine(build, config, accumulation, micro_batch_size)
-    if init and (steps := carry(engine, stored)) is not None:
+    if stored and (steps := carry(engine, stored)) is not None:
         console.print(f"the optimizer goes on with the moments of {steps} steps that {init} carries")
     if is_main() and isinstance(engine, DeepSpeedEngine):
         write_json(run / "ds_config.json", engine.settings)
