@@ -83,8 +83,8 @@ def prepare(
     from redheart.data.prepare import prepare as run
     from redheart.ranks import launched_rank
 
-    asked = [*(["data.dedup=true"] if dedup else []), *([f"data.augment.kind={augment}"] if augment else [])]
-    data = load_config(preset, [*(set_ or ()), *asked]).data
+    settings = [*(["data.dedup=true"] if dedup else []), *([f"data.augment.kind={augment}"] if augment else [])]
+    data = load_config(preset, [*(set_ or ()), *settings]).data
     report = run(source, out, data, samples, force_preprocess, skip_invalid)
     if launched_rank() > 0:
         return
@@ -187,12 +187,12 @@ def plan(
         emit(measured, json_)
         return
     budget = budget_of(config, gpu_memory, host_memory, cpu)
-    found = run(config, budget.gpu.gib if budget.gpu else None, budget.host.gib, nodes, gpus_per_node, tokens)
-    scaling = efficiency(config, found, network_gbit, step_seconds)
+    planned = run(config, budget.gpu.gib if budget.gpu else None, budget.host.gib, nodes, gpus_per_node, tokens)
+    scaling = efficiency(config, planned, network_gbit, step_seconds)
     if not json_:
-        show_plan(found, budget)
+        show_plan(planned, budget)
         show_efficiency(scaling)
-    emit({**found.to_json(), "budget": budget.to_json(), "efficiency": scaling.to_json() if scaling else None}, json_)
+    emit({**planned.to_json(), "budget": budget.to_json(), "efficiency": scaling.to_json() if scaling else None}, json_)
 
 
 @app.command()
@@ -393,6 +393,6 @@ def main() -> None:
         room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
         if debug or not (isinstance(error, RedHeartError) or room or path):
             raise
-        said = f"writing failed ({room}): make room, or raise the limit (quota, ulimit -f)" if room else str(error)
-        print("redheart:", literal(" ".join(line.strip() for line in said.splitlines())), file=sys.stderr)
+        message = f"writing failed ({room}): make room, or raise the limit (quota, ulimit -f)" if room else str(error)
+        print("redheart:", literal(" ".join(line.strip() for line in message.splitlines())), file=sys.stderr)
         sys.exit(1)

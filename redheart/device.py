@@ -79,11 +79,11 @@ def tell_deepspeed() -> None:
     Raises RedHeartError where DS_ACCELERATOR says otherwise.
     """
     here = "cuda" if has_gpu() else "cpu"
-    said = os.environ.setdefault("DS_ACCELERATOR", here)
-    if said != here:
-        remedy = "hide the GPU with CUDA_VISIBLE_DEVICES=" if said == "cpu" else "check the driver with nvidia-smi"
+    chosen = os.environ.setdefault("DS_ACCELERATOR", here)
+    if chosen != here:
+        remedy = "hide the GPU with CUDA_VISIBLE_DEVICES=" if chosen == "cpu" else "check the driver with nvidia-smi"
         raise RedHeartError(
-            f"DS_ACCELERATOR={said} is set, but torch computes on {here} here: unset DS_ACCELERATOR, or {remedy}"
+            f"DS_ACCELERATOR={chosen} is set, but torch computes on {here} here: unset DS_ACCELERATOR, or {remedy}"
         )
 
 

@@ -85,11 +85,11 @@ def no_room(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         if error.errno not in NO_ROOM:
             return None
-        said = os.strerror(error.errno)
-        return f"{said}: {error.filename}" if error.filename else said
-    if isinstance(error, MemoryError) or not (found := NO_ROOM_SAID.search(str(error))):
+        reason = os.strerror(error.errno)
+        return f"{reason}: {error.filename}" if error.filename else reason
+    if isinstance(error, MemoryError) or not (refusal := NO_ROOM_SAID.search(str(error))):
         return None
-    return os.strerror(int(found[1])) if found[1] else "a write was cut off"
+    return os.strerror(int(refusal[1])) if refusal[1] else "a write was cut off"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,10 +149,10 @@ def read_sealed_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def check_sealed_json(value: Any, path: object, remedy: str) -> dict[str, Any]:
     """The second half of `read_sealed_json`, for texts that came another way than from a local file."""
-    said = value.pop("sha256", None) if isinstance(value, dict) else None
-    if said is None:
+    digest = value.pop("sha256", None) if isinstance(value, dict) else None
+    if digest is None:
         raise RedHeartError(f"{path} has no sha256 of its own: it is damaged, or of an earlier version: {remedy}")
-    if said != _digest(value):
+    if digest != _digest(value):
         raise RedHeartError(f"{path} is damaged (its sha256 is not that of its content): {remedy}")
     return value
 
@@ -171,12 +171,12 @@ def read_sealed_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
         *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:
         raise RedHeartError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
-    found = [
+    values = [
         check_sealed_json(_value_of(line), f"line {number} of {path}", remedy) for number, line in enumerate(lines, 1)
     ]
     if _value_of(rest[:-1]) is not None:  # nothing was cut short: its line break is another character now
         raise RedHeartError(f"line {len(lines) + 1} of {path} is damaged (it does not end): {remedy}")
-    return found
+    return values
 
 
 def _value_of(line: bytes) -> Any:
@@ -226,8 +226,8 @@ def verify_manifest(
 
 def _entries(content: dict[str, Any], path: Path, remedy: str) -> dict[str, str]:
     """The sha256 of each file that a manifest names."""
-    found = content.get("files")
-    files = found if isinstance(found, dict) else {"": None}
+    entries = content.get("files")
+    files = entries if isinstance(entries, dict) else {"": None}
     digests = {name: entry.get("sha256") for name, entry in files.items() if isinstance(entry, dict)}
     named = {name: digest for name, digest in digests.items() if isinstance(digest, str)}
     if set(content) != {"files"} or named.keys() != files.keys():

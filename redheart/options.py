@@ -11,15 +11,15 @@ import typer
 from redheart.version import VERSION
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    if given:
         print(VERSION)
         raise typer.Exit
 
 
-def _print_config_help(context: typer.Context, wanted: bool) -> None:
+def _print_config_help(context: typer.Context, given: bool) -> None:
     """Every config key with its default and meaning on stdout, or, with --json, the JSON Schema of a configuration file."""
-    if not wanted:
+    if not given:
         return
     from redheart.config import RunConfig, config_keys
     from redheart.console import emit

@@ -44,12 +44,12 @@ def owned(directory: Path, kind: str) -> list[str]:
     path = directory / MARKER
     if not path.exists():
         return []
-    said = read_sealed_json(path, "nothing in this directory is touched without it; name another one")
-    names = said.get("names")
+    marker = read_sealed_json(path, "nothing in this directory is touched without it; name another one")
+    names = marker.get("names")
     if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
         raise RedHeartError(f"{path} is damaged: nothing in this directory is touched without it; name another one")
-    if said.get("kind") != kind:
-        raise RedHeartError(f"{directory} holds a {said.get('kind')}, not a {kind}: name another directory")
+    if marker.get("kind") != kind:
+        raise RedHeartError(f"{directory} holds a {marker.get('kind')}, not a {kind}: name another directory")
     return names
 
 

@@ -51,11 +51,11 @@ def bench_ablation(
         def answered(by: Trained, without: tuple[str, ...] = ()) -> tuple[dict[str, Answers], ...]:
             return tuple(answers(by.model, s, without, max_rows) for s in streams)
 
-        mine = tuple({n: a for n, a in side.items() if TASKS[n].label in taught} for side in answered(whole))
+        present = tuple({n: a for n, a in side.items() if TASKS[n].label in taught} for side in answered(whole))
 
         def compared(name: str, how: str, other: tuple[dict[str, Answers], ...]) -> list[Effect]:
             bar.update(task, advance=1, note=name)
-            return effects(name, how, mine, other, same_rows=split == "dev")
+            return effects(name, how, present, other, same_rows=split == "dev")
 
         bar.update(task, advance=1)
         for module in modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +28,9 @@ def bench_loader(
     json_: Json = False,
 ) -> None:
     """Samples per second into padded batches, beside `datasets` streaming with a shuffle buffer."""
-    from redheart.bench.loader import bench_loader as run
+    from redheart.bench import loader as room
 
-    _show_measured("loader", run(data, rows, batch_size), json_)
+    _print(_figures("loader"), room.bench_loader(data, rows, batch_size), json_)
 
 
 @bench.command("encoder")
@@ -39,9 +40,9 @@ def bench_encoder(
     json_: Json = False,
 ) -> None:
     """Both packaged encoders under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
-    from redheart.bench.encoder import bench_encoder as run
+    from redheart.bench import encoder as room
 
-    _show_measured("encoder", run(train_texts, dev_texts), json_)
+    _print(_figures("encoder"), room.bench_encoder(train_texts, dev_texts), json_)
 
 
 @bench.command("label")
@@ -50,9 +51,9 @@ def bench_label(
     json_: Json = False,
 ) -> None:
     """Texts per second that the LLM scores, beside generating JSON with the same model and parsing it."""
-    from redheart.bench.label import bench_label as run
+    from redheart.bench import label as room
 
-    _show_measured("label", run(num_texts=texts), json_)
+    _print(_figures("label"), room.bench_label(num_texts=texts), json_)
 
 
 @bench.command("model")
@@ -65,12 +66,9 @@ def bench_model(
     json_: Json = False,
 ) -> None:
     """Seconds and FLOPs of a training step, module by module; the backbone beside torch's TransformerEncoder."""
-    from redheart.bench.model import bench_model as run
-    from redheart.bench.model import show
+    from redheart.bench import model as room
 
-    result = run(preset, set_ or (), tokens, micro_batch, repeats)
-    show(result)
-    emit(result, json_)
+    _print(room.show, room.bench_model(preset, set_ or (), tokens, micro_batch, repeats), json_)
 
 
 @bench.command("gpu")
@@ -101,21 +99,13 @@ def bench_gpu(
 
     Exit code 1 where the plan's own choice did not run. Without a GPU it runs on the CPU, uncapped.
     """
-    from redheart.bench.gpu import bench_gpu as run
-    from redheart.bench.gpu import show
+    from redheart.bench import gpu as room
 
-    result = run(
-        presets or ("330m", "1b3"),
-        tokens or (64, 128),
-        caps or ("8GiB", "4GiB"),
-        strategies or (),
-        steps,
-        timeout,
-        out,
+    result = room.bench_gpu(
+        presets or ("330m", "1b3"), tokens or (64, 128), caps or ("8GiB", "4GiB"), strategies or (), steps, timeout, out,
         chosen_only,
-    )
-    show(result)
-    emit(result, json_)
+    )  # fmt: skip
+    _print(room.show, result, json_)
     if not result["ok"]:
         raise typer.Exit(1)
 
@@ -130,13 +120,9 @@ def bench_optimizer(
     json_: Json = False,
 ) -> None:
     """A step of the 8-bit Adam on the CPU, beside DeepSpeed's, torch's and bitsandbytes', in turns."""
-    from redheart.bench.optimizer import bench_optimizer as run
-    from redheart.bench.optimizer import show
+    from redheart.bench import optimizer as room
 
-    result = run(params, threads, rounds)
-    if not json_:
-        show(result)
-    emit(result, json_)
+    _print(room.show, room.bench_optimizer(params, threads, rounds), json_)
 
 
 @bench.command("ablation")
@@ -155,12 +141,9 @@ def bench_ablation(
     json_: Json = False,
 ) -> None:
     """What each module is worth: held-out metrics without it, with bootstrap intervals."""
-    from redheart.bench.ablation import bench_ablation as run
-    from redheart.bench.ablation import show
+    from redheart.bench import ablation as room
 
-    result = run(checkpoint, retrained or (), data, split, rows, single_expert)
-    show(result)
-    emit(result, json_)
+    _print(room.show, room.bench_ablation(checkpoint, retrained or (), data, split, rows, single_expert), json_)
 
 
 @bench.command("parity")
@@ -185,12 +168,13 @@ def bench_parity(
     json_: Json = False,
 ) -> None:
     """Dev loss after the same steps with fp32 and with 8-bit optimizer states on the host, over several seeds."""
-    from redheart.bench.parity import bench_parity as run
-    from redheart.bench.parity import show
+    from redheart.bench import parity as room
 
-    result = run(data, work, preset, set_ or (), steps, seeds, jobs, out, plain, control or ())
-    show(result)
-    emit(result, json_)
+    _print(
+        room.show,
+        room.bench_parity(data, work, preset, set_ or (), steps, seeds, jobs, out, plain, control or ()),
+        json_,
+    )
 
 
 @bench.command("transfer")
@@ -214,13 +198,14 @@ def bench_transfer(
     json_: Json = False,
 ) -> None:
     """Does growth pay? Steps to a dev loss: grown, from scratch, and the small network trained on."""
-    from redheart.bench.transfer import bench_transfer as run
-    from redheart.bench.transfer import show
+    from redheart.bench import transfer as room
 
     seeds, rates = seed or (0, 1, 2), learning_rate or (1e-4, 3e-4, 1e-3)
-    result = run(data, out, small, large, source_steps, steps, evaluate_every, seeds, rates, set_ or ())
-    show(result)
-    emit(result, json_)
+    _print(
+        room.show,
+        room.bench_transfer(data, out, small, large, source_steps, steps, evaluate_every, seeds, rates, set_ or ()),
+        json_,
+    )
 
 
 @bench.command("scaling")
@@ -234,19 +219,24 @@ def bench_scaling(
     json_: Json = False,
 ) -> None:
     """A step of two processes over gloo, beside what the scaling model of `plan` predicts from a step of one."""
-    from redheart.bench.scaling import bench_scaling as run
-    from redheart.bench.scaling import show
+    from redheart.bench import scaling as room
 
-    result = run(preset, set_ or (), tokens, micro_batch, steps, timeout_s)
-    if not json_:
-        show(result)
+    _print(room.show, room.bench_scaling(preset, set_ or (), tokens, micro_batch, steps, timeout_s), json_)
+
+
+def _print(show: Callable[[dict[str, Any]], None], result: dict[str, Any], json_: bool) -> None:
+    """What was measured: for people on stderr, and as JSON on stdout where that is asked for."""
+    show(result)
     emit(result, json_)
 
 
-def _show_measured(what: str, result: dict[str, Any], json_: bool) -> None:
-    from redheart.console import console, table
+def _figures(what: str) -> Callable[[dict[str, Any]], None]:
+    """Shows a result as a table of its keys."""
 
-    if not json_:
+    def show(result: dict[str, Any]) -> None:
+        from redheart.console import console, table
+
         rows = [(k, json.dumps(v) if isinstance(v, dict | list) else str(v)) for k, v in result.items()]
         console.print(table(f"bench {what}", ("figure", "measured"), rows))
-    emit(result, json_)
+
+    return show

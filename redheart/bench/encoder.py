@@ -8,19 +8,18 @@ standardised differences without intercept, accuracy. Theories: logistic regress
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from redheart.bench.loader import corpora
 from redheart.config import DataConfig, EncoderConfig
 from redheart.console import console, progress
 from redheart.data.encode import TextEncoder
 from redheart.data.gather import gather
-from redheart.schema import ETHICS, RedHeartError
+from redheart.schema import ETHICS
 
 CANDIDATES = {
     "minilm-4+6": EncoderConfig(name="package:minilm", layers=(4, 6)),
@@ -32,13 +31,8 @@ Records = Sequence[dict[str, Any]]
 
 def bench_encoder(max_train: int = 4000, max_dev: int = 1500) -> dict[str, Any]:
     """Dev metrics of every probe for each packaged encoder, at most so many texts a task, the same for both; texts per second."""
-    root = Path(os.environ.get("REDHEART_DATA", "../shared/data"))
-    missing = [name for name in SOURCES if not (root / name).is_dir()]
-    if missing:
-        raise RedHeartError(f"{root / missing[0]} is missing: set REDHEART_DATA to the corpora")
-    specs = [f"{name}={root / name}" for name in SOURCES]
-    records = gather(specs, DataConfig(), False).records
-    tasks = {name: _split(records, wanted, max_train, max_dev) for name, wanted in TASKS.items()}
+    records = gather(corpora(*SOURCES), DataConfig(), False).records
+    tasks = {name: _split(records, labelled, max_train, max_dev) for name, labelled in TASKS.items()}
     result: dict[str, Any] = {
         "dev": {},
         "texts_per_s": {},
@@ -63,11 +57,11 @@ def _texts(record: dict[str, Any]) -> list[str]:
 
 
 def _split(
-    records: Records, wanted: Callable[[dict[str, Any]], bool], max_train: int, max_dev: int
+    records: Records, labelled: Callable[[dict[str, Any]], bool], max_train: int, max_dev: int
 ) -> tuple[Records, Records]:
     """The task's training and dev records, a random part by the hash of their ids."""
-    mine = sorted((r for r in records if wanted(r)), key=lambda r: hashlib.sha256(r["id"].encode()).digest())
-    return [r for r in mine if r["split"] == "train"][:max_train], [r for r in mine if r["split"] == "dev"][:max_dev]
+    rows = sorted((r for r in records if labelled(r)), key=lambda r: hashlib.sha256(r["id"].encode()).digest())
+    return [r for r in rows if r["split"] == "train"][:max_train], [r for r in rows if r["split"] == "dev"][:max_dev]
 
 
 def _pooled(encoder: TextEncoder, texts: list[str]) -> np.ndarray:
@@ -119,8 +113,8 @@ def _vad(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[s
 
     x, z = _matrix(train, vectors), _matrix(dev, vectors)
     y, t = (np.array([r["vad"] for r in part]) for part in (train, dev))
-    said = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 9))).fit(x, y).predict(z)
-    return {"vad_pearson": float(np.mean([np.corrcoef(said[:, i], t[:, i])[0, 1] for i in range(3)]))}
+    predicted = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 9))).fit(x, y).predict(z)
+    return {"vad_pearson": float(np.mean([np.corrcoef(predicted[:, i], t[:, i])[0, 1] for i in range(3)]))}
 
 
 def _pairs(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:

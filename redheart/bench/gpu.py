@@ -73,7 +73,7 @@ def bench_gpu(
 
     Raises RedHeartError for an unknown preset, strategy or size; nothing that happens to a case raises.
     """
-    wanted = _strategies(strategies)
+    selected = _strategies(strategies)
     sizes = [gib(cap, "--caps") for cap in caps]
     configs = [load_config(preset) for preset in presets]
     make_directory(out, "--out")
@@ -89,13 +89,13 @@ def bench_gpu(
     for cap in [None] if total is None else sizes:
         for config in configs:
             for count in tokens:
-                found = plan(config, cap, machine["host_free_gib"], tokens=count)
-                fitting, absent = _cases(found, config, cap, wanted)
+                offered = plan(config, cap, machine["host_free_gib"], tokens=count)
+                fitting, absent = _cases(offered, config, cap, selected)
                 cases += [c for c in fitting if c.is_chosen or not chosen_only]
                 skipped += absent
-    if total is not None and "plain" in wanted and not chosen_only:
-        found = plan(configs[0], total, machine["host_free_gib"], tokens=tokens[0], strategies=("plain",))
-        reference, absent = _cases(found, configs[0], None, ("plain",), is_reference=True)
+    if total is not None and "plain" in selected and not chosen_only:
+        offered = plan(configs[0], total, machine["host_free_gib"], tokens=tokens[0], strategies=("plain",))
+        reference, absent = _cases(offered, configs[0], None, ("plain",), is_reference=True)
         cases += reference
         skipped += absent
     results: list[dict[str, Any]] = []
@@ -123,19 +123,14 @@ def bench_gpu(
 
 def run_case(case: Case, machine: dict[str, Any], steps: int, timeout_s: int) -> dict[str, Any]:
     """What a case measured, or why it did not end."""
-    told = {k: v for k, v in asdict(case).items() if k != "config"}
-    job = {
-        "what": "case",
-        "config": _promising(case, machine).model_dump(mode="json"),
-        "tokens": case.tokens,
-        "steps": steps,
-        "cap_gib": case.cap_gib,
-    }
-    seen = _process(job, timeout_s)
+    facts = {k: v for k, v in asdict(case).items() if k != "config"}
+    config = _promising(case, machine).model_dump(mode="json")
+    job = {"what": "case", "config": config, "tokens": case.tokens, "steps": steps, "cap_gib": case.cap_gib}
+    measured = _process(job, timeout_s)
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    result = {"name": case.name, **told, "when": when, **seen}
-    if seen["ended"]:
-        result["tflop_per_s"] = seen["samples_per_s"] * case.flops_per_sample / 1e12
+    result = {"name": case.name, **facts, "when": when, **measured}
+    if measured["ended"]:
+        result["tflop_per_s"] = measured["samples_per_s"] * case.flops_per_sample / 1e12
         result["share_of_matmul"] = result["tflop_per_s"] / machine["matmul"]["tflop_per_s"]
     return result
 
@@ -166,24 +161,16 @@ def show(result: dict[str, Any]) -> None:
     """A table per cap, preset and number of tokens, and the target, on stderr."""
     machine = result["machine"]
     product = machine["matmul"]
-    groups = dict.fromkeys((c["cap_gib"], c["preset"], c["tokens"], c["is_reference"]) for c in result["cases"])
-    for cap, preset, tokens, is_reference in groups:
-        mine = [
-            c
-            for c in result["cases"]
-            if (c["cap_gib"], c["preset"], c["tokens"], c["is_reference"]) == (cap, preset, tokens, is_reference)
-        ]
-        memories = list(dict.fromkeys(name for c in mine for name in c["observed"] or {}))
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        groups.setdefault((case["cap_gib"], case["preset"], case["tokens"], case["is_reference"]), []).append(case)
+    for (cap, preset, tokens, is_reference), cases in groups.items():
+        memories = list(dict.fromkeys(name for c in cases for name in c["observed"] or {}))
         names = [name.removesuffix("_gib").replace("_", " ") for name in memories]
-        columns = ("strategy", "micro-batch", "recompute", "samples/s", "TFLOP/s", "of a product", "last loss")
+        columns = ("strategy", "micro-batch", "recompute", "samples/s", "TFLOP/s", "of a product", "last loss", *names)
         where = "reference, no cap" if is_reference else "no cap" if cap is None else f"cap {cap:g} GiB"
-        console.print(
-            table(
-                f"{preset}, {tokens} tokens a text, {where}, {machine['card']}: peaks in GiB (predicted ÷ observed)",
-                (*columns, *names),
-                [_row(c, memories) for c in mine],
-            )
-        )
+        title = f"{preset}, {tokens} tokens a text, {where}, {machine['card']}: peaks in GiB (predicted ÷ observed)"
+        console.print(table(title, columns, [_row(c, memories) for c in cases]))
     for one in result["not_fitting"]:
         where = "no cap" if one["cap_gib"] is None else f"{one['cap_gib']:g} GiB"
         console.print(f"not run, {one['preset']} T={one['tokens']} {one['strategy']}, {where}: {one['why']}")
@@ -230,51 +217,49 @@ def _strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
 
 
 def _cases(
-    found: Plan, config: RunConfig, cap: float | None, wanted: Sequence[Strategy], is_reference: bool = False
+    offered: Plan, config: RunConfig, cap: float | None, strategies: Sequence[Strategy], is_reference: bool = False
 ) -> tuple[list[Case], list[dict[str, Any]]]:
     """(what runs, the plan's choice first; the strategies that do not fit and why)."""
-    fitting = [c for c in found.candidates if c.fits]
-    best = found.chosen if fitting else None
+    best = offered.chosen if any(c.fits for c in offered.candidates) else None
     picked: list[Candidate] = []
     absent = []
-    for strategy in wanted:
-        mine = [c for c in found.candidates if c.strategy == strategy]
-        fast = [c for c in mine if c.fits]
-        if fast:
-            picked.append(min(fast, key=lambda c: (c.step_s, c.gpu_peak)))
-        else:
-            least = min(mine, key=lambda c: (c.gpu_peak, c.host_peak), default=None)
-            why = "not offered here" if least is None else (
-                f"the smallest needs {least.gpu_peak / GIB:.2f} GiB on the GPU and {least.host_peak / GIB:.2f} GiB on the host"
-            )  # fmt: skip
-            absent.append(
-                {"preset": config.preset, "tokens": found.tokens, "cap_gib": cap, "strategy": strategy, "why": why}
-            )
+    for strategy in strategies:
+        candidates = [c for c in offered.candidates if c.strategy == strategy]
+        fitting = [c for c in candidates if c.fits]
+        if fitting:
+            picked.append(min(fitting, key=lambda c: (c.step_s, c.gpu_peak)))
+            continue
+        why = "not offered here"
+        if candidates:
+            least = min(candidates, key=lambda c: (c.gpu_peak, c.host_peak))
+            why = f"the smallest needs {least.gpu_peak / GIB:.2f} GiB on the GPU and {least.host_peak / GIB:.2f} GiB on the host"
+        case = {"preset": config.preset, "tokens": offered.tokens, "cap_gib": cap, "strategy": strategy, "why": why}
+        absent.append(case)
     picked.sort(key=lambda c: c is not best)
-    return [_case(c, found, config, cap, c is best and not is_reference, is_reference) for c in picked], absent
+    return [_case(c, offered, config, cap, c is best and not is_reference, is_reference) for c in picked], absent
 
 
-def _case(c: Candidate, found: Plan, config: RunConfig, cap: float | None, is_chosen: bool, is_reference: bool) -> Case:
-    asked = config.model_copy(
-        update={
-            "memory": config.memory.model_copy(update={"strategy": c.strategy}),
-            "training": config.training.model_copy(update={"micro_batch_size": c.micro_batch_size}),
-            "model": config.model.model_copy(update={"activation_checkpointing": c.activation_checkpointing}),
-        }
-    )
+def _case(
+    c: Candidate, offered: Plan, config: RunConfig, cap: float | None, is_chosen: bool, is_reference: bool
+) -> Case:
+    changes = {
+        "memory": {"strategy": c.strategy}, "training": {"micro_batch_size": c.micro_batch_size},
+        "model": {"activation_checkpointing": c.activation_checkpointing},
+    }  # fmt: skip
+    config = config.model_copy(update={k: getattr(config, k).model_copy(update=v) for k, v in changes.items()})
     planned = {"gpu_peak_gib": c.gpu_peak / GIB, "host_peak_gib": c.host_peak / GIB, "samples_per_s": c.samples_per_s}
     return Case(
-        config.preset, found.tokens, cap, c.strategy, c.micro_batch_size, c.gradient_accumulation_steps,
-        c.activation_checkpointing, is_chosen, is_reference, found.flops_per_sample, planned, asked,
+        config.preset, offered.tokens, cap, c.strategy, c.micro_batch_size, c.gradient_accumulation_steps,
+        c.activation_checkpointing, is_chosen, is_reference, offered.flops_per_sample, planned, config,
     )  # fmt: skip
 
 
 def _process(job: dict[str, Any], timeout_s: int | None) -> dict[str, Any]:
     """A job's result; where its process failed, `ended` False, an `error` and the end of its output."""
     with tempfile.TemporaryDirectory(prefix="redheart-bench-") as folder:
-        asked, answer = Path(folder) / "job.json", Path(folder) / "result.json"
-        write_json(asked, job)
-        command = [sys.executable, "-m", "redheart.bench.gpu_worker", str(asked), str(answer)]
+        request, answer = Path(folder) / "job.json", Path(folder) / "result.json"
+        write_json(request, job)
+        command = [sys.executable, "-m", "redheart.bench.gpu_worker", str(request), str(answer)]
         try:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False

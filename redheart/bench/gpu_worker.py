@@ -104,13 +104,13 @@ def case(job: dict[str, Any]) -> dict[str, Any]:
     config = parse_config(job["config"])
     measured = measure_step(config, job["tokens"], WARM_UP + job["steps"])
     timed = measured["step_seconds"][WARM_UP:]
-    found = {name: measured[name] for name in ("predicted", "observed", "ratio", "base_gib", "start_gib", "losses")}
-    found |= {"step_seconds": measured["step_seconds"], "median_step_s": median(timed)}
-    found["samples_per_s"] = config.training.global_batch_size / median(timed)
+    figures = {name: measured[name] for name in ("predicted", "observed", "ratio", "base_gib", "start_gib", "losses")}
+    figures |= {"step_seconds": measured["step_seconds"], "median_step_s": median(timed)}
+    figures["samples_per_s"] = config.training.global_batch_size / median(timed)
     if has_gpu():  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
         free, total = torch.cuda.mem_get_info()
-        found["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
-    return found
+        figures["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
+    return figures
 
 
 if __name__ == "__main__":

@@ -30,10 +30,7 @@ def bench_label(num_texts: int = 32) -> dict[str, Any]:
     failures: texts without a usable answer to every question; answers_missing: answers, of texts x questions.
     """
     quiet_libraries()
-    every = sorted(
-        {r["text"] for r in gather(["everyday"], DataConfig(), False).records},
-        key=lambda t: (len(t), t),
-    )
+    every = sorted({r["text"] for r in gather(["everyday"], DataConfig(), False).records}, key=lambda t: (len(t), t))
     texts = [every[i] for i in np.linspace(0, len(every) - 1, num_texts).round().astype(int)]
     scorer = LlmScorer(LabelerConfig())
     as_loaded, tokenizer, _ = load_llm(LabelerConfig(unpack=False), layer_dtype())
@@ -62,9 +59,9 @@ def bench_label(num_texts: int = 32) -> dict[str, Any]:
                 ]
                 seconds[name] += time.perf_counter() - begin
                 if name == "nf4":
-                    found = [len(a) + len(b) for a, b in zip(*forms, strict=True)]
-                    missing["generation"] += sum(2 * len(FORM) - f for f in found)
-                    failed["generation"] += sum(f < 2 * len(FORM) for f in found)
+                    answered = [len(a) + len(b) for a, b in zip(*forms, strict=True)]
+                    missing["generation"] += sum(2 * len(FORM) - n for n in answered)
+                    failed["generation"] += sum(n < 2 * len(FORM) for n in answered)
             bar.update(task, advance=len(batch), note="")
     fastest = min(generators, key=lambda n: seconds[n])
     console.print(f"generation counts as {fastest}, the faster one")
@@ -108,9 +105,7 @@ def generate(model: Any, tokenizer: Any, texts: list[str], reverse: bool, max_ne
 def parse(written: str) -> dict[str, str]:
     """The answers that are words of their lists; none where it is not JSON."""
     try:
-        found = json.loads(written)
+        values = json.loads(written)
     except json.JSONDecodeError:
         return {}
-    if not isinstance(found, dict):
-        return {}
-    return {q.key: found[q.key] for q in FORM if found.get(q.key) in q.words}
+    return {q.key: values[q.key] for q in FORM if values.get(q.key) in q.words} if isinstance(values, dict) else {}

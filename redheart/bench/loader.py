@@ -8,10 +8,10 @@ iterable data sets; the fastest one counts.
 from __future__ import annotations
 
 import os
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from redheart.console import console
 from redheart.data.order import Order, positions
 from redheart.data.prepare import prepare
 from redheart.data.stream import SampleStream
+from redheart.memory.budget import status_bytes
 from redheart.schema import LABELS, Batch, RedHeartError
 
 BUFFER = 1000  # the shuffle buffer of their documentation's examples
@@ -50,18 +51,15 @@ def bench_loader(
     if failing:
         console.print(f"`datasets` cannot read these shards as {', '.join(failing)}: {next(iter(failing.values()))}")
     _rate(_our_batches(stream, batch_size, 0), seconds)
-    ours, theirs = [], []
+    rates: dict[str, list[tuple[float, float]]] = {"redheart": [], "datasets": []}
     for i in range(rounds):
-        ours.append(_rate(_our_batches(stream, batch_size, i), seconds))
-        theirs.append(_rate(_their_batches(files, batch_size, fastest, i), seconds))
-    speed = {"redheart": statistics.median(r for r, _ in ours), "datasets": statistics.median(r for r, _ in theirs)}
+        rates["redheart"].append(_rate(_our_batches(stream, batch_size, i), seconds))
+        rates["datasets"].append(_rate(_their_batches(files, batch_size, fastest, i), seconds))
+    speed = {name: median(r for r, _ in taken) for name, taken in rates.items()}
     return {
         "samples_per_s": speed,
         "ratio": speed["redheart"] / speed["datasets"],
-        "padding_fraction": {
-            "redheart": statistics.median(p for _, p in ours),
-            "datasets": statistics.median(p for _, p in theirs),
-        },
+        "padding_fraction": {n: median(p for _, p in taken) for n, taken in rates.items()},
         "rows": stream.num_rows,
         "batch_size": batch_size,
         "datasets_format": fastest,
@@ -84,23 +82,27 @@ def first_batch_seconds(batch_size: int = 32) -> dict[str, float]:
             started = time.perf_counter()
             Order(split, seed=0).samples(positions(step, batch_size))
             took.append(time.perf_counter() - started)
-        times[name] = statistics.median(took)
+        times[name] = median(took)
     return times
 
 
 def _default_data(rows: int) -> Path:
     """Real texts, prepared once into the cache: GoEmotions and ETHICS pairs where they are, else an error that says how."""
-    root = Path(os.environ.get("REDHEART_DATA", "../shared/data"))
-    needed = {"goemotions": root / "goemotions", "ethics": root / "ethics"}
-    missing = [str(p) for p in needed.values() if not p.is_dir()]
-    if missing:
-        raise RedHeartError(
-            f"{missing[0]} is missing: set REDHEART_DATA to the corpora, or give --data a prepared directory"
-        )
     out = cache_directory() / f"bench-loader-{rows}"
     config = DataConfig(labeler=LabelerConfig(max_texts=0))
-    prepare([f"{name}={path}" for name, path in needed.items()], out, config, num_samples=rows)
+    prepare(corpora("goemotions", "ethics"), out, config, num_samples=rows)
     return out
+
+
+def corpora(*names: str) -> list[str]:
+    """`--source` of corpora below $REDHEART_DATA; RedHeartError where one of them is not there."""
+    root = Path(os.environ.get("REDHEART_DATA", "../shared/data"))
+    missing = [str(root / name) for name in names if not (root / name).is_dir()]
+    if missing:
+        raise RedHeartError(
+            f"{missing[0]} is missing: set REDHEART_DATA to the corpora (`bench loader`: or give --data)"
+        )
+    return [f"{name}={root / name}" for name in names]
 
 
 def _our_batches(stream: SampleStream, batch_size: int, seed: int) -> Iterator[Counted]:
@@ -157,19 +159,19 @@ def _from_arrow(rows: Any) -> Read:
 
 
 def _from_numpy(rows: Any) -> Read:
-    states = [
-        [None if s is None else torch.from_numpy(np.stack(list(s)).astype(np.float16)) for s in rows[name]]
-        for name in ("features", "contrast_features")
-    ]
-    return states[0], states[1], {n: _filled(rows[n], LABELS[n].size) for n in LABELS}
+    return _from_rows(rows, lambda states: torch.from_numpy(np.stack(list(states)).astype(np.float16)))
 
 
 def _from_torch(rows: Any) -> Read:
-    states = [
-        [None if s is None else (torch.stack(list(s)) if isinstance(s, list) else s) for s in rows[name]]
+    return _from_rows(rows, lambda states: torch.stack(list(states)) if isinstance(states, list) else states)
+
+
+def _from_rows(rows: Any, tensor: Callable[[Any], torch.Tensor]) -> Read:
+    features, contrasts = (
+        [None if states is None else tensor(states) for states in rows[name]]
         for name in ("features", "contrast_features")
-    ]
-    return states[0], states[1], {n: _filled(rows[n], LABELS[n].size) for n in LABELS}
+    )
+    return features, contrasts, {name: _filled(rows[name], label.size) for name, label in LABELS.items()}
 
 
 def _filled(column: Any, size: int) -> torch.Tensor:
@@ -196,14 +198,7 @@ def _growth(stream: SampleStream, batch_size: int, rows: int = 100_000) -> float
     batches = _our_batches(stream, batch_size, 99)
     for _ in range(min(rows, 2 * stream.rows_per_epoch) // batch_size):
         next(batches)
-    before = _private_mib()
+    before = status_bytes("RssAnon")
     for _ in range(rows // batch_size):
         next(batches)
-    return _private_mib() - before
-
-
-def _private_mib() -> float:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise RedHeartError("/proc/self/status has no RssAnon: this measurement needs Linux")
+    return (status_bytes("RssAnon") - before) / 2**20

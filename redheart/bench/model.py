@@ -8,9 +8,8 @@ repetitions of forward + backward; FLOPs are FlopCounterMode's, and one multiply
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from redheart.bench.timing import interleaved
 from redheart.config import RunConfig, load_config
-from redheart.console import console, progress, table
+from redheart.console import console, table
 from redheart.device import compute_device
 from redheart.losses.combine import combine
 from redheart.model.build import build_model
@@ -42,18 +42,18 @@ def bench_model(
     model = nn.Module.to(build_model(config, None), device=device, dtype=dtype)
     step = _step(model, config, tokens, micro_batch, device, dtype)
     inputs = _capture(model, step)
-    theirs = _encoder(config).to(device=device, dtype=dtype).train()
+    encoder = _encoder(config).to(device=device, dtype=dtype).train()
     x = torch.randn(micro_batch, tokens, config.model.width, device=device, dtype=dtype, requires_grad=True)
     hidden = torch.zeros(micro_batch, tokens, dtype=torch.bool, device=device)
     a, b = (torch.randn(GEMM, GEMM, device=device, dtype=dtype) for _ in range(2))
     runs: dict[str, Callable[[], Any]] = {
         "step": step,
-        "torch encoder": lambda: _backward(theirs(x, src_key_padding_mask=hidden)),
+        "torch encoder": lambda: _backward(encoder(x, src_key_padding_mask=hidden)),
         "matmul": lambda: a @ b,
         **{name: _alone(model.get_submodule(name), inputs[name]) for name in model.built},
     }
     flops = {name: _flops(runs[name]) for name in ("step", *model.built)}
-    seconds = _interleaved(runs, repeats, device)
+    seconds = {name: median(taken) for name, taken in interleaved(runs, repeats).items()}
     modules = {
         name: {
             "seconds": seconds[name],
@@ -83,15 +83,9 @@ def bench_model(
 def show(result: dict[str, Any]) -> None:
     """The profile as a table on stderr."""
     rows = [
-        (
-            name,
-            f"{m['seconds'] * 1e3:.1f}",
-            f"{m['share_of_step']:.1%}",
-            f"{m['flops_per_sample'] / 1e9:.2f}",
-            f"{m['gflop_per_s']:.0f}",
-        )
+        (name, f"{m['seconds'] * 1e3:.1f}", f"{m['share_of_step']:.1%}", f"{m['flops_per_sample'] / 1e9:.2f}", f"{m['gflop_per_s']:.0f}")
         for name, m in result["modules"].items()
-    ]
+    ]  # fmt: skip
     speed = result["gflop_per_s"]
     total = f"{result['flops_per_sample'] / 1e9:.2f}"
     rows.append(("whole step", f"{result['step_s'] * 1e3:.1f}", "100.0%", total, f"{speed['step']:.0f}"))
@@ -134,7 +128,7 @@ def _encoder(config: RunConfig) -> nn.TransformerEncoder:
 
 def _capture(model: RedHeartModel, step: Callable[[], None]) -> dict[str, Any]:
     """What each module is given in a step, as leaves that take gradients."""
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
 
     def leaf(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -143,14 +137,14 @@ def _capture(model: RedHeartModel, step: Callable[[], None]) -> dict[str, Any]:
 
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: found.__setitem__(name, tree_map(leaf, args))
+            lambda _, args, name=name: inputs.__setitem__(name, tree_map(leaf, args))
         )
         for name in model.built
     ]
     step()
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs
 
 
 def _alone(module: nn.Module, inputs: Any) -> Callable[[], None]:
@@ -174,24 +168,3 @@ def _flops(run: Callable[[], None]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
-
-
-def _interleaved(runs: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, after one warm-up, all of them in every round."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    with progress("measuring", (repeats + 1) * len(runs), 0) as (bar, task):
-        for turn in range(repeats + 1):
-            for name, run in runs.items():
-                _wait(device)
-                started = time.perf_counter()
-                run()
-                _wait(device)
-                if turn:
-                    taken[name].append(time.perf_counter() - started)
-                bar.update(task, advance=1, note=name)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

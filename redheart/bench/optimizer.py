@@ -11,7 +11,6 @@ reset through /proc/self/clear_refs, with the C library's free memory given back
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -19,8 +18,10 @@ from typing import Any
 
 import torch
 
-from redheart.console import console, progress, table
+from redheart.bench.timing import interleaved
+from redheart.console import console, table
 from redheart.device import tell_deepspeed
+from redheart.memory.budget import status_bytes
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
 from redheart.optim.adam8bit import BLOCK
@@ -55,7 +56,7 @@ def _bench(n: int, threads: int, rounds: int) -> dict[str, Any]:
     p, small = parameter(n), parameter(few)
     copy, scratch = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n)
     ours = CPUAdamW8bit([p])
-    theirs = {
+    others = {
         DEEPSPEED: _deepspeed_adam(p),
         TORCH: torch.optim.AdamW([p], lr=1e-4, fused=True),
         BITSANDBYTES: _bitsandbytes_adam(small),
@@ -63,32 +64,21 @@ def _bench(n: int, threads: int, rounds: int) -> dict[str, Any]:
     sizes = {BITSANDBYTES: few}
     timed: dict[str, Callable[[], object]] = {
         OURS: lambda: ours.step(copies={p: copy}, check_finite=False),
-        **{name: optimizer.step for name, optimizer in theirs.items()},
+        **{name: optimizer.step for name, optimizer in others.items()},
         "cast": lambda: copy.copy_(p.detach()),
         "checked": lambda: ours.step(copies={p: copy}),
         "copy": lambda: scratch.copy_(p.detach()),
     }
-    ns: dict[str, list[float]] = {name: [] for name in timed}
-    names = list(timed)
-    with progress("bench optimizer", rounds + 1, 0) as (bar, task):
-        for turn in range(rounds + 1):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                begin = time.perf_counter()
-                timed[name]()
-                if turn:  # the first makes the states
-                    ns[name].append((time.perf_counter() - begin) / sizes.get(name, n) * 1e9)
-            bar.update(task, advance=1, note="")
-    per_param = {name: median(values) for name, values in ns.items()}
-    optimizers: dict[str, torch.optim.Optimizer] = {OURS: ours, **theirs}
+    seconds = interleaved(timed, rounds)  # the first round makes the states
+    per_param = {name: median(taken) / sizes.get(name, n) * 1e9 for name, taken in seconds.items()}
+    optimizers: dict[str, torch.optim.Optimizer] = {OURS: ours, **others}
     bandwidth = 8 / per_param["copy"]
     with_cast = per_param[DEEPSPEED] + per_param["cast"]
     return {
         "params": n,
         "threads": threads,
         "ns_per_param": {name: per_param[name] for name in optimizers},
-        "state_bytes_per_param": {
-            name: _state_bytes(optimizer) / sizes.get(name, n) for name, optimizer in optimizers.items()
-        },
+        "state_bytes_per_param": {name: _state_bytes(o) / sizes.get(name, n) for name, o in optimizers.items()},
         "peak_temporary_bytes_per_param": {
             name: _temporary_bytes(timed[name]) / sizes.get(name, n) for name in optimizers
         },
@@ -142,14 +132,9 @@ def _temporary_bytes(step: Callable[[], object]) -> int:
     """By how much the resident size peaked above where it began, during one step."""
     trim()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes the present size
-    began = _status_bytes("VmHWM")
+    began = status_bytes("VmHWM")
     step()
-    return max(0, _status_bytes("VmHWM") - began)
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    return max(0, status_bytes("VmHWM") - began)
 
 
 def relative_error_by_decade(blocks: int = 4096) -> dict[str, dict[str, list[float]]]:

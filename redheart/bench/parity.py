@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from redheart.bench.picture import Line, draw
+from redheart.bench.curves import LOSS, TOTAL, Line, dev_losses, draw
 from redheart.config import load_config
 from redheart.console import console, progress, table
 from redheart.files import write_json
@@ -33,8 +33,6 @@ CONTROL = "adamw_again"
 CONTROL_EPS = 1 + 1e-4  # of optimizer.eps
 PLAIN = dict.fromkeys(STRATEGIES, "plain")
 STYLES = {"adamw": "C0-", "adamw_8bit": "C1--", CONTROL: "C2:"}
-LOSS = "dev_loss/"
-TOTAL = f"{LOSS}total"
 
 
 def bench_parity(
@@ -59,38 +57,31 @@ def bench_parity(
             raise RedHeartError(f"--out {out} is a directory: name a .json file")
         check_can_make(out, "--out")
     every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
-    wanted = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
+    keys = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
     eps = load_config(preset, overrides).optimizer.eps * CONTROL_EPS
 
     def run(name: str, seed: int) -> dict[str, dict[int, float]]:
         directory, base = work / f"{name}-seed{seed}", "adamw" if name == CONTROL else name
-        settings = [
-            *([f"optimizer.eps={eps!r}"] if name == CONTROL else []),
-            *(f"memory.strategy={strategies[base]}", f"optimizer.name={base}"),
-            *(f"training.seed={seed}", f"training.max_steps={steps}"),
-            *(
-                f"training.evaluate_every={every}",
-                f"training.checkpoint_every={steps}",
-                "training.evaluate_rows=1000000",
-            ),
-            *(f"training.synergy_every={10 * steps}", "training.log_every=50", *overrides),
-        ]
-        if len(_curves(directory).get(TOTAL, {})) < 11:
+        settings = f"""memory.strategy={strategies[base]} optimizer.name={base} training.seed={seed}
+            training.max_steps={steps} training.evaluate_every={every} training.checkpoint_every={steps}
+            training.evaluate_rows=1000000 training.synergy_every={10 * steps} training.log_every=50""".split()
+        settings += [f"optimizer.eps={eps!r}"] * (name == CONTROL) + [*overrides]
+        if len(dev_losses(directory).get(TOTAL, {})) < 11:
             command = [sys.executable, "-m", "redheart", "train", "--preset", preset, "--data", str(data)]
             command += ["--out", str(directory), "--overwrite", *(x for s in settings for x in ("--set", s))]
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
             done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
             if done.returncode:
                 raise RedHeartError(f"{directory} failed: {done.stderr.strip().splitlines()[-1:]}")
-        return _curves(directory)
+        return dev_losses(directory)
 
     curves: dict[tuple[str, int], dict[int, float]] = {}
     answers: dict[str, dict[str, list[float]]] = {}
-    with progress("parity", len(wanted), 0) as (bar, task), ThreadPoolExecutor(jobs) as pool:
-        for key, found in zip(wanted, pool.map(lambda k: run(*k), wanted), strict=True):
-            curves[key] = curve = found.pop(TOTAL)
-            for tag, its in found.items():
-                answers.setdefault(tag.removeprefix(LOSS), {}).setdefault(key[0], []).append(its[max(its)])
+    with progress("parity", len(keys), 0) as (bar, task), ThreadPoolExecutor(jobs) as pool:
+        for key, losses in zip(keys, pool.map(lambda k: run(*k), keys), strict=True):
+            curves[key] = curve = losses.pop(TOTAL)
+            for tag, of_answer in losses.items():
+                answers.setdefault(tag.removeprefix(LOSS), {}).setdefault(key[0], []).append(of_answer[max(of_answer)])
             bar.update(task, advance=1, note=f"{key[0]} seed {key[1]}: {curve[max(curve)]:.5f}")
     final = {name: [curves[name, s][steps] for s in range(seeds)] for name in STRATEGIES}
     by_seed = [b / a - 1 for a, b in zip(final["adamw"], final["adamw_8bit"], strict=True)]
@@ -136,14 +127,3 @@ def show(result: dict[str, Any]) -> None:
         for answer, of in result["final_dev_loss_by_answer"].items()
     ]
     console.print(table("the same by answer, seed by seed", ("answer", "fp32 states", "8-bit states"), rows))
-
-
-def _curves(run: Path) -> dict[str, dict[int, float]]:
-    """Dev losses by step, of the whole and of every answer; empty where there is no run."""
-    if not (run / "tensorboard").is_dir():
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(LOSS)]
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}

@@ -91,27 +91,23 @@ def _processes(job: dict[str, Any], world_size: int, timeout_s: int) -> dict[str
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "redheart.bench.scaling", json.dumps(job)]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+    started = []
+    for rank in range(world_size):
+        variables = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(
+            subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
-        for rank in range(world_size)
-    ]
     try:
-        said = [p.communicate(timeout=timeout_s) for p in started]
+        outputs = [p.communicate(timeout=timeout_s) for p in started]
     except subprocess.TimeoutExpired:
         raise RedHeartError(f"bench scaling: {world_size} processes did not finish in {timeout_s} s") from None
     finally:
         for process in started:
             process.kill()
-    for process, (_, errors) in zip(started, said, strict=True):
+    for process, (_, errors) in zip(started, outputs, strict=True):
         if process.returncode:
             raise RedHeartError(f"bench scaling: a process failed: {errors.strip()[-800:]}")
-    return json.loads(said[0][0].strip().splitlines()[-1])
+    return json.loads(outputs[0][0].strip().splitlines()[-1])
 
 
 def _worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -122,15 +118,15 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     sizes = [f"training.micro_batch_size={batch}", f"training.global_batch_size={batch * launched_world_size()}"]
     config = load_config(job["preset"], [*job["set"], *sizes])
     seconds = sorted(measure_step(config, job["tokens"], job["steps"])["step_seconds"][2:])
-    found: dict[str, Any] = {"step_s": statistics.median(seconds), "spread": [seconds[0], seconds[-1]]}
+    measured: dict[str, Any] = {"step_s": statistics.median(seconds), "spread": [seconds[0], seconds[-1]]}
     if world_size() > 1:
         import torch.distributed as dist
 
         count = parameters_of(config).total
         whole, part = torch.zeros(count + count % 2), torch.zeros((count + 1) // 2)
-        found["reduce_s"] = _median(lambda: dist.reduce(whole, 0))
-        found["gather_s"] = _median(lambda: dist.all_gather_into_tensor(whole, part))
-    return found
+        measured["reduce_s"] = _median(lambda: dist.reduce(whole, 0))
+        measured["gather_s"] = _median(lambda: dist.all_gather_into_tensor(whole, part))
+    return measured
 
 
 def _median(work: Callable[[], Any], repeats: int = 7) -> float:

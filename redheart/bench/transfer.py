@@ -14,14 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from redheart.bench.picture import Line, draw
+from redheart.bench.curves import TOTAL, Line, dev_losses, draw
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.files import read_sealed_json, write_json, write_sealed_json
-from redheart.model.build import build_model
+from redheart.memory.plan import parameters_of
 from redheart.owned import make_directory, own
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import committed
@@ -74,7 +71,7 @@ def compare(curves: dict[str, Curve], share: float) -> dict[str, Any]:
     """
     source = min(curves["source"], key=lambda point: point[1])
     targets = {"source_best": source[1], "scratch_best": min(loss for _, loss in curves["scratch"])}
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for name, target in targets.items():
         reached: dict[str, float | None] = {arm: steps_to(curves[arm], target) for arm in ARMS}
         grown = reached["grown"]
@@ -83,8 +80,8 @@ def compare(curves: dict[str, Curve], share: float) -> dict[str, Any]:
             f"ratio_{arm}": _ratio(reached["scratch"], reached[arm])
             for arm in ("grown", "moments", "grown_with_source")
         }
-        found[name] = {"dev_loss": target, "steps": reached, **ratios}
-    return found | {"best": {arm: min(loss for _, loss in curve) for arm, curve in curves.items()}}
+        compared[name] = {"dev_loss": target, "steps": reached, **ratios}
+    return compared | {"best": {arm: min(loss for _, loss in curve) for arm, curve in curves.items()}}
 
 
 def _ratio(scratch: float | None, grown: float | None) -> float | None:
@@ -94,12 +91,6 @@ def _ratio(scratch: float | None, grown: float | None) -> float | None:
 def steps_to(curve: Curve, loss: float) -> float | None:
     """The first step with at most this dev loss."""
     return next((step for step, value in curve if value <= loss), None)
-
-
-def dev_losses(run: Path) -> Curve:
-    """What a run wrote into TensorBoard."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return [[event.step, event.value] for event in events.Scalars("dev_loss/total")]
 
 
 def show(result: dict[str, Any]) -> None:
@@ -126,11 +117,6 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     draw(lines, marks, f"{result['small']} grown to {result['large']}", path)
 
 
-def _parameters(config: RunConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config, None).parameters())
-
-
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
@@ -139,22 +125,14 @@ class _Bench:
     """The runs of one bench, each in a directory of its own below `out`."""
 
     def __init__(
-        self,
-        data: str,
-        out: Path,
-        small: str,
-        large: str,
-        source_steps: int,
-        steps: int,
-        evaluate_every: int,
-        overrides: Sequence[str],
-    ):
+        self, data: str, out: Path, small: str, large: str, source_steps: int, steps: int, evaluate_every: int, overrides: Sequence[str]
+    ):  # fmt: skip
         settings = [*overrides, f"training.evaluate_every={evaluate_every}", "training.keep_checkpoints=1"]
         self.data, self.out, self.small, self.steps, self.source_steps = data, out, small, steps, source_steps
         self.large = load_config(large, settings)
         self.model_of_small = load_config(small).model
         self.tuning: list[dict[str, Any]] = []
-        self.share = _parameters(self._config("source", 0, 1e-4)) / _parameters(self.large)
+        self.share = parameters_of(self._config("source", 0, 1e-4)).total / parameters_of(self.large).total
 
     def path(self, arm: str, seed: int, learning_rate: float) -> Path:
         return self.out / f"{arm}-seed{seed}-lr{learning_rate:g}"
@@ -188,7 +166,9 @@ class _Bench:
         if done.signal:
             raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")
         own(run, "run", ["finished.json"])
-        write_sealed_json(run / "finished.json", {"dev_loss": dev_losses(run), "seconds": done.seconds})
+        write_sealed_json(
+            run / "finished.json", {"dev_loss": sorted(dev_losses(run)[TOTAL].items()), "seconds": done.seconds}
+        )
 
     def _config(self, arm: str, seed: int, learning_rate: float) -> RunConfig:
         large = self.large

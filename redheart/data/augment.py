@@ -62,20 +62,20 @@ def augment(
     kind = config.augment.kind
     if kind is None:
         return records, {}
-    asked = chosen([r for r in records if _can_be_asked(r, kind)], config.augment.max_texts)
-    if not asked:
+    originals = chosen([r for r in records if _can_be_asked(r, kind)], config.augment.max_texts)
+    if not originals:
         raise RedHeartError(f"data.augment.kind = {kind}: no training record is left to write about")
-    name = _write(asked, work, config)
+    name = _write(originals, work, config)
     wait_for([_done_file(work, rank) for rank in range(launched_world_size())])
     written = _written(work)
-    rewrites = [written[_key(r)] for r in asked]
-    reasons = dict(zip((r["id"] for r in asked), judge(asked, rewrites, config), strict=True))
+    rewrites = [written[_key(r)] for r in originals]
+    reasons = dict(zip((r["id"] for r in originals), judge(originals, rewrites, config), strict=True))
     if kind == "paraphrase":
-        _refuse_repeats(records, asked, rewrites, reasons)
-    texts = {r["id"]: w["text"] for r, w in zip(asked, rewrites, strict=True)}
+        _refuse_repeats(records, originals, rewrites, reasons)
+    texts = {r["id"]: w["text"] for r, w in zip(originals, rewrites, strict=True)}
     facts = {
         f"{source}+{kind}": _facts(kind, name, sources[source], [reasons[r["id"]] for r in rows])
-        for source, rows in _by_source(asked).items()
+        for source, rows in _by_source(originals).items()
     }
     out = []
     for record in records:
@@ -88,7 +88,7 @@ def augment(
             out += [record, _again(record, text)]
     kept = sum(f["rows_kept"] for f in facts.values())
     console.print(
-        f"{kind}: {len(asked)} written, {kept} kept; refused: {dict(Counter(r for r in reasons.values() if r))}"
+        f"{kind}: {len(originals)} written, {kept} kept; refused: {dict(Counter(r for r in reasons.values() if r))}"
     )
     return out, facts
 
@@ -125,13 +125,13 @@ def judge(records: Sequence[Mapping[str, Any]], rewrites: Sequence[Mapping[str, 
 
 def _refuse_repeats(
     records: Sequence[Mapping[str, Any]],
-    asked: Sequence[Mapping[str, Any]],
+    originals: Sequence[Mapping[str, Any]],
     rewrites: Sequence[Mapping[str, Any]],
     reasons: dict[str, str],
 ) -> None:
     """A paraphrase that is a text of any split, or was written before, is refused too."""
     known = {_plain(r["text"]) for r in records}
-    for record, rewrite in zip(asked, rewrites, strict=True):
+    for record, rewrite in zip(originals, rewrites, strict=True):
         plain = _plain(rewrite["text"])
         if not reasons[record["id"]] and plain in known:
             reasons[record["id"]] = "a text that is there already"
@@ -147,23 +147,23 @@ def _can_be_asked(record: Mapping[str, Any], kind: str) -> bool:
     return record["split"] == "train" and (kind == "paraphrase" or record["contrast_text"] is None)
 
 
-def _write(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> str:
+def _write(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> str:
     """Appends this process's missing lines; returns the LLM's name."""
     rank, size = launched_rank(), launched_world_size()
     done = _written(work, mend=rank)
-    missing = [r for r in asked if _key(r) not in done]
-    mine = sorted(missing[rank::size], key=lambda r: len(r["text"]))
-    if mine:
+    missing = [r for r in records if _key(r) not in done]
+    share = sorted(missing[rank::size], key=lambda r: len(r["text"]))
+    if share:
         from redheart.data.llm_labels import LlmScorer
 
         console.print(f"loading the LLM {config.labeler.name} ({config.labeler.quantization}) and the encoder …")
         llm, encoder, begin = LlmScorer(config.labeler), TextEncoder(config.encoder), time.monotonic()
         with (
             (work / f"written-rank{rank}.txt").open("a", encoding="utf-8") as file,
-            progress(str(config.augment.kind), len(mine)) as (bar, task),
+            progress(str(config.augment.kind), len(share)) as (bar, task),
         ):
-            for start in range(0, len(mine), config.labeler.batch_size):
-                rows = mine[start : start + config.labeler.batch_size]
+            for start in range(0, len(share), config.labeler.batch_size):
+                rows = share[start : start + config.labeler.batch_size]
                 texts = [r["text"] for r in rows]
                 again = llm.write(
                     [PROMPTS[str(config.augment.kind)].format(text=_line(t)) for t in texts], MAX_NEW_TOKENS
@@ -195,10 +195,10 @@ def _written(work: Path, mend: int | None = None) -> dict[str, dict[str, Any]]:
             with path.open("r+b") as file:
                 file.truncate(whole)
         for line in content[:whole].splitlines():
-            text, _, told = line.rpartition(b"\t")
-            if told == _sum(text):
-                found = json.loads(text)
-                lines[found["key"]] = found
+            text, _, digest = line.rpartition(b"\t")
+            if digest == _sum(text):
+                rewrite = json.loads(text)
+                lines[rewrite["key"]] = rewrite
     return lines
 
 
@@ -242,10 +242,10 @@ def _facts(kind: str, llm: str, source: Mapping[str, Any], reasons: Sequence[str
 
 
 def _by_source(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        found.setdefault(record["source"], []).append(record)
-    return found
+        groups.setdefault(record["source"], []).append(record)
+    return groups
 
 
 def _identity(record: Mapping[str, Any]) -> str:

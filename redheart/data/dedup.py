@@ -65,28 +65,24 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
 
 def _write(store: Store, out: Path, dropped: frozenset[str], report: dict[str, Any]) -> dict[str, int]:
     """Writes the directory without the rows in `dropped`, whole or not at all; returns its rows by split."""
+    encoder = store.index["encoder"]
     with unfinished_directory(out) as unfinished:
-        rows = _fill(store, out, unfinished, dropped, report)
+        writer = SplitsWriter(unfinished, encoder["width"], encoder["max_tokens"])
+        for entry, shard in _shards(store, encoder["width"]):
+            rows = shard.table.drop_columns(["features", "contrast_features"]).to_pylist()
+            for i, row in enumerate(rows):
+                row |= {"features": shard.features[i], "contrast_features": shard.contrasts[i]}
+            writer.write(entry["file"], [r for r in rows if r["id"] not in dropped], entry["repeat"])
+        splits = writer.finish()
+        num_rows = {s: splits[s]["rows"] for s in SPLITS}
+        facts = {"out": str(out), "rows": num_rows, "labels": writer.labels, "duplicates": report}
+        plan = _plan(store, report["threshold"])
+        index = {**store.index, "plan": plan, "report": {**store.index["report"], **facts}, "splits": splits}
+        write_text(unfinished / "README.md", dataset_card(index))
+        write_sealed_json(unfinished / INDEX, index)
         unfinished.replace(out)
     flush_to_disk(out.parent)
-    return rows
-
-
-def _fill(store: Store, out: Path, unfinished: Path, dropped: frozenset[str], report: dict[str, Any]) -> dict[str, int]:
-    encoder = store.index["encoder"]
-    writer = SplitsWriter(unfinished, encoder["width"], encoder["max_tokens"])
-    for entry, shard in _shards(store, encoder["width"]):
-        rows = shard.table.drop_columns(["features", "contrast_features"]).to_pylist()
-        for i, row in enumerate(rows):
-            row |= {"features": shard.features[i], "contrast_features": shard.contrasts[i]}
-        writer.write(entry["file"], [r for r in rows if r["id"] not in dropped], entry["repeat"])
-    splits = writer.finish()
-    rows_of = {s: splits[s]["rows"] for s in SPLITS}
-    told = {**store.index["report"], "out": str(out), "rows": rows_of, "labels": writer.labels, "duplicates": report}
-    index = {**store.index, "plan": _plan(store, report["threshold"]), "report": told, "splits": splits}
-    write_text(unfinished / "README.md", dataset_card(index))
-    write_sealed_json(unfinished / INDEX, index)
-    return rows_of
+    return num_rows
 
 
 def _plan(store: Store, threshold: float) -> str:

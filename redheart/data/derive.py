@@ -46,8 +46,8 @@ def quantities(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 def training_edges(records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """The edges between the levels of every quantity, from the training records that have it."""
     train = np.array([r["split"] == "train" for r in records], dtype=bool)
-    found = {name: values[train & ~np.isnan(values)] for name, values in quantities(records).items()}
-    return {name: level_edges(torch.from_numpy(values)) for name, values in found.items()}
+    training = {name: values[train & ~np.isnan(values)] for name, values in quantities(records).items()}
+    return {name: level_edges(torch.from_numpy(values)) for name, values in training.items()}
 
 
 def surd_labels(

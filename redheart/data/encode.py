@@ -86,14 +86,14 @@ class TextEncoder:
         return [f for f in features if f is not None], cut
 
 
-def check_encoder(made_with: dict[str, Any], wanted: EncoderConfig, model_width: int) -> None:
+def check_encoder(made_with: dict[str, Any], config: EncoderConfig, model_width: int) -> None:
     """Raises unless features made with the fingerprint `made_with` fit the configured encoder and a model `model_width` wide."""
     if made_with["width"] != model_width:
         raise RedHeartError(
             f"the data's features are {made_with['width']} wide ({made_with['name']}, layers {made_with['layers']}) but "
             f"model.encoder_width is {model_width}: choose data.encoder.layers or --set model.encoder_width={made_with['width']}"
         )
-    ours = {"name": wanted.name, "layers": list(wanted.layers), "max_tokens": wanted.max_tokens}
+    ours = {"name": config.name, "layers": list(config.layers), "max_tokens": config.max_tokens}
     for key, value in ours.items():
         if made_with[key] != value:
             raise RedHeartError(
@@ -115,9 +115,9 @@ def encode_parts(
     encoder = TextEncoder(config)
     if encoder.device.type != "cpu":
         console.print(f"it computes on {encoder.device} (data.encoder.device)")
-    mine = [p for i, p in enumerate(parts) if i % launched_world_size() == launched_rank()]
-    with progress("token features", sum(len(records) for _, records in mine)) as (bar, task):
-        for name, records in mine:
+    share = [p for i, p in enumerate(parts) if i % launched_world_size() == launched_rank()]
+    with progress("token features", sum(len(records) for _, records in share)) as (bar, task):
+        for name, records in share:
             path, key = _part_file(work, name), _key(encoder, records)
             if _is_whole(path, key):
                 bar.advance(task, len(records))
@@ -207,15 +207,15 @@ def _saved(path: Path) -> dict[str, np.ndarray]:
 
 def wait_for(files: Sequence[Path], patience_s: float = 1800.0) -> None:
     """Waits until other processes have written `files`; an error names the first that is missing after `patience_s` of no news."""
-    told = False
+    announced = False
     missing, since = [f for f in files if not f.is_file()], time.monotonic()
     while missing:
         time.sleep(0.2)
         left = [f for f in missing if not f.is_file()]
         if len(left) < len(missing):
             since = time.monotonic()
-        elif not told and time.monotonic() - since > 10:
-            told = True
+        elif not announced and time.monotonic() - since > 10:
+            announced = True
             console.print(
                 f"waiting for another of the {launched_world_size()} processes of this launch to write {left[0]} (if nobody started "
                 "them: `unset RANK WORLD_SIZE`, and start again) …"

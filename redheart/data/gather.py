@@ -112,8 +112,8 @@ def set_aside(
     for name, number in bad.items():
         console.print(f"{number} of {count[name]} records of {name} are left out: encoder {encoder} cannot read them")
     left = [r for r in gathered.records if r["id"] not in reasons]
-    found = _not_empty(replace(gathered, records=left, sources=facts, refused=refused))
-    return found, [r for r in records if r["id"] not in reasons]
+    rest = _not_empty(replace(gathered, records=left, sources=facts, refused=refused))
+    return rest, [r for r in records if r["id"] not in reasons]
 
 
 def write_rejected(refused: Sequence[Mapping[str, Any]], file: Path) -> None:

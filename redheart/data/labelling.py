@@ -27,9 +27,8 @@ from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import LABELS, RedHeartError
 
 NUM_WORDS = sum(len(q.words) for q in FORM)
-ANSWER = np.dtype(
-    [("key", "S32"), ("logp", "<f4", (2, NUM_WORDS)), ("sum", "<u4")]
-)  # the CRC-32 of what stands before it
+# sum: the CRC-32 of what stands before it
+ANSWER = np.dtype([("key", "S32"), ("logp", "<f4", (2, NUM_WORDS)), ("sum", "<u4")])
 
 
 @dataclass
@@ -45,15 +44,15 @@ class Labelled:
 def fill_labels(records: list[dict[str, Any]], work: Path, config: DataConfig) -> Labelled:
     """Fills what the records lack with the LLM's scores, of the questions whose answers are good enough."""
     result = Labelled()
-    asked = chosen([r for r in records if lacks(r)], config.labeler.max_texts)
-    if not asked:
+    unlabelled = chosen([r for r in records if lacks(r)], config.labeler.max_texts)
+    if not unlabelled:
         return result
-    facts = _ask(asked, work, config)
+    facts = _ask(unlabelled, work, config)
     wait_for([_facts_file(work, rank) for rank in range(launched_world_size())])
     answers = _answers(work)
-    logp = np.stack([answers[_key(r)] for r in asked])
-    accepted, questions = judge(asked, logp, config.labeler)
-    for row, record in enumerate(asked):
+    logp = np.stack([answers[_key(r)] for r in unlabelled])
+    accepted, questions = judge(unlabelled, logp, config.labeler)
+    for row, record in enumerate(unlabelled):
         for name in lacks(record):
             names = LABELS[name].names
             values = [float(accepted[name, e][row]) if (name, e) in accepted else None for e in names]
@@ -65,7 +64,7 @@ def fill_labels(records: list[dict[str, Any]], work: Path, config: DataConfig) -
                 record["label_origin"][name] = "llm"
     result.fingerprint = facts["fingerprint"]
     result.report = {
-        "texts": len(asked), "seconds": facts["seconds"], "tokens": facts["tokens"], "questions": questions,
+        "texts": len(unlabelled), "seconds": facts["seconds"], "tokens": facts["tokens"], "questions": questions,
     }  # fmt: skip
     _show(questions)
     return result
@@ -79,17 +78,17 @@ def chosen(records: list[dict[str, Any]], most: int | None) -> list[dict[str, An
     return [r for r in records if hashlib.sha256(r["id"].encode()).hexdigest() in keep]
 
 
-def _ask(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> dict[str, Any]:
+def _ask(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> dict[str, Any]:
     """Appends this process's missing answers; returns the facts of its work."""
     rank, size = launched_rank(), launched_world_size()
     facts_file = _facts_file(work, rank)
     done = _answers(work, mend=rank)
-    missing = [r for r in asked if _key(r) not in done]
-    mine = sorted(missing[rank::size], key=lambda r: len(r["text"]))
+    missing = [r for r in records if _key(r) not in done]
+    unanswered = sorted(missing[rank::size], key=lambda r: len(r["text"]))
     facts: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
     if facts_file.is_file():
         facts = read_sealed_json(facts_file, "--force-preprocess labels anew")
-    if not mine and "fingerprint" in facts:
+    if not unanswered and "fingerprint" in facts:
         return facts
     from redheart.data.llm_labels import LlmScorer
 
@@ -101,10 +100,10 @@ def _ask(asked: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> dic
     share = len(done) // size
     with (
         (work / f"labels-rank{rank}.bin").open("ab") as file,
-        progress("LLM labels", share + len(mine), share) as (bar, task),
+        progress("LLM labels", share + len(unanswered), share) as (bar, task),
     ):
-        for start in range(0, len(mine), batch):
-            rows = mine[start : start + batch]
+        for start in range(0, len(unanswered), batch):
+            rows = unanswered[start : start + batch]
             lines = np.zeros(len(rows), ANSWER)
             lines["key"] = [_key(r) for r in rows]
             lines["logp"] = scorer.score([r["text"] for r in rows])

@@ -68,17 +68,16 @@ def near_leaks(
     """
     texts = _texts_of(records, pooled, contrasts)
     a, b, similarity, exact = search(texts.vectors, texts.split, texts.row, threshold, work)
-    closest: dict[
-        int, tuple[float, int, int]
-    ] = {}  # of a leaking row: (similarity; 2 if identical, text, text of the other)
+    # of a leaking row: (similarity; 2 if identical, text, text of the other)
+    closest: dict[int, tuple[float, int, int]] = {}
     repeated: set[int] = set()  # rows with a duplicate in their own split
     pairs = [*_identical(texts), *zip(a.tolist(), b.tolist(), similarity.tolist(), strict=True)]
     for one, other, value in pairs:
-        mine, judge = SPLITS[texts.split[one]], SPLITS[texts.split[other]]
+        split, judge = SPLITS[texts.split[one]], SPLITS[texts.split[other]]
         row = int(texts.row[one])
-        if mine == judge:
+        if split == judge:
             repeated |= {row, int(texts.row[other])}
-        elif judge in JUDGES[mine] and (row not in closest or value > closest[row][0]):
+        elif judge in JUDGES[split] and (row not in closest or value > closest[row][0]):
             closest[row] = (value, one, other)
     dropped: dict[str, Counter[str]] = {}
     for row in closest:
@@ -148,21 +147,21 @@ def search(
         tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-4:])
         raise RedHeartError(f"the near-duplicate search failed (exit code {code}) in {python}: {tail or 'no message'}")
     with pa.OSFile(str(target), "rb") as file:
-        found = pa.ipc.open_file(file).read_all()
+        pairs = pa.ipc.open_file(file).read_all()
     for path in (source, target, log):
         path.unlink()
-    exact = json.loads(found.schema.metadata[b"searches"])
-    return *(found[name].to_numpy() for name in ("a", "b", "similarity")), exact
+    exact = json.loads(pairs.schema.metadata[b"searches"])
+    return *(pairs[name].to_numpy() for name in ("a", "b", "similarity")), exact
 
 
 def interpreter() -> str:
     """The Python that has FAISS: the variable's, else the checkout's own environment, which is made on first use."""
     given = os.environ.get(VARIABLE)
     if given:
-        found = shutil.which(given)
-        if found is None:
+        python = shutil.which(given)
+        if python is None:
             raise RedHeartError(f"{VARIABLE}={given} is not a program: {REMEDY}")
-        return found
+        return python
     environment, script = ROOT / "red_heart_retrieval_env", ROOT / "launch" / "setup_env.sh"
     if not (environment / ".complete").is_file():
         if not script.is_file():
@@ -202,9 +201,9 @@ def _identical(texts: _Texts) -> list[tuple[int, int, float]]:
             known.append(place)
     pairs = []
     for place, key in enumerate(keys):
-        mine = int(texts.split[place])
+        own = int(texts.split[place])
         for split, known in holders[key].items():
-            if split >= mine:
+            if split >= own:
                 pairs += [(place, k, IDENTICAL) for k in known if texts.row[k] != texts.row[place]][:1]
     return pairs
 
@@ -222,12 +221,12 @@ def _refuse_empty(
 
 
 def _examples(
-    records: Sequence[Mapping[str, Any]], texts: _Texts, found: Sequence[tuple[float, int, int]]
+    records: Sequence[Mapping[str, Any]], texts: _Texts, matches: Sequence[tuple[float, int, int]]
 ) -> list[dict[str, Any]]:
     """A few near pairs spread from the least similar one up, then an identical one where there is one."""
-    near = sorted(f for f in found if f[0] < IDENTICAL)
+    near = sorted(f for f in matches if f[0] < IDENTICAL)
     places = sorted({round(i) for i in np.linspace(0, len(near) - 1, min(EXAMPLES - 1, len(near)))})
-    chosen = [near[i] for i in places] + [f for f in found if f[0] == IDENTICAL][:1]
+    chosen = [near[i] for i in places] + [f for f in matches if f[0] == IDENTICAL][:1]
     return [
         {
             "similarity": round(min(value, 1.0), 4),

@@ -60,8 +60,8 @@ class Order:
             starts = self.shards_of_epoch(epoch)[1]
             windows = np.where(epochs == epoch, starts.searchsorted(offsets, side="right") - 1, -1)
             for number in dict.fromkeys(windows[windows >= 0].tolist()):
-                mine = windows == number
-                numbers[mine] = self.window(epoch, number)[offsets[mine] - starts[number]]
+                inside = windows == number
+                numbers[inside] = self.window(epoch, number)[offsets[inside] - starts[number]]
         return numbers
 
     def locate(self, position: int) -> tuple[int, int, int]:

@@ -59,9 +59,7 @@ class PrepareReport:
     cut_counts: dict[str, list[int]] = field(default_factory=dict)  # per source: texts cut, texts
     unlabelled: list[str] = field(default_factory=list)  # splits with rows and without a label
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # per label: entries by origin
-    duplicates: dict[str, Any] = field(
-        default_factory=dict
-    )  # as data/neighbours.py reports them; empty without --dedup
+    duplicates: dict[str, Any] = field(default_factory=dict)  # of data/neighbours.py; empty without --dedup
     reused: bool = False
 
 

@@ -18,9 +18,8 @@ from redheart.console import quiet_libraries
 from redheart.data.pretrained import encoder_path, no_such_model
 from redheart.schema import RedHeartError
 
-LEAST_COVERED = (
-    0.2  # share of letters in pieces of two letters or more; GoEmotions under MiniLM: 0.95; Korean under it: 0
-)
+# share of letters in pieces of two letters or more; GoEmotions under MiniLM: 0.95; Korean under it: 0
+LEAST_COVERED = 0.2
 FEWEST_LETTERS = 8  # of a text that is judged by that share
 PLAIN = "Something wonderful happened yesterday afternoon"  # a tokenizer that spells this spells everything
 AT_ONCE = 4096  # texts

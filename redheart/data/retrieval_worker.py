@@ -53,17 +53,17 @@ def nearest(index, queries, rows, places, own, within, name):
     """
     best = np.full(len(queries), -1, np.int64)
     similarity = np.full(len(queries), -1.0, np.float32)
-    wanted = min(index.ntotal, 1 + TEXTS_PER_ROW if within else 1)
+    neighbours = min(index.ntotal, 1 + TEXTS_PER_ROW if within else 1)
     for start in range(0, len(queries), BLOCK):
         block = slice(start, start + BLOCK)
-        found, where = index.search(queries[block], wanted)
+        cosine, where = index.search(queries[block], neighbours)
         usable = where >= 0
         if within:
             usable &= rows[where] != own[block, None]
         column = np.where(usable.any(1), usable.argmax(1), -1)  # neighbours come nearest first
         line = np.flatnonzero(column >= 0)
         best[start + line] = places[where[line, column[line]]]
-        similarity[start + line] = found[line, column[line]]
+        similarity[start + line] = cosine[line, column[line]]
         print(min(start + BLOCK, len(queries)), len(queries), name, flush=True)
     return best, similarity
 
@@ -89,10 +89,10 @@ def main(source, target, threshold, threads, ivf_above):
         near = (best >= 0) & (similarity >= threshold)
         pairs.append((ask[near], best[near], similarity[near]))
     columns = [np.concatenate([np.zeros(0, t), *(p[i] for p in pairs)]).astype(t) for i, t in enumerate("qqf")]
-    found = pa.table(dict(zip(("a", "b", "similarity"), columns, strict=True)))
-    found = found.replace_schema_metadata({"searches": json.dumps(exact)})
-    with pa.OSFile(target, "wb") as file, pa.ipc.new_file(file, found.schema) as writer:
-        writer.write_table(found)
+    table = pa.table(dict(zip(("a", "b", "similarity"), columns, strict=True)))
+    table = table.replace_schema_metadata({"searches": json.dumps(exact)})
+    with pa.OSFile(target, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 if __name__ == "__main__":

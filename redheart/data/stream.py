@@ -109,9 +109,9 @@ class SampleStream:
         self, batch_size: int, rank: int = 0, world_size: int = 1, max_rows: int | None = None
     ) -> Iterator[Batch]:
         """Every row once, or `max_rows` of them evenly spread over the split, batches dealt to the ranks in turn."""
-        wanted = self.num_rows if max_rows is None else min(max_rows, self.num_rows)
-        numbers = np.arange(wanted) * self.num_rows // max(wanted, 1)
-        for turn, start in enumerate(range(0, wanted, batch_size)):
+        count = self.num_rows if max_rows is None else min(max_rows, self.num_rows)
+        numbers = np.arange(count) * self.num_rows // max(count, 1)
+        for turn, start in enumerate(range(0, count, batch_size)):
             if turn % world_size == rank:
                 part = numbers[start : start + batch_size]
                 yield self.batch(part, part)

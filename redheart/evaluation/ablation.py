@@ -54,22 +54,20 @@ def effects(
         kind = TASKS[name].kind
         if kind == "multilabel" and not ((one.target > 0.5) & one.known).any():
             continue
-        cut = (
-            [None, None]
-            if kind != "multilabel"
-            else [
-                cuts(x[0][name], x[1][name], same_rows) if name in x[0] and name in x[1] else None
-                for x in (whole, without)
-            ]
+        cut: list[np.ndarray | None] = [None, None]
+        if kind == "multilabel":
+            sides = [(x[0].get(name), x[1].get(name)) for x in (whole, without)]
+            cut = [cuts(dev, held_out, same_rows) if dev and held_out else None for dev, held_out in sides]
+        present = sums(kind, one, cut[0])
+        absent = sums(kind, without[1][name], cut[1]) if name in without[1] else None
+        draws = np.random.default_rng(seed).multinomial(
+            len(present), np.full(len(present), 1 / len(present)), resamples
         )
-        mine = sums(kind, one, cut[0])
-        other = sums(kind, without[1][name], cut[1]) if name in without[1] else None
-        draws = np.random.default_rng(seed).multinomial(len(mine), np.full(len(mine), 1 / len(mine)), resamples)
-        values = [_resampled(kind, x, draws) if x is not None else np.zeros(resamples + 1) for x in (mine, other)]
+        values = [_resampled(kind, x, draws) if x is not None else np.zeros(resamples + 1) for x in (present, absent)]
         difference = values[0] - values[1]
         low, high = np.percentile(difference[1:], [2.5, 97.5])
         figures = (float(values[0][0]), float(values[1][0]), float(difference[0]), float(low), float(high))
-        lines.append(Effect(module, how, name, METRIC[kind], len(mine), *figures))
+        lines.append(Effect(module, how, name, METRIC[kind], len(present), *figures))
     return lines
 
 

@@ -66,9 +66,9 @@ def collect(
             rows = torch.isin(origin, torch.tensor(JUDGES, dtype=origin.dtype)) & (weight > 0).any(1)
             if task.final and rows.any():
                 check_finite({f"predictions of {name}": prediction[rows]})
-                found = (prediction[rows], batch.labels[task.label][rows], weight[rows] > 0)
+                tensors = (prediction[rows], batch.labels[task.label][rows], weight[rows] > 0)
                 halves = np.array([zlib.crc32(batch.ids[i].encode()) % 2 for i in rows.nonzero()[:, 0].tolist()])
-                parts.setdefault(name, []).append((*(t.numpy() for t in found), halves))
+                parts.setdefault(name, []).append((*(t.numpy() for t in tensors), halves))
     return {n: Answers(*(np.concatenate(x) for x in zip(*p, strict=True))) for n, p in parts.items()}
 
 
@@ -78,8 +78,8 @@ def thresholds(dev: Answers) -> np.ndarray:
     best = np.zeros(dev.target.shape[1])
     score = np.full(dev.target.shape[1], -1.0)
     for threshold in THRESHOLDS:
-        said = (dev.prediction > threshold) & dev.known
-        f1 = 2 * (said & true).sum(0) / np.maximum(said.sum(0) + true.sum(0), 1)
+        positive = (dev.prediction > threshold) & dev.known
+        f1 = 2 * (positive & true).sum(0) / np.maximum(positive.sum(0) + true.sum(0), 1)
         best, score = np.where(f1 > score, threshold, best), np.maximum(score, f1)
     return best
 
@@ -98,8 +98,8 @@ def sums(kind: str, given: Answers, cut: np.ndarray | None) -> np.ndarray:
     """What the metric is made of, row by row: [N, terms, size]; metrics of any rows follow from sums over them."""
     p, t, known = given.prediction.astype(float), given.target.astype(float), given.known
     if kind == "multilabel":
-        said, true = p > cut, t > 0.5
-        terms = [said & true, said & ~true, ~said & true]
+        positive, true = p > cut, t > 0.5
+        terms = [positive & true, positive & ~true, ~positive & true]
     elif kind == "binary":
         terms = [(p > 0.5) == (t > 0.5), np.ones_like(known)]
     else:

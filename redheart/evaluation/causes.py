@@ -31,12 +31,12 @@ def causes_of_regret(model: RedHeartModel, stream: SampleStream) -> Informing | 
     rows, pooled = [], []
     for batch in stream.in_order(64, max_rows=MAX_ROWS):
         moved = batch.to("cpu", torch.float32)
-        found = predict_all(forward(model, moved))
-        if not {"regret", "emotion", "bentham"} <= found.keys():
+        answers = predict_all(forward(model, moved))
+        if not {"regret", "emotion", "bentham"} <= answers.keys():
             return None
-        emotion = found["emotion"]
+        emotion = answers["emotion"]
         valence = emotion[:, EMOTIONS.index("joy")] - emotion[:, NEGATIVE].amax(-1)
-        rows.append(torch.stack([found["regret"][:, 0], valence, found["bentham"].mean(-1)]))
+        rows.append(torch.stack([answers["regret"][:, 0], valence, answers["bentham"].mean(-1)]))
         pooled.append(masked_mean(moved.features, moved.mask))
     regret, emotion, bentham = torch.cat(rows, 1).double()
     return informing(
@@ -52,7 +52,7 @@ def main_direction(x: torch.Tensor) -> torch.Tensor:
     return place * (1.0 if place.pow(3).sum() >= 0 else -1.0)
 
 
-def draw(told: Informing, path: Path) -> None:
+def draw(informing: Informing, path: Path) -> None:
     """Bars of every term in bits, and the leak."""
     import matplotlib
 
@@ -60,14 +60,15 @@ def draw(told: Informing, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     colours = {"redundant": "tab:blue", "unique": "tab:orange", "synergistic": "tab:green"}
-    rows = told.rows()
+    rows = informing.rows()
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * max(len(rows), 1)), layout="constrained")
     axes.barh(
         [f"{kind}: {agents}" for kind, agents, _ in rows], [v for *_, v in rows], color=[colours[k] for k, *_ in rows]
     )
     axes.invert_yaxis()
     axes.set(
-        xlabel=f"bits about {told.target} (of {told.mutual_information:.3f} in all; {told.leak:.0%} of its entropy stays open)"
+        xlabel=f"bits about {informing.target} (of {informing.mutual_information:.3f} in all; "
+        f"{informing.leak:.0%} of its entropy stays open)"
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)

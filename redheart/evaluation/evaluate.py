@@ -38,10 +38,10 @@ class Evaluation:
 
     def check_finite(self) -> None:
         """Raises RedHeartError that names the answers or losses that are not finite."""
-        told = [f"{task} of {n} labels by {origin}" for (task, origin), n in self.not_finite.items()]
-        told += [f"the loss of {task}" for task, value in self.losses.items() if not math.isfinite(value)]
-        if told:
-            raise RedHeartError(f"not finite: {', '.join(told)}; judge an earlier checkpoint")
+        causes = [f"{task} of {n} labels by {origin}" for (task, origin), n in self.not_finite.items()]
+        causes += [f"the loss of {task}" for task, value in self.losses.items() if not math.isfinite(value)]
+        if causes:
+            raise RedHeartError(f"not finite: {', '.join(causes)}; judge an earlier checkpoint")
 
 
 def evaluate(
@@ -110,8 +110,8 @@ def forward(model: RedHeartModel, batch: Batch, without: Collection[str] = ()) -
 
 def predict_all(outputs: RedHeartOutput) -> dict[str, torch.Tensor]:
     """Predictions [B, size] by task, on the CPU, of the tasks whose modules are there."""
-    found = {name: task.predict(outputs) for name, task in TASKS.items()}
-    return {name: p.cpu() for name, p in found.items() if p is not None}
+    predictions = {name: task.predict(outputs) for name, task in TASKS.items()}
+    return {name: p.cpu() for name, p in predictions.items() if p is not None}
 
 
 def add_tallies(tallies: dict[Row, Tally], predictions: Mapping[str, torch.Tensor], batch: Batch) -> None:
@@ -120,9 +120,9 @@ def add_tallies(tallies: dict[Row, Tally], predictions: Mapping[str, torch.Tenso
     for name, prediction in predictions.items():
         task = TASKS[name]
         for code, origin in enumerate(ORIGINS):
-            mine = columns[task.label] == code
-            if mine.any():
-                labelled = batch.weights[task.label] * mine[:, None]
+            rows = columns[task.label] == code
+            if rows.any():
+                labelled = batch.weights[task.label] * rows[:, None]
                 tallies[name, origin] += tally(prediction, batch.labels[task.label], labelled)
 
 

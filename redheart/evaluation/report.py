@@ -59,17 +59,22 @@ def compare(
             values = [metrics.get(k, {}).get(row, {}).get(metric) for k in ("linear", f"constant/{metric}", "look_up")]
             summary = result.metrics[row]
             lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["rows"]), metric, summary[metric], *values))
-    mine, linear, constant = (
+    network, linear, constant = (
         [collect(side, split) for split in (dev, held_out)]
         for side in (predict, others["linear"], others["constant/macro_f1"])
     )
-    for name, found in mine[1].items():
-        if TASKS[name].kind != "multilabel" or name not in mine[0] or not ((found.target > 0.5) & found.known).any():
+    for name, answers in network[1].items():
+        if (
+            TASKS[name].kind != "multilabel"
+            or name not in network[0]
+            or not ((answers.target > 0.5) & answers.known).any()
+        ):
             continue
-        ours, theirs, all_ = (
-            tuned_macro_f1(side[0][name], side[1][name], tuned_on_itself(held_out)) for side in (mine, linear, constant)
+        ours, regression, all_ = (
+            tuned_macro_f1(side[0][name], side[1][name], tuned_on_itself(held_out))
+            for side in (network, linear, constant)
         )
-        lines.insert(0, Line(name, "people", True, len(found.target), "tuned_f1", ours, theirs, all_))
+        lines.insert(0, Line(name, "people", True, len(answers.target), "tuned_f1", ours, regression, all_))
     return lines
 
 
@@ -80,8 +85,8 @@ def tuned_on_itself(held_out: SampleStream) -> bool:
 
 def _metrics_of(row: Row, result: Evaluation) -> list[str]:
     kind = TASKS[row[0]].kind
-    wanted = {"multilabel": ("macro_f1", "mae"), "binary": ("accuracy",), "score": ("mae", "pearson")}[kind]
-    return [m for m in wanted if m in result.metrics[row]]
+    names = {"multilabel": ("macro_f1", "mae"), "binary": ("accuracy",), "score": ("mae", "pearson")}[kind]
+    return [m for m in names if m in result.metrics[row]]
 
 
 def cells(line: Line) -> list[str]:

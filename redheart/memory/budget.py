@@ -27,10 +27,10 @@ UNITS = {"": 1.0, "G": 1.0, "GIB": 1.0, "GB": 1e9 / 2**30, "M": 2**-10, "MIB": 2
 
 def gib(text: str, option: str) -> float:
     """`8GiB`, `8GB`, `8`, `512MiB` in GiB; a bare number is GiB."""
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
+    parsed = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if parsed is None or parsed[2].upper() not in UNITS or float(parsed[1]) <= 0:
         raise RedHeartError(f"{option} {text!r}: write a size such as 8GiB, 8GB or 512MiB")
-    return float(found[1]) * UNITS[found[2].upper()]
+    return float(parsed[1]) * UNITS[parsed[2].upper()]
 
 
 def resident() -> int:
@@ -39,12 +39,17 @@ def resident() -> int:
 
 
 def resident_peak() -> int:
-    """The most bytes of this process that were ever in memory (VmHWM)."""
+    """The most bytes of this process that were ever in memory."""
+    return status_bytes("VmHWM")
+
+
+def status_bytes(field: str) -> int:
+    """A figure of /proc/self/status such as VmHWM (the most that was resident) or RssAnon (private memory)."""
     with open("/proc/self/status", encoding="ascii") as status:
         for line in status:
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-    raise RedHeartError("this system does not tell a process's peak memory (VmHWM in /proc/self/status)")
+    raise RedHeartError(f"this system does not tell a process's memory ({field} in /proc/self/status)")
 
 
 def free_host_gib() -> float:
@@ -84,8 +89,8 @@ class Budget:
         return (f"GPU {self.gpu}, " if self.gpu else "") + f"host {self.host}"
 
     def to_json(self) -> dict[str, Any]:
-        found = {"host_gib": self.host.gib, "host_bound": self.host.by}
-        return {"gpu_gib": self.gpu.gib, "gpu_bound": self.gpu.by, **found} if self.gpu else found
+        host = {"host_gib": self.host.gib, "host_bound": self.host.by}
+        return {"gpu_gib": self.gpu.gib, "gpu_bound": self.gpu.by, **host} if self.gpu else host
 
 
 def budget_of(
@@ -105,9 +110,9 @@ def budget_of(
     return Budget(_bound(gpu_memory, "--gpu-memory", promised.gpu_memory_gib, "memory.gpu_memory_gib", free), host)
 
 
-def _bound(asked: str | None, option: str, promised: float, key: str, free: Bound | None) -> Bound:
-    if asked:
-        return Bound(gib(asked, option), option)
+def _bound(given: str | None, option: str, promised: float, key: str, free: Bound | None) -> Bound:
+    if given:
+        return Bound(gib(given, option), option)
     return min([Bound(promised, key), *([free] if free else [])], key=lambda bound: bound.gib)
 
 
@@ -118,13 +123,13 @@ def limit_gpu(config: RunConfig) -> None:
     """
     if not has_gpu():
         return
-    device, wanted = compute_device(), config.memory.gpu_memory_gib * 2**30
+    device, promised = compute_device(), config.memory.gpu_memory_gib * 2**30
     total = torch.cuda.get_device_properties(device).total_memory
-    if wanted <= CONTEXT:
+    if promised <= CONTEXT:
         raise RedHeartError(
-            f"memory.gpu_memory_gib = {wanted / 2**30:g} is no more than the {CONTEXT / 2**30:.2f} GiB of a CUDA context: give more"
+            f"memory.gpu_memory_gib = {promised / 2**30:g} is no more than the {CONTEXT / 2**30:.2f} GiB of a CUDA context: give more"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (wanted - CONTEXT) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (promised - CONTEXT) / total), device)
 
 
 def over_host_memory(config: RunConfig, step: int) -> str | None:
@@ -145,5 +150,5 @@ def over_host_memory(config: RunConfig, step: int) -> str | None:
 
 def local_world_size() -> int:
     """Processes of this run on this node, as the launcher says (torchrun and Accelerate, DeepSpeed); else all of them."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(told) if told else launched_world_size()
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(size) if size else launched_world_size()

@@ -18,12 +18,12 @@ def planned_and_taken(planned: Candidate) -> dict[str, dict[str, float]]:
     """
     if not planned.host.get("activations", planned.gpu.get("activations")):
         return {}
-    found = {}
+    peaks = {}
     if has_gpu():
-        found["gpu"] = (planned.gpu_peak - CONTEXT, torch.cuda.max_memory_reserved())
+        peaks["gpu"] = (planned.gpu_peak - CONTEXT, torch.cuda.max_memory_reserved())
     else:
-        found["host"] = (planned.host_peak, resident_peak())
-    return {where: {"predicted_gib": p / GIB, "observed_gib": o / GIB} for where, (p, o) in found.items()}
+        peaks["host"] = (planned.host_peak, resident_peak())
+    return {where: {"predicted_gib": p / GIB, "observed_gib": o / GIB} for where, (p, o) in peaks.items()}
 
 
 def show_taken(memory: dict[str, dict[str, float]]) -> None:

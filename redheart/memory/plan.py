@@ -40,9 +40,7 @@ class Card:
 
     flops: float = 20e12  # FLOP/s in bf16 matrix products of this size
     fp32_flops: float = 10e12  # the same in fp32: TF32 stays off, too few bits for the Kalman filter's covariances
-    kernel_s: float = (
-        6e-6  # s to launch one kernel from Python: what bounds small micro-batches (`bench gpu`: launch_s)
-    )
+    kernel_s: float = 6e-6  # s to launch one kernel from Python (`bench gpu`: launch_s)
     wait_s: float = 15e-6  # s in which nothing is launched when the host waits for the GPU (`bench gpu`: wait_s)
     gpu_bytes: float = 250e9  # B/s of the card's memory
     pcie_bytes: float = 12e9  # B/s, pinned, one direction

@@ -59,9 +59,8 @@ class Progress:
     data: str = ""  # the data directory it was trained on
     encoder: dict[str, Any] = field(default_factory=dict)  # fingerprint of the features it was trained on
     sources: dict[str, Any] = field(default_factory=dict)  # where the training data came from, with licences
-    labels: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # what it learned from: evaluation/trained.py; empty where an earlier version did not say
+    # what it learned from: evaluation/trained.py; empty where an earlier version did not say
+    labels: dict[str, list[float]] = field(default_factory=dict)
     initial_dev_loss: float | None = None
     initial_dev_losses: dict[str, float] = field(default_factory=dict)  # per task, before the first step
     dev_losses: dict[str, float] = field(default_factory=dict)  # per task, at the last evaluation
@@ -71,13 +70,9 @@ class Progress:
     last_dev_loss: float | None = None
     skipped_steps: int = 0
     micro_batch_size: int = 0  # what a rank runs at once now; less than the configured one after out_of_memory
-    out_of_memory: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # when the micro-batch had to shrink: train/oom.py
+    out_of_memory: list[dict[str, Any]] = field(default_factory=list)  # when the micro-batch had to shrink
     order: str = ""  # which rows the data has and in which order: train/resume.py
-    changes: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # of the configuration, each at the step of a resume: train/resume.py
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of the configuration, at the step of a resume
     branch: int = 0  # how often the run went back to an earlier checkpoint
     branched_at: int = 0  # from which step on the checkpoints of lower branches are abandoned
 

@@ -92,9 +92,8 @@ def _own(run: Path, names: tuple[str, ...] | list[str]) -> None:
 def naming_no_room(run: Path) -> Iterator[None]:
     """Turns a write that found no room, also in a thread of TensorBoard's, into a RedHeartError; removes what is half-written."""
     hook = threading.excepthook
-    threading.excepthook = lambda a: (
-        None if a.exc_value and no_room(a.exc_value) else hook(a)
-    )  # raised again by the writer
+    # what a thread found no room for is raised again by the writer
+    threading.excepthook = lambda a: None if a.exc_value and no_room(a.exc_value) else hook(a)
     try:
         yield
     except Exception as error:

@@ -149,12 +149,11 @@ def _look(stored: Stored, stream: SampleStream) -> tuple[dict[str, torch.Tensor]
     model.set_mode(ExecutionMode.EVALUATION)
     weights = factors(task_weights(stored.config.loss), stored.progress.scales, stored.config.loss.constant_floor)
     loss = evaluate(model, stream, stored.config.loss, weights, max_rows=VERIFY_ROWS, batch_size=8).total
-    found: dict[str, list[torch.Tensor]] = {}
+    outputs: dict[str, list[torch.Tensor]] = {}
     for batch in stream.in_order(8, max_rows=VERIFY_ROWS):
         for name, value in tensors_of(forward(model, batch.to("cpu", torch.float32))).items():
-            found.setdefault(name, []).append(
-                value.flatten(0, -2) if value.dim() > 2 else value
-            )  # texts differ in length
+            rows = value.flatten(0, -2) if value.dim() > 2 else value  # texts differ in length
+            outputs.setdefault(name, []).append(rows)
     del model
     gc.collect()
-    return {name: torch.cat(values) for name, values in found.items()}, loss
+    return {name: torch.cat(values) for name, values in outputs.items()}, loss

@@ -82,9 +82,8 @@ class Synergy:
         """
         size = len(batch)
         if model.backbone.gradient_checkpointing:
-            size = max(
-                1, size // 4
-            )  # nothing is recomputed here: a row takes up to four times what it takes in training
+            # nothing is recomputed here: a row takes up to four times what it takes in training
+            size = max(1, size // 4)
         mask = batch.mask[:ROWS]
         features = batch.features[:ROWS, : int(mask.sum(1).max())]
         mask = mask[:, : features.shape[1]]

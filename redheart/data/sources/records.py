@@ -85,11 +85,11 @@ def _json(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         return InvalidRecord(f"{twice!r} is given twice: keep one")
-    return found
+    return unique
 
 
 def _json_line(line: bytes, where: str) -> Any:

@@ -116,9 +116,8 @@ _Cells = list[str] | csv.Error
 
 def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, int, _Cells]]:
     """(first line, last line, cells) of each row of a CSV; RedHeartError where a broken row takes others with it."""
-    csv.field_size_limit(
-        2**31 - 1
-    )  # beyond its default csv would stop inside a text; parse_record bounds it, with a reason
+    # beyond its default csv would stop inside a text; parse_record bounds it, with a reason
+    csv.field_size_limit(2**31 - 1)
     encoding = encoding_of(path)
     try:  # bad bytes of UTF-8 stay visible in their row
         content = path.read_bytes().decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
@@ -148,16 +147,16 @@ def _swallows(cells: Sequence[str], known: Sequence[Set[str]], delimiter: str) -
     """
     for column, cell in enumerate(cells):
         lines = cell.splitlines()
-        told = []
+        evidence = []
         for number, line in enumerate(lines):
             offset = column if number == 0 else 0
-            found = [(offset + i, value) for i, value in enumerate(line.split(delimiter))]
-            if found[-1][0] + 1 != (column + 1 if number == len(lines) - 1 else len(known)):
+            places = [(offset + i, value) for i, value in enumerate(line.split(delimiter))]
+            if places[-1][0] + 1 != (column + 1 if number == len(lines) - 1 else len(known)):
                 break
-            others = [value in known[place] for place, value in found if place != column and value.strip()]
-            told += [any(others)] if others else []
+            others = [value in known[place] for place, value in places if place != column and value.strip()]
+            evidence += [any(others)] if others else []
         else:
-            if len(lines) > 1 and told and all(told):
+            if len(lines) > 1 and evidence and all(evidence):
                 return True
     return False
 

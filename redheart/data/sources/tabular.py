@@ -26,11 +26,11 @@ def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Rows of a file of the kind that its suffix says; `columns` is the source's `data.columns`."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        wanted = [theirs for theirs, ours in columns.items() if ALIASES.get(ours, ours) == "text"] or [
+        texts = [column for column, ours in columns.items() if ALIASES.get(ours, ours) == "text"] or [
             "text",
             "content",
         ]
-        for place, cells in all_lines(path, (), delimiter_of(path, wanted)):
+        for place, cells in all_lines(path, (), delimiter_of(path, texts)):
             yield place, to_record(cells, columns, place, written=True) if isinstance(cells, dict) else cells
     elif suffix == ".parquet":
         for place, row in _parquet(path):
@@ -43,13 +43,13 @@ def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
         raise RedHeartError(f"source {name}: {path} is none of {', '.join(SUFFIXES)}: convert it to one of them")
 
 
-def delimiter_of(path: Path, wanted: Sequence[str]) -> str:
-    """What separates the columns: the character that parts one of the `wanted` columns from the others in the header, else a comma."""
+def delimiter_of(path: Path, texts: Sequence[str]) -> str:
+    """What separates the columns: the character that parts one of the `texts` columns from the others in the header, else a comma."""
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:
         head = next((line for line in file if line.strip()), "")
     for delimiter in DELIMITERS:
         names = next(csv.reader([head], delimiter=delimiter), [])
-        if any(name in wanted for name in names) or (delimiter != "," and len(names) > 1 and "," not in head):
+        if any(name in texts for name in names) or (delimiter != "," and len(names) > 1 and "," not in head):
             if delimiter != ",":
                 console.print(f"{path} is separated by {DELIMITERS[delimiter]}s")
             return delimiter
@@ -60,7 +60,7 @@ def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
     """Every target of `data.columns` is a field or an entry of a label, and nothing is filled twice."""
     for source, mapping in columns.items():
         filled: dict[str, str] = {}
-        for theirs, target in mapping.items():
+        for column_name, target in mapping.items():
             field, _, entry = target.partition(".")
             field = ALIASES.get(field, field)
             if field not in FIELDS or (entry and (field not in LABELS or entry not in LABELS[field].names)):
@@ -69,9 +69,9 @@ def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
                 same_field = other.partition(".")[0] == field
                 if same_field and (not entry or "." not in other or other == f"{field}.{entry}"):
                     raise RedHeartError(
-                        f"data.columns.{source}: {column!r} and {theirs!r} both fill {target!r}: keep one"
+                        f"data.columns.{source}: {column!r} and {column_name!r} both fill {target!r}: keep one"
                     )
-            filled[f"{field}.{entry}" if entry else field] = theirs
+            filled[f"{field}.{entry}" if entry else field] = column_name
 
 
 def to_record(
@@ -87,9 +87,9 @@ def to_record(
         if key in raw and key not in targets.values():
             targets.setdefault(key, key)
     record: dict[str, Any] = {}
-    for theirs, target in targets.items():
-        field, _, entry = target.partition(".") if theirs in columns else (theirs, "", "")
-        value = _cell(raw[theirs], ALIASES.get(field, field)) if written else raw[theirs]
+    for column, target in targets.items():
+        field, _, entry = target.partition(".") if column in columns else (column, "", "")
+        value = _cell(raw[column], ALIASES.get(field, field)) if written else raw[column]
         if field == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None:

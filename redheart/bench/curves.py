@@ -1,10 +1,24 @@
-"""Dev losses of several runs in one picture."""
+"""Dev losses of runs: read from what TensorBoard holds of them, and drawn in one picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+LOSS = "dev_loss/"
+TOTAL = f"{LOSS}total"
+
+
+def dev_losses(run: Path) -> dict[str, dict[int, float]]:
+    """Dev losses by step, of the whole (TOTAL) and of every answer; empty where there is no run."""
+    if not (run / "tensorboard").is_dir():
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(LOSS)]
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}
 
 
 class Line(NamedTuple):
