@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from redheart.bench.gpu_worker import WARM_UP
 from redheart.config import RunConfig, Strategy, load_config
@@ -28,6 +28,7 @@ from redheart.files import read_json, read_sealed_json, write_json, write_sealed
 from redheart.memory.activations import PAIR_SHARE
 from redheart.memory.budget import gib
 from redheart.memory.plan import GIB, Candidate, Card, Plan, plan
+from redheart.memory.states import STRATEGIES
 from redheart.owned import make_directory
 from redheart.schema import RedHeartError
 
@@ -209,11 +210,10 @@ def _row(case: dict[str, Any], memories: Sequence[str]) -> list[object]:
 
 
 def _strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
-    known: tuple[Strategy, ...] = get_args(Strategy)
     for name in names:
-        if name not in known:
-            raise RedHeartError(f"--strategies {name}: choose from {', '.join(known)}")
-    return tuple(s for s in known if s in names) if names else known
+        if name not in STRATEGIES:
+            raise RedHeartError(f"--strategies {name}: choose from {', '.join(STRATEGIES)}")
+    return tuple(s for s in STRATEGIES if s in names) if names else STRATEGIES
 
 
 def _cases(

@@ -21,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from redheart.bench.curves import LOSS, TOTAL, Line, dev_losses, draw
 from redheart.config import load_config
 from redheart.console import console, progress, table
+from redheart.evaluation.curves import LOSS, TOTAL, Line, draw, scalars
 from redheart.files import write_json
 from redheart.owned import check_can_make, make_directory
 from redheart.schema import RedHeartError
@@ -66,14 +66,14 @@ def bench_parity(
             training.max_steps={steps} training.evaluate_every={every} training.checkpoint_every={steps}
             training.evaluate_rows=1000000 training.synergy_every={10 * steps} training.log_every=50""".split()
         settings += [f"optimizer.eps={eps!r}"] * (name == CONTROL) + [*overrides]
-        if len(dev_losses(directory).get(TOTAL, {})) < 11:
+        if len(scalars(directory, LOSS).get(TOTAL, {})) < 11:
             command = [sys.executable, "-m", "redheart", "train", "--preset", preset, "--data", str(data)]
             command += ["--out", str(directory), "--overwrite", *(x for s in settings for x in ("--set", s))]
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
             done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
             if done.returncode:
                 raise RedHeartError(f"{directory} failed: {done.stderr.strip().splitlines()[-1:]}")
-        return dev_losses(directory)
+        return scalars(directory, LOSS)
 
     curves: dict[tuple[str, int], dict[int, float]] = {}
     answers: dict[str, dict[str, list[float]]] = {}
@@ -102,10 +102,9 @@ def bench_parity(
     }
     if out:
         write_json(out, result)
-        lines = [
-            Line(list(curve.items()), STYLES[name], f"{name}, seed {seed}") for (name, seed), curve in curves.items()
-        ]
-        draw(lines, (), "fp32 against 8-bit optimizer states", out.with_suffix(".png"))
+        lines = [Line(curve, STYLES[name], f"{name}, seed {seed}") for (name, seed), curve in curves.items()]
+        title = "fp32 against 8-bit optimizer states"
+        draw(lines, out.with_suffix(".png"), ylabel="dev loss", yscale="log", title=title)
     return result
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from redheart.bench.curves import TOTAL, Line, dev_losses, draw
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
+from redheart.evaluation.curves import TOTAL, Line, draw, scalars
 from redheart.files import read_sealed_json, write_json, write_sealed_json
 from redheart.memory.plan import parameters_of
 from redheart.owned import make_directory, own
@@ -109,12 +109,13 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     """Every arm in a colour of its own, a line per seed; dotted: what the sources reached."""
     seeds = result["seeds"]
     lines = [
-        Line(line["curves"][arm], f"C{colour}", arm if line is seeds[0] else None)
+        Line(dict(line["curves"][arm]), f"C{colour}", arm if line is seeds[0] else None)
         for line in seeds
         for colour, arm in enumerate(ARMS)
     ]
     marks = [line["source_best"]["dev_loss"] for line in seeds]
-    draw(lines, marks, f"{result['small']} grown to {result['large']}", path)
+    title = f"{result['small']} grown to {result['large']}"
+    draw(lines, path, marks, ylabel="dev loss", yscale="log", title=title)
 
 
 def _number(value: float | None) -> str:
@@ -167,7 +168,7 @@ class _Bench:
             raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")
         own(run, "run", ["finished.json"])
         write_sealed_json(
-            run / "finished.json", {"dev_loss": sorted(dev_losses(run)[TOTAL].items()), "seconds": done.seconds}
+            run / "finished.json", {"dev_loss": sorted(scalars(run)[TOTAL].items()), "seconds": done.seconds}
         )
 
     def _config(self, arm: str, seed: int, learning_rate: float) -> RunConfig:

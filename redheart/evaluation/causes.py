@@ -13,6 +13,7 @@ import torch
 
 from redheart.causality.synergy import Informing, informing
 from redheart.data.stream import SampleStream
+from redheart.evaluation.curves import figure
 from redheart.evaluation.evaluate import forward, predict_all
 from redheart.model.analyzers import masked_mean
 from redheart.model.redheart import RedHeartModel
@@ -52,23 +53,15 @@ def main_direction(x: torch.Tensor) -> torch.Tensor:
     return place * (1.0 if place.pow(3).sum() >= 0 else -1.0)
 
 
-def draw(informing: Informing, path: Path) -> None:
+def draw(causes: Informing, path: Path) -> None:
     """Bars of every term in bits, and the leak."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     colours = {"redundant": "tab:blue", "unique": "tab:orange", "synergistic": "tab:green"}
-    rows = informing.rows()
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * max(len(rows), 1)), layout="constrained")
-    axes.barh(
-        [f"{kind}: {agents}" for kind, agents, _ in rows], [v for *_, v in rows], color=[colours[k] for k, *_ in rows]
-    )
+    rows = causes.rows()
+    picture = figure(7, 1.2 + 0.4 * max(len(rows), 1))
+    axes = picture.subplots()
+    names, bits = [f"{kind}: {agents}" for kind, agents, _ in rows], [v for *_, v in rows]
+    axes.barh(names, bits, color=[colours[kind] for kind, *_ in rows])
     axes.invert_yaxis()
-    axes.set(
-        xlabel=f"bits about {informing.target} (of {informing.mutual_information:.3f} in all; "
-        f"{informing.leak:.0%} of its entropy stays open)"
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    whole = f"of {causes.mutual_information:.3f} in all; {causes.leak:.0%} of its entropy stays open"
+    axes.set(xlabel=f"bits about {causes.target} ({whole})")
+    picture.savefig(path, dpi=120)

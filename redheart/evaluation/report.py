@@ -15,6 +15,7 @@ from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import collect, tuned_macro_f1
 from redheart.evaluation.baselines import Predict, baselines, judged, look_up
 from redheart.evaluation.causes import draw
+from redheart.evaluation.curves import learning_curve
 from redheart.evaluation.evaluate import Evaluation, Row, forward, predict_all
 from redheart.files import write_text
 from redheart.model.redheart import RedHeartModel
@@ -64,11 +65,8 @@ def compare(
         for side in (predict, others["linear"], others["constant/macro_f1"])
     )
     for name, answers in network[1].items():
-        if (
-            TASKS[name].kind != "multilabel"
-            or name not in network[0]
-            or not ((answers.target > 0.5) & answers.known).any()
-        ):
+        has_label = ((answers.target > 0.5) & answers.known).any()
+        if TASKS[name].kind != "multilabel" or name not in network[0] or not has_label:
             continue
         ours, regression, all_ = (
             tuned_macro_f1(side[0][name], side[1][name], tuned_on_itself(held_out))
@@ -141,11 +139,9 @@ class Report:
             table("what was learned", LOSS_COLUMNS, self._loss_cells()),
             table(title, COLUMNS, self._line_cells()),
         ]
-        return (
-            tables
-            if self.causes is None
-            else [*tables, table(self._causes_title(), CAUSE_COLUMNS, self._cause_cells())]
-        )
+        if self.causes is not None:
+            tables.append(table(self._causes_title(), CAUSE_COLUMNS, self._cause_cells()))
+        return tables
 
     def to_json(self) -> dict[str, Any]:
         result = self.evaluation
@@ -167,12 +163,10 @@ class Report:
         text += [*_markdown(LOSS_COLUMNS, self._loss_cells()), "", f"## {self.split} split", ""]
         text += [*_markdown(COLUMNS, self._line_cells()), "", self.footnote(), ""]
         text += [
-            "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels."
-        ]
-        text += [
+            "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels.",
             "constant: what is best for the metric if one says the same of every text: the training median, the majority, always yes. "
             f"tuned_f1: macro-F1 with the threshold of every entry chosen on {TUNED_ON[self.split == 'dev']}. look-up: the mean label "
-            "of training texts by the level of the predicted regret."
+            "of training texts by the level of the predicted regret.",
         ]
         if self.causes is not None:
             text += ["", f"## {self._causes_title()}", "", *_markdown(CAUSE_COLUMNS, self._cause_cells()), ""]
@@ -201,30 +195,3 @@ class Report:
 def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     names = list(columns)
     return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *("| " + " | ".join(r) + " |" for r in rows)]
-
-
-def learning_curve(run: Path) -> Path | None:
-    """Draws training and dev loss from the run's TensorBoard events; None where there are none."""
-    if not (run / "tensorboard").is_dir():
-        return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    tags = [t for t in ("loss/total", "dev_loss/total") if t in events.Tags()["scalars"]]
-    if not tags:
-        return None
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for tag, name in zip(tags, ("training batch", "dev"), strict=False):
-        points = events.Scalars(tag)
-        axes.plot([p.step for p in points], [p.value for p in points], label=name, marker=".")
-    axes.set(xlabel="optimizer step", ylabel="weighted loss (1 per task = constant predictor)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = run / "learning_curve.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path

@@ -184,18 +184,8 @@ def _cache_file(
 ) -> Path:
     model = config.model.model_dump()
     del model["activation_checkpointing"]
-    key = [
-        CACHE_VERSION,
-        model,
-        tokens,
-        checkpointing,
-        str(dtype),
-        autocast,
-        sizes,
-        PAIR_SHARE,
-        torch.__version__,
-        _code(),
-    ]
+    setting = [tokens, checkpointing, str(dtype), autocast, sizes, PAIR_SHARE]
+    key = [CACHE_VERSION, model, *setting, torch.__version__, _code()]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return cache_directory() / "activations" / f"{name}.json"
 

@@ -19,7 +19,7 @@ from redheart.config import RunConfig, Strategy
 from redheart.memory.activations import MicroStep, activations
 from redheart.memory.budget import CONTEXT
 from redheart.memory.launches import count_launches, count_waits
-from redheart.memory.states import STRATEGIES, Parameters, States, Traits, partition_sizes, states, traits_of
+from redheart.memory.states import STRATEGIES, Parameters, States, Traits, states, traits_of
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
 
@@ -326,9 +326,3 @@ def step_times(request: Request) -> dict[str, float]:
         passes = 3 * accumulation if t.stage == 3 else 2 + (accumulation - 1) * (t.stage >= 2)
         times["network"] = passes * sent / (card.network_bytes * r.gpus_per_node if r.nodes > 1 else card.node_bytes)
     return times
-
-
-def ranks_hold(config: RunConfig, ranks: int) -> dict[str, int]:
-    """Elements of the fp32 partition of one rank under ZeRO-2 and ZeRO-3."""
-    parameters = parameters_of(config)
-    return {f"zero{stage}": sum(partition_sizes(parameters, ranks, stage)) for stage in (2, 3)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from itertools import cycle
 
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +11,7 @@ from redheart.console import console, table
 from redheart.memory.budget import Budget
 from redheart.memory.plan import GIB, Candidate, Plan
 
-COLORS = (
+COLORS = [
     "red",
     "yellow",
     "green",
@@ -22,7 +22,7 @@ COLORS = (
     "bright_yellow",
     "bright_green",
     "bright_cyan",
-)
+]
 WIDTH = 60  # characters of a full bar
 
 
@@ -84,7 +84,7 @@ def _bar(name: str, terms: dict[str, int], peak: int, budget: int) -> Text:
     shown = [(term, size) for term, size in terms.items() if size > 0]
     full = max(budget, sum(size for _, size in shown), 1)
     bar, legend, used = Text(f"{name} "), Text("     "), 0
-    for (term, size), color in zip(shown, _cycle(COLORS), strict=False):
+    for (term, size), color in zip(shown, cycle(COLORS), strict=False):
         cells = round(WIDTH * size / full)
         used += cells
         bar.append("█" * cells, style=color)
@@ -93,8 +93,3 @@ def _bar(name: str, terms: dict[str, int], peak: int, budget: int) -> Text:
     bar.append("·" * max(0, WIDTH - used))
     bar.append(f"  peak {peak / GIB:.2f} of {budget / GIB:.2f} GiB\n")
     return bar.append_text(legend)
-
-
-def _cycle(colors: tuple[str, ...]) -> Iterable[str]:
-    while True:
-        yield from colors

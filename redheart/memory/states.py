@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from redheart.config import Strategy
 
@@ -34,16 +35,7 @@ ZERO3_MAX_LIVE = 200_000_000  # elements gathered at once
 ZERO3_SUB_GROUP = 100_000_000  # elements the optimizer steps at once
 ZERO3_PERSISTENCE = 100_000  # parameters smaller than this stay gathered
 ADAM_8BIT_BLOCK = 256  # elements that share two fp32 scales
-STRATEGIES: tuple[Strategy, ...] = (
-    "plain",
-    "gpu_8bit",
-    "zero1",
-    "zero2",
-    "zero2_offload",
-    "zero2_offload_8bit",
-    "zero3",
-    "zero3_offload_8bit",
-)
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 @dataclass(frozen=True)

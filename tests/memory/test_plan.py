@@ -13,8 +13,8 @@ from redheart.memory import plan as room
 from redheart.memory.activations import Activations, MicroStep
 from redheart.memory.budget import CONTEXT, gib
 from redheart.memory.launches import UPDATE, WAITS
-from redheart.memory.plan import GIB, Card, Request, parameters_of, plan, predict, ranks_hold
-from redheart.memory.states import TRAITS, Parameters, states
+from redheart.memory.plan import GIB, Card, Request, parameters_of, plan, predict
+from redheart.memory.states import TRAITS, Parameters, partition_sizes, states
 from redheart.schema import RedHeartError
 
 MB = 10**6
@@ -214,8 +214,8 @@ def test_partitions_of_64_ranks_are_deepspeeds():
     """The same rule written out again: pad to 2 × ranks, cut into equal parts; stage 3 pads every parameter."""
     parameters = parameters_of(load_config("1b3"))
     padded = [-(-sum(g) // 128) * 128 for g in parameters.groups]
-    assert ranks_hold(load_config("1b3"), 64)["zero2"] * 64 == sum(padded)
-    assert ranks_hold(load_config("1b3"), 64)["zero3"] == sum(-(-n // 64) for g in parameters.groups for n in g)
+    assert sum(partition_sizes(parameters, 64, 2)) * 64 == sum(padded)
+    assert sum(partition_sizes(parameters, 64, 3)) == sum(-(-n // 64) for g in parameters.groups for n in g)
 
 
 def test_the_command_prints_json(tmp_path):
