@@ -185,6 +185,9 @@ def test_a_run_that_outgrows_its_promise_of_host_memory_ends_with_a_checkpoint(d
     """And goes on from it, with a larger promise, as if nothing had been."""
     held, step = {"gib": 1.0}, Trainer._step
     monkeypatch.setattr("redheart.memory.budget.resident", lambda: int(held["gib"] * 2**30))
+    monkeypatch.setattr(
+        "redheart.memory.refuse.resident", lambda: 2**29
+    )  # this process may hold gigabytes of other tests
 
     def growing(self, stop):
         held["gib"] += 1
