@@ -9,6 +9,7 @@ setup(
         "redheart": ["presets/*.yaml"],
         "redheart.data": ["corpus/*.json"],
         "redheart.optim": ["csrc/*.cpp", "csrc/*.h"],
+        "redheart.signals": ["csrc/*.cpp", "csrc/*.h"],
         "redheart.ds_configs": ["*.json"],
     },
 )

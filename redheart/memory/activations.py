@@ -37,6 +37,7 @@ from redheart.losses.combine import combine
 from redheart.model.build import build_model
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import LABELS
+from redheart.signals.native import torch_form
 from redheart.tasks import GATES, TASKS, task_losses, task_weights
 
 PAIR_SHARE = 1.0  # contrast texts per sample: a batch of a preference corpus has one for each
@@ -134,7 +135,7 @@ def measure(
 ) -> MicroStep:
     """One micro-step of the real network under fake tensors. `dtype`: of weights and features; `autocast`: to bf16, as `plain` does."""
     pairs = round(micro_batch_size * PAIR_SHARE) if contrasts is None else contrasts
-    with FakeTensorMode():
+    with FakeTensorMode(), torch_form():  # as a GPU computes the recursions: their kernels on a CPU take and keep less
         model = _fake_model(config, dtype, checkpointing)
         step, inputs = _step(model, config, micro_batch_size, pairs, tokens, dtype, autocast)
         watch = Watch()

@@ -6,6 +6,7 @@ words a minute, Brysbaert 2019, "How many words do we read per minute?").
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,15 +15,8 @@ from torch import nn
 from redheart.model.analyzers import masked_mean
 from redheart.model.layers import MLP, Keys, full_precision
 from redheart.schema import EMOTIONS
-from redheart.signals.dsp import follow, ring
-from redheart.signals.kalman import (
-    FilterElement,
-    combine,
-    predict_element,
-    prior_element,
-    reduce_elements,
-    update_element,
-)
+from redheart.signals.dsp import bank
+from redheart.signals.kalman import Measurement, contraction, last_posterior
 
 TOKEN_RATE_HZ = 4.0
 RANGES = {  # of the controls, per emotion; the middle on a log scale is where they start
@@ -57,20 +51,11 @@ class DspSimulator(nn.Module):
         keys: Keys,
     ) -> torch.Tensor:
         whole = torch.cat([masked_mean(tokens, mask), feature], -1)
-        controls = full_precision(self.controls(whole, keys)).unflatten(-1, (-1, NUM)).unbind(1)
-        attack, release, frequency, decay = (
-            low * (high / low) ** torch.sigmoid(raw)
-            for (low, high), raw in zip(RANGES.values(), controls[:4], strict=True)
-        )
+        controls = full_precision(self.controls(whole, keys)).unflatten(-1, (-1, NUM))
         drive = full_precision(self.excitation(tokens, keys))
         gain = full_precision(self.trajectory_gain)
         drive = drive + gain * (torch.zeros_like(drive) if trajectory is None else trajectory)
-        x = (torch.tanh(drive) * mask[..., None]).transpose(1, 2)  # [B, 7, T]
-        swell = follow(x, attack, release, TOKEN_RATE_HZ)
-        swing = ring(x, frequency, decay, TOKEN_RATE_HZ)
-        loss = -torch.expm1(-1 / (decay * TOKEN_RATE_HZ))[..., None]  # 1 - ρ, so that a steady drive stays of order one
-        signals = controls[4][..., None] * swell + controls[5][..., None] * loss * swing
-        return signals.transpose(1, 2) * mask[..., None]  # filters ring on behind the last token
+        return bank(drive, mask, controls, RANGES, TOKEN_RATE_HZ)
 
 
 class Fused(NamedTuple):
@@ -82,9 +67,8 @@ class KalmanFusion(nn.Module):
     """Fuses three readings of emotion (logits): the analyzer's and the DSP bank's at every token, the head's at the end.
 
     State [14]: seven emotions and their rates; x_t = F x_{t-1} + N(0, Q), z = H x + c + N(0, R). F, H, c and Q = LLᵀ + εI are
-    learned, ‖F‖ ≤ 1 keeps any text's filter stable; R per source and time and the prior (x₀, P₀ ≤ 10) come from the
-    features. The posterior after the last token is found by a tree of filter elements (signals/kalman.py), not by a loop
-    over T. Latents: rates, R and the covariance; the emotion losses reach them through the gains.
+    learned, ‖F‖ ≤ 1 keeps any text's filter stable; R per source and time and the prior (x₀, P₀ ≤ 10) come from the features.
+    Latents: rates, R and the covariance; the emotion losses reach them through the gains.
     """
 
     def __init__(self, width: int, task_width: int, dropout: float):
@@ -112,49 +96,38 @@ class KalmanFusion(nn.Module):
         """`readings`: head [B, 7], analyzer [B, T, 7], DSP [B, T, 7]; None: not measured."""
         prior = full_precision(self.prior(torch.cat([masked_mean(tokens, mask), feature], -1), keys))
         mean, spread, head_noise = prior.split([2 * NUM, 2 * NUM, NUM], -1)
-        noise = full_precision(self.token_noise(tokens, keys)).unflatten(-1, (2, NUM))
-        head, *per_token = readings
+        noise = full_precision(self.token_noise(tokens, keys))  # [B, T, 14]
         with torch.autocast(tokens.device.type, enabled=False):
-            start = prior_element(mean, torch.diag_embed(10 * torch.sigmoid(spread)))
-            vector, information = None, None
-            for i, reading in enumerate(per_token):
-                if reading is not None:
-                    eta, j = self._information(i + 1, full_precision(reading), noise[:, :, i])
-                    vector = eta if vector is None else vector + eta
-                    information = j if information is None else information + j
-            steps = self._steps(mask, vector, information)
-            posterior = combine(start, reduce_elements(steps))
-            if head is not None:
-                posterior = combine(posterior, update_element(*self._information(0, full_precision(head), head_noise)))
-            covariance = posterior.C[..., :NUM, :NUM]
-        return Fused(posterior.b[..., :NUM], covariance)
+            weights = full_precision(self.observation_weight).split([1, 2])
+            biases = full_precision(self.observation_bias).split([1, 2])
+            posterior, covariance = last_posterior(
+                mean,
+                10 * torch.sigmoid(spread),
+                contraction(full_precision(self.transition_weight)),
+                self._process_noise(),
+                _measurement(readings[1:], noise, weights[1], biases[1]),
+                _measurement(readings[:1], head_noise, weights[0], biases[0]),
+                mask,
+            )
+        return Fused(posterior[..., :NUM], covariance[..., :NUM, :NUM])
 
-    def _steps(
-        self, mask: torch.Tensor, vector: torch.Tensor | None, information: torch.Tensor | None
-    ) -> FilterElement:
-        """One filter element per token [B, T]: predict, then update; the identity where there is no token."""
-        weight = full_precision(self.transition_weight)
-        transition = weight / torch.linalg.matrix_norm(weight, 2).clamp(min=1)
+    def _process_noise(self) -> torch.Tensor:
         factor = full_precision(self.process_weight).tril()
-        eye = torch.eye(2 * NUM, dtype=factor.dtype, device=factor.device)
-        predict = predict_element(transition, factor @ factor.mT + 1e-4 * eye)
-        predict = FilterElement(*(x.expand(*mask.shape, *x.shape) for x in predict))
-        if vector is not None and information is not None:
-            predict = combine(predict, update_element(vector, information))
-        matrix, row = mask[..., None, None], mask[..., None]
-        return FilterElement(
-            torch.where(matrix, predict.A, eye),
-            torch.where(row, predict.b, 0.0),
-            torch.where(matrix, predict.C, 0.0),
-            torch.where(row, predict.eta, 0.0),
-            torch.where(matrix, predict.J, 0.0),
-        )
+        floor = 1e-4 * torch.eye(2 * NUM, dtype=factor.dtype, device=factor.device)
+        return torch.addmm(floor, factor, factor.mT)
 
-    def _information(self, source: int, z: torch.Tensor, raw_noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(HᵀR⁻¹(z - c) [..., 14], HᵀR⁻¹H [..., 14, 14]) of a reading z [..., 7]; R lies between e⁻⁴ and e⁴."""
-        h, c = full_precision(self.observation_weight[source]), full_precision(self.observation_bias[source])
-        precision = torch.exp(-4 * torch.tanh(raw_noise / 4))
-        return (precision * (z - c)) @ h, (h.mT * precision[..., None, :]) @ h
+
+def _measurement(
+    readings: Sequence[torch.Tensor | None], raw_noise: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> Measurement:
+    """n readings [*, 7] at once, with raw_noise [*, 7 n], weight [n, 7, 14], bias [n, 7]. R lies between e⁻⁴ and e⁴; what was not
+    measured has no precision."""
+    precision = torch.exp(-4 * torch.tanh(raw_noise / 4))
+    if any(z is None for z in readings):
+        each = zip(precision.split(NUM, -1), readings, strict=True)
+        precision = torch.cat([0 * p if z is None else p for p, z in each], -1)
+    z = torch.cat([torch.zeros_like(raw_noise[..., :NUM]) if z is None else full_precision(z) for z in readings], -1)
+    return Measurement(weight.flatten(0, 1), z - bias.flatten(), precision)
 
 
 def posterior_sd(covariance: torch.Tensor) -> torch.Tensor:

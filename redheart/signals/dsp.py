@@ -6,7 +6,8 @@ is the time in which a state falls to 1/e: the factor per frame is exp(-1 / (τ 
 that both are stable whatever a network learns for τ. Parameters broadcast to the leading shape of x, a Python number
 included; gradients flow to the signal and to every parameter. float64 stays float64; everything else is computed in, and
 returned as, float32. `envelope` and `oscillator` look at what they are given and refuse what is not finite, and time constants that
-are not above zero, by RedHeartError; `follow` and `ring` are the same without a look, so that nothing waits for a GPU (the network's).
+are not above zero, by RedHeartError; `follow` and `ring` are the same without a look, so that nothing waits for a GPU. `bank` is both for
+every signal of a batch of texts (the network's): on a CPU one compiled pass over the frames (native.py), forward and backward.
 
 Source: Zölzer (ed., 2011), "DAFX: Digital Audio Effects", 2nd ed., chapter 4 (the peak follower with attack and release)
 and chapter 2 (the two-pole resonator, of which the oscillator is the real part of the complex one-pole form).
@@ -14,8 +15,9 @@ and chapter 2 (the two-pole resonator, of which the oscillator is the real part 
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from redheart.finite import check_finite
 from redheart.schema import RedHeartError
+from redheart.signals import native
 
 Parameter = torch.Tensor | float
 
@@ -98,6 +101,86 @@ def ring(x: torch.Tensor, frequency_hz: Parameter, decay_s: Parameter, frame_rat
     size = 1 << max(2 * frames - 2, 0).bit_length()  # a power of two ≥ 2 T - 1: nothing wraps around
     spectrum = torch.fft.rfft(x.double(), n=size) * torch.fft.rfft(response, n=size)
     return torch.fft.irfft(spectrum, n=size)[..., :frames].to(dtype)
+
+
+CONTROLS = ("attack_s", "release_s", "frequency_hz", "decay_s", "swell", "swing")
+
+
+def bank(
+    drive: torch.Tensor,
+    mask: torch.Tensor,
+    controls: torch.Tensor,
+    bounds: Mapping[str, tuple[float, float]],
+    frame_rate_hz: float,
+) -> torch.Tensor:
+    """What the controls of each text make of its drives: drive [B, T, C], mask [B, T], controls [B, 6, C] -> signals [B, T, C].
+
+    swell · follow(x) + swing · (1 - ρ) · ring(x) of x = tanh(drive), 0 where the mask is False, as the result is: 1 - ρ, so that a
+    steady drive stays of order one. Controls stand in the order of CONTROLS; the first four are logits of where they lie between
+    their `bounds` (low, high), evenly over the logarithm. drive and controls: both fp32, or both fp64. All in fp64 on a CPU.
+    """
+    assert tuple(bounds) == CONTROLS[:4]
+    assert controls.shape == (drive.shape[0], len(CONTROLS), drive.shape[-1])
+    if native.kernels_serve(drive, controls):
+        flat = [edge for pair in bounds.values() for edge in pair]
+        return _bank(drive.contiguous(), mask.contiguous(), controls.contiguous(), flat, frame_rate_hz)
+    *parameters, swell, swing = controls.unbind(1)
+    attack, release, frequency, decay = (
+        low * (high / low) ** torch.sigmoid(raw) for (low, high), raw in zip(bounds.values(), parameters, strict=True)
+    )
+    x = (torch.tanh(drive) * mask[..., None]).transpose(1, 2)
+    loss = -torch.expm1(-1 / (decay * frame_rate_hz))
+    swells, swings = follow(x, attack, release, frame_rate_hz), ring(x, frequency, decay, frame_rate_hz)
+    signals = swell[..., None] * swells + (swing * loss)[..., None] * swings
+    return signals.transpose(1, 2) * mask[..., None]  # filters ring on behind the last token
+
+
+@torch.library.custom_op("redheart::bank", mutates_args=())
+def _bank(
+    drive: torch.Tensor, mask: torch.Tensor, controls: torch.Tensor, bounds: Sequence[float], frame_rate_hz: float
+) -> torch.Tensor:
+    out = torch.empty_like(drive)
+    edges = (ctypes.c_double * len(bounds))(*bounds)
+    native.call("bank", drive.dtype, drive, mask, controls, edges, frame_rate_hz, *drive.shape, out)
+    return out
+
+
+@torch.library.custom_op("redheart::bank_backward", mutates_args=())
+def _bank_backward(
+    grad: torch.Tensor,
+    drive: torch.Tensor,
+    mask: torch.Tensor,
+    controls: torch.Tensor,
+    bounds: Sequence[float],
+    frame_rate_hz: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(drive), torch.empty_like(controls)
+    edges = (ctypes.c_double * len(bounds))(*bounds)
+    native.call("bank_backward", drive.dtype, grad, drive, mask, controls, edges, frame_rate_hz, *drive.shape, *out)
+    return out
+
+
+@_bank.register_fake
+def _(drive: torch.Tensor, mask: torch.Tensor, controls: torch.Tensor, bounds: Any, frame_rate_hz: float) -> Any:
+    return torch.empty_like(drive)
+
+
+@_bank_backward.register_fake
+def _(grad: torch.Tensor, drive: torch.Tensor, mask: torch.Tensor, controls: torch.Tensor, *_: Any) -> Any:
+    return torch.empty_like(drive), torch.empty_like(controls)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.bounds, ctx.rate = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _adjoint(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    drive, controls = _bank_backward(grad.contiguous(), *ctx.saved_tensors, ctx.bounds, ctx.rate)
+    return drive, None, controls, None, None
+
+
+_bank.register_autograd(_adjoint, setup_context=_remember)
 
 
 def _parameter(value: Parameter, x: torch.Tensor, dtype: torch.dtype, lead: torch.Size, name: str) -> torch.Tensor:

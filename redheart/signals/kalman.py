@@ -1,4 +1,5 @@
-"""Kalman filter of linear Gaussian states, twice: step by step, and as a tree of filter elements without a loop over time.
+"""Kalman filter of linear Gaussian states: step by step (`kalman_filter`), as a tree of filter elements without a loop over time, and
+`last_posterior`, the end of many texts' filters, which on a CPU is one compiled pass over the steps (native.py), forward and backward.
 
 x_t = F x_{t-1} + N(0, Q), z_t = H x_t + N(0, R). S: width of the state, M: of a measurement, T: steps; `*` is any batch.
 Everything is computed in fp32 at least (fp64 stays), outside autocast, and is differentiable.
@@ -10,11 +11,12 @@ rounding; Särkkä and García-Fernández (2021), "Temporal Parallelization of B
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from redheart.finite import check_finite
+from redheart.signals import native
 
 
 class FilterResult(NamedTuple):
@@ -112,7 +114,7 @@ def combine(first: FilterElement, second: FilterElement) -> FilterElement:
     a2, b2, c2, eta2, j2 = (_raised(x) for x in second)
     with torch.autocast(a1.device.type, enabled=False):
         eye = torch.eye(a1.shape[-1], dtype=a1.dtype, device=a1.device)
-        m = torch.linalg.inv(eye + c1 @ j2)
+        m = torch.linalg.inv_ex(eye + c1 @ j2)[0]  # no look at its success, for which a GPU would wait
         forth, back = a2 @ m, a1.mT @ m.mT
         c, j = forth @ c1 @ a2.mT + c2, back @ j2 @ a1 + j1
         return FilterElement(
@@ -151,3 +153,205 @@ def _apply(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 def _raised(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Measurement(NamedTuple):
+    """M readings with independent noise of a state [S]; none: M = 0."""
+
+    H: torch.Tensor  # [M, S], of all texts
+    z: torch.Tensor  # [*, M]
+    precision: torch.Tensor  # [*, M], of the noise: at least 0
+
+    def information(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """HᵀR⁻¹z [*, S] and HᵀR⁻¹H [*, S, S]."""
+        return (self.precision * self.z) @ self.H, (self.H.mT * self.precision[..., None, :]) @ self.H
+
+
+def last_posterior(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    F: torch.Tensor,
+    Q: torch.Tensor,
+    each: Measurement,
+    last: Measurement,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [B, S] and covariance [B, S, S] behind the last step of every text.
+
+    From a prior of independent components, mean and variance [B, S]: at every step where mask [B, T] is True a prediction by F and
+    Q [S, S] and a measurement of `each` ([B, T, M]); elsewhere nothing; at the end a measurement of `last` ([B, L]). All of one
+    dtype, fp32 or fp64. On a CPU rows are measured one by one, in the order of H; else by a tree of ⌈log₂ T⌉ levels.
+    """
+    if native.kernels_serve(mean, variance, F, Q, *each, *last):
+        args = [x.contiguous() for x in (mean, variance, F, Q, *each, *last, mask)]
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in args)
+        return _filter(*args, keep)[:2]
+    with torch.autocast(mean.device.type, enabled=False):
+        shape = (*mask.shape, *F.shape)
+        steps = combine(predict_element(F.expand(shape), Q.expand(shape)), update_element(*each.information()))
+        matrix, row = mask[..., None, None], mask[..., None]
+        eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
+        steps = FilterElement(
+            torch.where(matrix, steps.A, eye),
+            torch.where(row, steps.b, 0.0),
+            torch.where(matrix, steps.C, 0.0),
+            torch.where(row, steps.eta, 0.0),
+            torch.where(matrix, steps.J, 0.0),
+        )
+        end = combine(prior_element(mean, torch.diag_embed(variance)), reduce_elements(steps))
+        end = combine(end, update_element(*last.information()))
+    return end.b, end.C
+
+
+SQUARINGS = (
+    24  # the norm comes out too small by at most S / (2e · 2²⁴) of itself: below fp32's resolution for a state of 14
+)
+
+
+def contraction(weight: torch.Tensor) -> torch.Tensor:
+    """weight [S, S] / max(1, ‖weight‖₂): what no repetition makes grow.
+
+    Without an SVD: (WᵀW)^(2²⁴), scaled to trace 1 between its squarings in fp64, is the mean Π of the projections onto the largest
+    singular value's directions, and ‖W‖₂² = tr(Π WᵀW). Of several equal ones the gradient is the mean of theirs. fp32 or fp64.
+    """
+    if native.kernels_serve(weight):
+        return _contraction(weight.contiguous())[0]
+    with torch.no_grad():
+        power = weight.double().mT @ weight.double()
+        tiny = torch.finfo(power.dtype).tiny  # for a matrix of zeros
+        for _ in range(SQUARINGS):
+            power = power / power.diagonal().sum().clamp(min=tiny)
+            power = power @ power
+        power = power / power.diagonal().sum().clamp(min=tiny)
+    raised = weight.double()
+    square = (power * (raised.mT @ raised)).sum()
+    return (raised / square.clamp(min=1).sqrt()).to(weight.dtype)
+
+
+@torch.library.custom_op("redheart::contraction", mutates_args=())
+def _contraction(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(weight), torch.empty_like(weight), weight.new_empty(1)
+    native.call("contraction", weight.dtype, weight, weight.shape[0], SQUARINGS, *out)
+    return out
+
+
+@torch.library.custom_op("redheart::contraction_backward", mutates_args=())
+def _contraction_backward(
+    grad: torch.Tensor, out: torch.Tensor, direction: torch.Tensor, norm: torch.Tensor
+) -> torch.Tensor:
+    to = torch.empty_like(grad)
+    native.call("contraction_backward", grad.dtype, grad, out, direction, norm, grad.shape[0], to)
+    return to
+
+
+@_contraction.register_fake
+def _(weight: torch.Tensor) -> Any:
+    return torch.empty_like(weight), torch.empty_like(weight), weight.new_empty(1)
+
+
+@_contraction_backward.register_fake
+def _(grad: torch.Tensor, *_: torch.Tensor) -> Any:
+    return torch.empty_like(grad)
+
+
+def _remember_bound(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output)
+
+
+def _adjoint_of_bound(ctx: Any, grad: torch.Tensor | None, *_: Any) -> torch.Tensor | None:
+    return None if grad is None else _contraction_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+_contraction.register_autograd(_adjoint_of_bound, setup_context=_remember_bound)
+
+
+@torch.library.custom_op("redheart::kalman", mutates_args=())
+def _filter(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    F: torch.Tensor,
+    Q: torch.Tensor,
+    H: torch.Tensor,
+    z: torch.Tensor,
+    precision: torch.Tensor,
+    last_H: torch.Tensor,
+    last_z: torch.Tensor,
+    last_precision: torch.Tensor,
+    mask: torch.Tensor,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = _outputs(mean, mask, keep)
+    counts = (*mask.shape, mean.shape[-1], H.shape[0], last_H.shape[0])
+    args = (mean, variance, F, Q, H, z, precision, last_H, last_z, last_precision, mask, *counts)
+    native.call("kalman", mean.dtype, *args, *out)
+    return out
+
+
+def _outputs(mean: torch.Tensor, mask: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, covariance, and room for the moments behind every step, texts in groups of 64 bytes side by side."""
+    (batch, steps), size, lanes = mask.shape, mean.shape[-1], 64 // mean.element_size()
+    moments = mean.new_empty((batch + lanes - 1) // lanes if keep else 0, steps + 1, size + size * size, lanes)
+    return torch.empty_like(mean), mean.new_empty(batch, size, size), moments
+
+
+@torch.library.custom_op("redheart::kalman_backward", mutates_args=())
+def _filter_backward(
+    grad_mean: torch.Tensor,
+    grad_covariance: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    F: torch.Tensor,
+    H: torch.Tensor,
+    z: torch.Tensor,
+    precision: torch.Tensor,
+    last_H: torch.Tensor,
+    last_z: torch.Tensor,
+    last_precision: torch.Tensor,
+    mask: torch.Tensor,
+    moments: torch.Tensor,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    args = (mean, variance, F, H, z, precision, last_H, last_z, last_precision)
+    out = tuple(torch.empty_like(x) for x in (mean, variance, F, F, H, z, precision, last_H, last_z, last_precision))
+    counts = (*mask.shape, mean.shape[-1], H.shape[0], last_H.shape[0])
+    native.call("kalman_backward", mean.dtype, grad_mean, grad_covariance, *args, mask, moments, *counts, *out)
+    return out  # type: ignore[return-value]
+
+
+@_filter.register_fake
+def _(mean: torch.Tensor, *args: Any) -> Any:
+    return _outputs(mean, *args[-2:])
+
+
+@_filter_backward.register_fake
+def _(grad_mean: torch.Tensor, grad_covariance: torch.Tensor, mean: Any, variance: Any, F: Any, *args: Any) -> Any:
+    return tuple(torch.empty_like(x) for x in (mean, variance, F, F, *args[:6]))
+
+
+def _remember_steps(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    mean, variance, F, _, *rest, _ = inputs
+    ctx.save_for_backward(mean, variance, F, *rest, output[2])
+
+
+def _adjoint_of_steps(ctx: Any, mean: torch.Tensor | None, covariance: torch.Tensor | None, _: Any) -> Any:
+    if mean is None and covariance is None:
+        return (None,) * 12
+    first, size = ctx.saved_tensors[0], ctx.saved_tensors[0].shape[-1]
+    mean = torch.zeros_like(first) if mean is None else mean
+    covariance = first.new_zeros(first.shape[0], size, size) if covariance is None else covariance
+    return *_filter_backward(mean.contiguous(), covariance.contiguous(), *ctx.saved_tensors), None, None
+
+
+_filter.register_autograd(_adjoint_of_steps, setup_context=_remember_steps)

@@ -18,6 +18,7 @@ from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import build_root
 from redheart.ranks import is_launched
 from redheart.schema import RedHeartError
+from redheart.signals.native import library as signals_kernels
 
 START_S = 600  # how long processes wait for each other to start: nodes read and compile at their own pace
 OTHERS = {"ACCELERATE_USE_CPU": "--cpu", "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm"}
@@ -111,3 +112,5 @@ def compile_kernels() -> None:
         for name in names:
             get_accelerator().create_op_builder(name).load(verbose=False)
         adam8bit_kernel()
+        if not has_gpu():
+            signals_kernels()
