@@ -1,15 +1,15 @@
 """What the host tells a GPU, and waits for, beside a micro-step's own operations: the books that an engine keeps of every tensor.
 
-Counted in DeepSpeed 0.19.8 for one parameter tensor. A micro-step itself waits for nothing: it runs on fake tensors
-(activations.py), of which nobody can read a number.
+Operations that are no views, counted for one parameter tensor by a dispatch mode around DeepSpeed 0.19.8 (tests/memory/launches_run.py).
+A micro-step itself waits for nothing: it runs on fake tensors (activations.py), of which nobody can read a number.
 
-ZeRO-1 and -2   reduce_independent_p_g_buckets_and_remove_grads: a copy into the bucket; with compact fp32 sums a cast and an addition;
-                has_overflow: least and largest value, whether they are finite, their sum; get_grad_norm_direct: a cast and a norm
-  with offload  async_accumulate_grad_in_cpu_via_gpu: the sum so far copied up, added to and copied down, where sums are 16-bit;
-                copy_grads_in_partition: norm, overflow (asked at once: the host waits), a cast, the copy to the host;
-                complete_grad_norm_calculation_for_cpu_offload: the norm read (the host waits again)
-ZeRO-3          gathered before the forward and the backward pass, copied into the bucket and out of it, norm and overflow (the
-                host waits)
+ZeRO-1 and -2   reduce_independent_p_g_buckets_and_remove_grads, copy_grads_in_partition: into the bucket and out of it, or a cast and a
+                sum in fp32; has_overflow (asked by train/engine and again by step), get_grad_norm_direct: largest and least
+                value, whether they are finite, casts and norms
+  with offload  async_accumulate_grad_in_cpu_via_gpu: the sum so far copied up, added to, copied down, where sums are 16-bit;
+                at the last micro-step overflow (read at once: the host waits), norm, cast and copy to the host;
+                complete_grad_norm_calculation_for_cpu_offload: the norm is read (the host waits again)
+ZeRO-3          into the bucket and its partition; with offload the last one on to the host, sub-group by sub-group
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def tensor_of(traits: Traits) -> Tensor:
     if traits.stage == 0:  # a gradient is added to the sum so far; the update is foreach's
         return Tensor(1, 0, 0)
     if traits.stage == 3:
-        return Tensor(5, 9 + traits.offload, 1)
+        return Tensor(2, 9 if traits.offload else 3, 0)
     if traits.offload:
-        return Tensor(3 if traits.fp32_accumulation else 4, 10, 2)
-    return Tensor(3 if traits.fp32_accumulation else 2, 9, 0)
+        return Tensor(4, 16, 2)
+    return Tensor(1, 30, 0) if traits.stage == 1 else Tensor(4, 28, 0)
 
 
 def count_launches(traits: Traits, tensors: int, micro_step: int, accumulation: int) -> int:
