@@ -18,7 +18,7 @@ import torch
 from redheart.device import has_gpu
 from redheart.evaluation.evaluate import Evaluation
 from redheart.ranks import is_main
-from redheart.train.stages import Update
+from redheart.train.engine import Update
 
 GIB = 2**30
 
@@ -48,7 +48,7 @@ class Board:
         rate = self._samples / (now - self._clock)
         self._clock, self._samples = now, 0
         values = {f"loss/{name}": value for name, value in losses.items()} | {"loss/total": total}
-        values |= {f"grad_norm/{module}": v for module, v in (update.module_norms or {}).items()}
+        values |= {f"grad_norm/{module}": v for module, v in update.module_norms.items()}
         values |= {"grad_norm/total": update.grad_norm, "learning_rate": learning_rate, "samples_per_s": rate}
         values |= memory() | {"skipped_steps": float(skipped)}
         self._write(step, values)

@@ -15,7 +15,7 @@ from redheart.files import write_json
 from redheart.owned import own
 from redheart.ranks import is_main
 from redheart.schema import RedHeartError
-from redheart.train.stages import Update
+from redheart.train.engine import Update
 
 GRACE_S = 5.0
 
@@ -72,7 +72,7 @@ class NonFiniteGuard:
             return
         self.skipped += 1
         self.in_a_row += 1
-        norms = update.module_norms or {}
+        norms = update.module_norms
         modules = [m for m, v in norms.items() if not math.isfinite(v)]
         tasks = [t for t, v in losses.items() if not math.isfinite(v)]
         fault = f"modules {', '.join(modules) or 'unknown'}; losses {', '.join(tasks) or 'all finite'}"

@@ -114,7 +114,7 @@ def run_steps(engine: Engine, config: RunConfig, micro: int, accumulation: int, 
             total += float(loss.detach()) / accumulation
             del loss
             marks[f"backward {number}.{i}"] = resident() / GIB
-        stages.update(engine, stages.learning_rate_at(number, NOMINAL_STEPS, config.optimizer), False)
+        stages.update(engine, stages.learning_rate_at(number, NOMINAL_STEPS, config.optimizer))
         if has_gpu():
             torch.cuda.synchronize()
         marks[f"step {number}"] = resident() / GIB

@@ -17,7 +17,7 @@ from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import is_out_of_memory, sum_over_ranks, together
 from redheart.schema import Batch, RedHeartError
 from redheart.tasks import loss_counts, task_losses
-from redheart.train.engine import Engine
+from redheart.train.engine import Engine, Update
 from redheart.train.synergy import predictions
 
 
@@ -33,13 +33,6 @@ class Window:
     @property
     def num_micro_batches(self) -> int:
         return len(self.batches)
-
-
-@dataclass(frozen=True)
-class Update:
-    applied: bool
-    grad_norm: float  # global, before clipping
-    module_norms: dict[str, float] | None  # where they were asked for, or where something is not finite
 
 
 def open_window(batches: list[Batch], stop: bool, rehearse: bool = False) -> Window:
@@ -115,12 +108,11 @@ def compute(
     return combine(sums, counts, factors, num_micro_batches), dict(zip(sums, told, strict=True))
 
 
-def update(engine: Engine, learning_rate: float, want_norms: bool) -> Update:
-    """UPDATE: after the last backward of a window. A non-finite gradient is not applied, and its modules' norms are read."""
+def update(engine: Engine, learning_rate: float) -> Update:
+    """UPDATE: after the last backward of a window. A gradient that is not finite is not applied; its modules' norms are not finite."""
     engine.set_learning_rate(learning_rate)
     try:
-        norms = engine.grad_norms() if engine.non_finite() or want_norms else None
-        applied, grad_norm = engine.step()
+        return engine.step()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -128,7 +120,6 @@ def update(engine: Engine, learning_rate: float, want_norms: bool) -> Update:
             f"out of memory in the optimizer's step ({str(error).splitlines()[0]}): choose a memory.strategy that keeps "
             "more on the host (redheart plan names those that fit), and go on with --resume"
         ) from None
-    return Update(applied, grad_norm, norms)
 
 
 def global_losses(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:

@@ -109,7 +109,7 @@ class Trainer:
         if self.log:
             self.log.write(step, window.batches)
         learning_rate = stages.learning_rate_at(step, self.total_steps, self.config.optimizer)
-        update = stages.update(self.engine, learning_rate * self.update_parameters, want_log)
+        update = stages.update(self.engine, learning_rate * self.update_parameters)
         self.guard.check(step, update, sums, [i for b in window.batches for i in b.ids])
         self.state.skipped_steps = self.guard.skipped
         self.board.count(self.config.training.global_batch_size)

@@ -55,7 +55,7 @@ def steps(engine: Engine, config: RunConfig, first: int, stop: int) -> tuple[flo
             loss, _ = compute(forward(engine, batch), batch, window.counts, factors, 2, config.loss)
             engine.backward(loss, i == 1)
             loss_of_step += loss.item() / 2
-        done = update(engine, 1e-2, True)
+        done = update(engine, 1e-2)
         assert done.applied
         assert done.module_norms is not None
         norms = done.module_norms

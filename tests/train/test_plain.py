@@ -33,7 +33,7 @@ def steps(one: PlainEngine, count: int) -> list[float]:
         window = open_window([batch], False)
         loss, _ = compute(forward(one, batch), batch, window.counts, task_weights(config.loss), 1, config.loss)
         one.backward(loss, True)
-        assert update(one, 3e-4, False).applied
+        assert update(one, 3e-4).applied
         losses.append(float(loss.detach()))
     return losses
 

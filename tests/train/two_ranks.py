@@ -61,19 +61,19 @@ def main() -> None:
         worst = max(worst, (theirs - p.grad).abs().max().item() / scale)
         compared += bool(p.grad.abs().max() > 1e-4)  # so large that a factor would show
     engine.set_learning_rate(1e-4)
-    assert engine.step()[0]
+    assert engine.step().applied
 
     vanished = {}
     for label in LABELS:
         gone = step([without(b, label) for b in mine])
         assert all(value == 0 for value in gone.values()), gone
         vanished[label] = sorted(gone)
-        assert engine.step()[0]
+        assert engine.step().applied
         partly = step(
             [without(b, label) if engine.rank else b for b in mine]
         )  # a rank without the label among others with it
         assert partly == {}
-        assert engine.step()[0]
+        assert engine.step().applied
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     if is_main():
         print(

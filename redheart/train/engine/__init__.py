@@ -1,7 +1,7 @@
 """The seam between the trainer and the machinery. The only room that imports accelerate and deepspeed.
 
-An Engine holds the model and its optimizer and knows eight verbs: forward, backward, non_finite, grad_norms, step,
-set_learning_rate, save, load. `plain` is torch alone on one process; the others are DeepSpeed ZeRO through Accelerate.
+An Engine holds the model and its optimizer and knows six verbs: forward, backward, step, set_learning_rate, save, load.
+`plain` is torch alone on one process; the others are DeepSpeed ZeRO through Accelerate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from redheart.config import RunConfig
 from redheart.memory.budget import limit_gpu
 from redheart.ranks import is_out_of_memory
 from redheart.schema import RedHeartError
-from redheart.train.engine.base import Build, Engine, free_memory, parameter_groups
+from redheart.train.engine.base import Build, Engine, Update, free_memory, parameter_groups
 from redheart.train.engine.machinery import compile_kernels, import_machinery
 from redheart.train.engine.plain import PLAIN_STATE, PlainEngine
 from redheart.train.engine.zero import DeepSpeedEngine
@@ -27,6 +27,7 @@ __all__ = [
     "DeepSpeedEngine",
     "Engine",
     "PlainEngine",
+    "Update",
     "compile_kernels",
     "consolidated_weights",
     "free_memory",

@@ -38,7 +38,9 @@ def adopt(optimizer: torch.optim.Optimizer, flat: torch.Tensor, pieces: Sequence
             f"{kind} cannot take over moments: choose a memory.strategy other than gpu_8bit, or grow without --moments"
         )
     m, v = _gather(pieces, read, 0, flat.numel())
-    state["step"] = torch.tensor(float(step)) if kind == "AdamW" else step
+    state["step"] = (
+        torch.tensor(float(step), device=flat.device) if kind == "AdamW" else step
+    )  # fused: beside its parameter
     state["exp_avg"], state["exp_avg_sq"] = (x.view(flat.shape).to(flat) for x in (m, v))
 
 

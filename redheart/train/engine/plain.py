@@ -11,10 +11,21 @@ import torch
 from redheart.config import RunConfig
 from redheart.device import compute_device
 from redheart.memory.swap import place
+from redheart.model.redheart import module_of
 from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
-from redheart.train.engine.base import Build, Engine, adamw_arguments, free_memory, parameter_groups, squared_by_module
+from redheart.train.engine.base import (
+    Build,
+    Engine,
+    Update,
+    adamw_arguments,
+    clip_coefficient,
+    free_memory,
+    norms_of,
+    parameter_groups,
+    read_norms,
+)
 from redheart.train.engine.moments import Piece, Read, adopt
 
 PLAIN_STATE = "plain_state.pt"
@@ -37,6 +48,7 @@ class PlainEngine(Engine):
             )
         self.model, self.rank, self.world_size = build(lambda name, module: None), 0, 1
         self.swap = place(self.model, self.device, config.memory.swap)
+        self._owned = [(module_of(n), p) for n, p in self.model.named_parameters()]  # a walk through all modules, once
         self.dtype = torch.float32
         self._accumulation, self._max_norm = accumulation, config.optimizer.max_grad_norm
         self._autocast = config.training.precision == "bf16"
@@ -46,7 +58,7 @@ class PlainEngine(Engine):
         if eight_bit:
             self._optimizer = CPUAdamW8bit(groups, seed=config.training.seed, **arguments)
         else:
-            self._optimizer = torch.optim.AdamW(groups, **arguments)
+            self._optimizer = torch.optim.AdamW(groups, fused=True, **arguments)
 
     def __call__(self, **inputs: Any) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
@@ -55,18 +67,18 @@ class PlainEngine(Engine):
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         (loss / self._accumulation).backward()
 
-    def non_finite(self) -> bool:
-        return not all(math.isfinite(v) for v in self.squared_norms().values())
-
-    def squared_norms(self) -> dict[str, float]:
-        return squared_by_module(self.model.built, ((n, p.grad) for n, p in self.model.named_parameters()))
-
-    def step(self) -> tuple[bool, float]:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm))
-        if math.isfinite(norm):
+    def step(self) -> Update:
+        given = [(owner, p.grad) for owner, p in self._owned if p.grad is not None]
+        owners, gradients = [owner for owner, _ in given], [g for _, g in given]
+        norms = read_norms(self.model.built, owners, norms_of(gradients))  # the one wait of a step
+        update = Update(all(map(math.isfinite, norms.values())), norms)
+        if update.applied:
+            clip = clip_coefficient(update.grad_norm, self._max_norm)
+            if clip < 1:
+                torch._foreach_mul_(gradients, clip)
             self._optimizer.step()
         self._optimizer.zero_grad()
-        return math.isfinite(norm), norm
+        return update
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
@@ -89,5 +101,5 @@ class PlainEngine(Engine):
             adopt(self._optimizer, p, [Piece(name, 0, 0, p.numel())], read, step)
 
     def close(self) -> None:
-        del self.model, self.swap, self._optimizer
+        del self.model, self.swap, self._optimizer, self._owned
         free_memory()

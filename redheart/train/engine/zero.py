@@ -6,7 +6,7 @@ DeepSpeed steps inside Accelerate's `backward`; here backward and step stand apa
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from redheart.config import RunConfig
 from redheart.device import has_gpu
 from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
+from redheart.model.redheart import module_of
 from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.optim.building import build_root
 from redheart.ranks import launched_world_size
@@ -26,14 +27,15 @@ from redheart.schema import RedHeartError
 from redheart.train.engine.base import (
     Build,
     Engine,
+    Update,
     adamw_arguments,
     free_memory,
     parameter_groups,
-    squared_by_module,
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
 from redheart.train.engine.machinery import START_S, check_accelerate, deepspeed_config, import_machinery, limit_waiting
 from redheart.train.engine.moments import Read, adopt, partitions
+from redheart.train.engine.one_norm import OneNorm
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
 
 # parameters below which ZeRO-3 does not look ahead for the next use of what it has gathered: DeepSpeed 0.19.8 walks through all
@@ -93,6 +95,8 @@ class DeepSpeedEngine(Engine):
         if isinstance(inner, CPUAdamW8bit) and self._stage < 3 and bf16:
             fuse_the_copy(self._zero, inner)
         self.model = self._engine.module
+        owners = {i: module_of(name) for i, name in self._names.items()}
+        self._norm = OneNorm(self._zero, self._stage, self.model.built, owners, config.optimizer.max_grad_norm)
         limit_waiting(config.training.collective_timeout_s)
         del model, optimizer
         free_memory()
@@ -127,7 +131,7 @@ class DeepSpeedEngine(Engine):
             return bitsandbytes.optim.AdamW8bit(groups, **arguments)
         if on_host:
             return self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-        return torch.optim.AdamW(groups, **arguments)
+        return torch.optim.AdamW(groups, fused=True, **arguments)
 
     def __call__(self, **inputs: Any) -> Any:
         return self._engine(**inputs)
@@ -152,32 +156,19 @@ class DeepSpeedEngine(Engine):
         ):  # modules none of whose inputs has a gradient stay gathered; DeepSpeed's backward ends so, too
             self._zero.parameter_offload.release_backward_leftovers()
 
-    def non_finite(self) -> bool:
-        return bool(self._zero.has_overflow())
-
-    def squared_norms(self) -> dict[str, float]:
-        return squared_by_module(self.model.built, self._gradient_fragments())
-
-    def _gradient_fragments(self) -> Iterable[tuple[str, torch.Tensor | None]]:
-        """(parameter name, this rank's part of its averaged gradient); ZeRO keeps each element on one rank."""
-        if self._stage == 3:
-            partitions = self._zero.get_fp32_grad_partitions()
-            for i, group in enumerate(self._zero.fp16_groups):
-                yield from ((self._names[id(p)], partitions[i][j]) for j, p in enumerate(group))
-            return
-        for parameter in self.model.parameters():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined] # DeepSpeed's link from a parameter to its partition; None on other ranks
-            if mapping is not None:
-                yield self._names[id(parameter)], mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
-
-    def step(self) -> tuple[bool, float]:
+    def step(self) -> Update:
         if self._stage == 3 and self.device.type == "cpu":
             for (
                 parameter
             ) in self.model.parameters():  # partitioned already; DeepSpeed 0.19.8 would wait for a stream on them
                 parameter.grad = None
         self._engine.step()
-        return self._engine.was_step_applied(), float(self._engine.get_global_grad_norm())
+        applied = self._engine.was_step_applied()
+        if (
+            not applied and self._stage < 3
+        ):  # with the optimizer on the host 0.19.8 keeps them, and adds the next step's
+            self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
+        return Update(applied, self._norm.module_norms)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         return self._zero.param_groups
@@ -204,7 +195,7 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         self._accelerator.free_memory()
         self._engine.destroy()
-        del self.model, self._engine, self._zero, self._accelerator
+        del self.model, self._engine, self._zero, self._norm, self._accelerator
         # Accelerate refuses a second DeepSpeed plugin while this is set; the process group, in PartialState, stays
         self._accelerate.state.AcceleratorState._reset_state()
         free_memory()
