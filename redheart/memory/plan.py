@@ -18,7 +18,7 @@ import torch
 from redheart.config import RunConfig, Strategy
 from redheart.memory.activations import MicroStep, activations
 from redheart.memory.budget import CONTEXT
-from redheart.memory.launches import count_launches, count_waits
+from redheart.memory.launches import WAITS, count_launches
 from redheart.memory.states import STRATEGIES, Parameters, States, Traits, states, traits_of
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
@@ -310,7 +310,7 @@ def step_times(request: Request) -> dict[str, float]:
     if not r.on_cpu:
         tensors = r.parameters.count
         times["launches"] = count_launches(t, tensors, r.step.kernels, accumulation) * card.kernel_s
-        times["waits"] = count_waits(t, tensors) * card.wait_s
+        times["waits"] = WAITS * card.wait_s
     # bytes read and written, the 16-bit copy included
     optimizer = (18 if t.eight_bit else 34 if t.offload else 32) * part
     times["optimizer"] = optimizer / (card.host_bytes if t.offload or r.on_cpu else card.gpu_bytes)

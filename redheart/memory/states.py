@@ -175,8 +175,7 @@ def _zero12(
     else:
         gpu["gradients"] = b * (part + (parameters.total if t.stage == 1 else part * (accumulation > 1)))
         flat = 4 * most + b * most * (b == 2)
-    step = flat + (0 if t.eight_bit else 4 * most)  # torch's AdamW takes the square root of all of v at once
-    return States(gpu, host, step, start, 0 if on_cpu else b * parameters.total, part, part * world_size)
+    return States(gpu, host, flat, start, 0 if on_cpu else b * parameters.total, part, part * world_size)
 
 
 def adam_bytes(parts: Iterable[int], eight_bit: bool) -> int:
@@ -187,11 +186,11 @@ def adam_bytes(parts: Iterable[int], eight_bit: bool) -> int:
 
 
 def _plain(t: Traits, parameters: Parameters) -> States:
-    """torch.optim.AdamW on fp32 weights, as first described, whose foreach step makes another n in fp32; or 8-bit states."""
+    """torch.optim.AdamW on fp32 weights, as first described, in its fused form, which makes nothing beside; or 8-bit states."""
     n = parameters.total
     sizes = [n for group in parameters.groups for n in group]
     gpu = {"weights": 4 * n, "gradients": 4 * n, "states": adam_bytes(sizes, t.eight_bit)}
-    return States(gpu, {}, 0 if t.eight_bit else 4 * n, 4 * n, 0, n, n)
+    return States(gpu, {}, 0, 4 * n, 0, n, n)
 
 
 def _zero3(t: Traits, parameters: Parameters, part: int, b: int, world_size: int, bucket: int, pinned: bool) -> States:
@@ -208,7 +207,7 @@ def _zero3(t: Traits, parameters: Parameters, part: int, b: int, world_size: int
     if t.offload:
         where["gradients"] += sum(_pinned(4 * n, pinned) for n in sub_groups)
     where["states"] = adam_bytes([part], t.eight_bit)
-    step = 0 if t.offload else 8 * max(sub_groups)  # a sub-group's fp32 gradient, and torch's AdamW
+    step = 0 if t.offload else 4 * max(sub_groups)  # a sub-group's fp32 gradient
     host_start = 4 * part + 4 * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
     return States(gpu, host, step, 2 * b * part, host_start, part, part)
 

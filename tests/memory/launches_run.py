@@ -49,7 +49,6 @@ def main(strategy: str) -> dict[str, float]:
                 engine.backward(loss, is_last=i == ACCUMULATION - 1)
             micro.append(one)
         with Count() as update:
-            engine.non_finite()
             engine.step()
     model = build_model(config, None).to(engine.dtype)
     _, loss, _ = loss_of(model, engine, window.batches[0], window, scale, config.loss)

@@ -131,9 +131,9 @@ def test_a_candidates_bytes_and_peaks_by_hand():
 def test_a_candidates_times_by_hand():
     n, tensors = PARAMETERS.total, PARAMETERS.count
     one = predicted("zero2", 8).times_s
-    launches = 8 * (10_500 + 4 * tensors) + 28 * tensors + UPDATE
+    launches = 8 * (10_500 + 4 * tensors) + UPDATE
     assert one == pytest.approx(
-        {"compute": 8 * 3e12 / 20e12, "launches": launches * 6e-6, "waits": 2 * 15e-6, "optimizer": 32 * n / 250e9},
+        {"compute": 8 * 3e12 / 20e12, "launches": launches * 6e-6, "waits": WAITS * 15e-6, "optimizer": 32 * n / 250e9},
         rel=1e-6,
     )
     down_and_up = predicted("zero2_offload_8bit", 8).times_s
@@ -156,20 +156,20 @@ def test_a_candidates_times_by_hand():
 
 def test_a_step_counts_the_launches_and_waits_of_every_tensor():
     """By hand, after DeepSpeed 0.19.8: with offload and 16-bit sums a gradient takes 4 launches a micro-step (into the bucket; up, added,
-    down) and 16 a step, and the host waits twice (is it finite, its norm)."""
+    down) and 3 a step (norm, cast, to the host), and the host reads all norms at once."""
     tensors = PARAMETERS.count
     card = Card(kernel_s=1e-6, wait_s=1e-3)
     times = predicted("zero2_offload_8bit", 4, card=card).times_s
-    assert times["launches"] == pytest.approx((4 * (10_500 + 4 * tensors) + 16 * tensors + UPDATE) * 1e-6)
-    assert times["waits"] == pytest.approx((2 * tensors + WAITS) * 1e-3)
+    assert times["launches"] == pytest.approx((4 * (10_500 + 4 * tensors) + 3 * tensors + UPDATE) * 1e-6)
+    assert times["waits"] == pytest.approx(WAITS * 1e-3)
     assert predicted("plain", 4, card=card).times_s["waits"] == pytest.approx(WAITS * 1e-3)
     few = Parameters(tuple((sum(group),) for group in PARAMETERS.groups))  # the same elements in two tensors
     flat = predict(Request(CONFIG, "zero2_offload_8bit", 8, 4, False, STEP, few, card))
-    assert flat.times_s["waits"] == pytest.approx((2 * 2 + WAITS) * 1e-3)
-    assert flat.samples_per_s > predicted("zero2_offload_8bit", 4, card=card).samples_per_s
+    assert flat.times_s["waits"] == pytest.approx(WAITS * 1e-3)
+    assert flat.times_s["launches"] == pytest.approx((4 * (10_500 + 4 * 2) + 3 * 2 + UPDATE) * 1e-6)
     bound = predicted("zero2_offload_8bit", 4, card=Card(wait_s=1.0))
     assert bound.bound == "waits"
-    assert bound.step_s > 2 * tensors  # nothing hides a wait
+    assert bound.step_s > WAITS + 0.5  # nothing hides a wait
 
 
 def test_the_chosen_is_the_fastest_that_fits_and_sums_its_batch():
