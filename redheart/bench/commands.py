@@ -33,6 +33,26 @@ def bench_loader(
     _print(_figures("loader"), room.bench_loader(data, rows, batch_size), json_)
 
 
+@bench.command("trainer")
+def bench_trainer(
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A prepared directory. [default: the shipped texts, prepared once]")
+    ] = None,
+    preset: Preset = "local",
+    set_: Set = None,
+    strategy: Annotated[
+        str, typer.Option("--strategy", help="memory.strategy of ours and of Transformers' Trainer.")
+    ] = "plain",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of a leg that are timed.")] = 40,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds whose median is taken.")] = 3,
+    json_: Json = False,
+) -> None:
+    """Samples per second of `train`, beside a bare torch loop and Transformers' Trainer on the same shards, in turns."""
+    from redheart.bench import trainer as room
+
+    _print(_figures("trainer"), room.bench_trainer(data, preset, set_ or (), strategy, steps, rounds), json_)
+
+
 @bench.command("encoder")
 def bench_encoder(
     train_texts: Annotated[int, typer.Option("--train-texts", min=100, help="Most training texts of a task.")] = 4000,
