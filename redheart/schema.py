@@ -98,15 +98,24 @@ class Batch:
     def __len__(self) -> int:
         return self.features.shape[0]
 
+    def side_by_side(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels and weights, [B, NUM_LABEL_COLUMNS] each, in the order of LABEL_COLUMNS."""
+        import torch
+
+        return torch.cat(list(self.labels.values()), 1), torch.cat(list(self.weights.values()), 1)
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        """A copy on `device`; the encoder's features become `dtype`, labels stay float32."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, dict):
-                moved[field.name] = {k: v.to(device) for k, v in value.items()}
-            elif field.name in ("features", "contrast_features"):  # over the bus in 16 bits, then converted
-                moved[field.name] = value.to(device).to(dtype)
-            elif field.name != "ids":
-                moved[field.name] = value.to(device)
-        return replace(self, **moved)
+        """A copy on `device`; the encoder's features become `dtype`, labels stay float32. Nothing waits for a GPU."""
+        on_gpu = str(device).startswith("cuda")
+        sizes = [label.size for label in LABELS.values()]
+
+        def move(x: torch.Tensor) -> torch.Tensor:
+            # out of page-locked memory, which alone is copied beside the host's work
+            return x.pin_memory().to(device, non_blocking=True) if on_gpu and not x.is_cuda else x.to(device)
+
+        labels, weights = (dict(zip(LABELS, move(x).split(sizes, 1), strict=True)) for x in self.side_by_side())
+        rest = [f.name for f in fields(self) if f.name not in ("labels", "weights", "ids")]
+        tensors: dict[str, Any] = {name: move(getattr(self, name)) for name in rest}
+        for name in ("features", "contrast_features"):  # over the bus in 16 bits, then converted
+            tensors[name] = tensors[name].to(dtype)
+        return replace(self, **tensors, labels=labels, weights=weights)

@@ -1,125 +1,111 @@
-"""TASKS: one record per answer of the network. To add a task, add a record here; trainer, evaluation and report follow.
+"""TASKS: every answer that is trained, derived from model/parts.py; losses, constant predictors and predictions of all of them.
 
-A record names the label that supervises the answer, the module that gives it, how a loss and a prediction are read from
-RedHeartOutput. A label's own name is its final, fused answer; `MODULE/LABEL` is what one module alone says of it.
+A label's own name is its final, fused answer; `MODULE/LABEL` is what one module alone says of it. Losses are computed by kind: the
+raw answers of all tasks that one function judges stand side by side in one tensor, and so do their labels and weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from redheart.causality.levels import LEVELS, level_of
 from redheart.config import LossConfig
-from redheart.losses.bentham import hedonic, pair_logistic
 from redheart.losses.constant import best_constant
-from redheart.losses.elementwise import SumCount, cross_entropy, squared
-from redheart.losses.emotion import gate_balance, router_z, soft_focal
-from redheart.losses.regret import huber
-from redheart.losses.surd import density_cross_entropy, squared_shares, surd_probabilities
+from redheart.losses.elementwise import SumCount, labelled, weighted
+from redheart.losses.emotion import gate_balance, router_z
 from redheart.model.analyzers import SUBSETS
-from redheart.model.fusion import FINAL, UTILITY
 from redheart.model.layers import full_precision
-from redheart.model.redheart import ANSWERS, RedHeartOutput
-from redheart.schema import LABELS
-
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LossConfig], SumCount]
-Link = Literal["sigmoid", "tanh", "none", "surd", "density"]
-INVERSE: dict[
-    str, Callable[[torch.Tensor], torch.Tensor]
-] = {  # the raw answer of who says `value`, of any shape; [4] of shares and leak
-    "sigmoid": lambda value: torch.logit(value, eps=1e-4),
-    "tanh": lambda value: torch.atanh(value.clamp(-0.999, 0.999)),
-    "none": lambda value: value,
-    "surd": lambda value: torch.cat([value[:3].clamp(min=1e-4).log(), torch.logit(value[3:], eps=1e-4)]),
-}
-LINKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "none": lambda raw: raw,
-    "surd": surd_probabilities,
-}
+from redheart.model.outputs import RedHeartOutput
+from redheart.model.parts import FUSION, PARTS, SHARES, Answer, Judgement, Part
+from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS
 
 
 @dataclass(frozen=True)
 class Task:
-    """`output`: the field of RedHeartOutput, or None where the answer is `module`'s reading; `link` makes it a prediction."""
+    """`output`: the field of RedHeartOutput, or None where the answer is `module`'s reading. The rest as of parts.Answer."""
 
     label: str
     module: str
     output: str | None
-    loss: Loss
-    link: Link
-    kind: Literal["multilabel", "binary", "score"]  # which metrics and which baseline judge it
+    judged: Judgement
     weight: float = 1.0
+
+    @property
+    def kind(self) -> Literal["multilabel", "binary", "score"]:
+        return self.judged.kind
 
     @property
     def final(self) -> bool:
         """Whether users see it; the others are what single modules say."""
-        return self.output is not None and self.link != "density"
+        return self.output is not None and self.judged.link is not None
+
+    @property
+    def raw_size(self) -> int:
+        return LABELS[self.label].size * self.judged.spread
+
+    def reading(self, outputs: RedHeartOutput) -> torch.Tensor | None:
+        """The raw answer as the network gives it; None where the module is left out."""
+        own = (outputs.readings or {}).get(self.label, {})
+        return own.get(self.module) if self.output is None else outputs.get(self.output)
 
     def raw(self, outputs: RedHeartOutput) -> torch.Tensor | None:
-        """What the loss takes, float32 (or float64), [B, size] for most; None where the module is left out."""
-        own = (outputs.readings or {}).get(self.label, {})
-        found = own.get(self.module) if self.output is None else outputs.get(self.output)
-        return None if found is None else full_precision(found)
+        """The same in float32 (or float64)."""
+        reading = self.reading(outputs)
+        return None if reading is None else full_precision(reading)
 
     def predict(self, outputs: RedHeartOutput) -> torch.Tensor | None:
         """In the label's units, [B, size]; None where the module is left out, and of a density, which is no value."""
-        raw = self.raw(outputs) if self.link in LINKS else None
-        return None if raw is None else LINKS[self.link](raw)
+        raw = self.raw(outputs) if self.judged.link else None
+        return None if raw is None else self.judged.link.predict(raw)  # type: ignore[union-attr]
+
+    def loss(self, raw: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, config: LossConfig) -> SumCount:
+        """(Σ, count) of raw answers [B, raw size] for a label's targets and weights [B, size]."""
+        raw = raw.flatten(1)
+        known = _shared(self.label, weight).repeat_interleave(self.judged.spread, 1)
+        raw, (_, target) = torch.where(known > 0, raw, 0.0), labelled(target, target, weight)
+        return weighted(self.judged.entries(raw, target, config), weight)
 
     def constant(self, target: torch.Tensor, weight: torch.Tensor, config: LossConfig) -> torch.Tensor:
         """The raw answer of the predictor with the least loss of all that always say the same, for labels and weights [N, size]."""
-        if self.link == "density":
+        link = self.judged.link
+        if link is None:
             levels = level_of(target, config.regret_edges) == torch.arange(LEVELS, device=target.device)
             share = (levels * weight).sum(0) / weight.sum().clamp(min=1e-12)
             return share.clamp(min=1e-6).log().expand(len(target), len(SUBSETS), -1)
-        label, raw = LABELS[self.label], INVERSE[self.link]
-        if self.link == "surd":  # its entries hang together, and the least squared error is the mean's
+        label = LABELS[self.label]
+        if link is SHARES:  # its entries hang together, and the least squared error is the mean's
             total = weight.sum(0)
             best = torch.where(total > 0, (target * weight).sum(0) / total.clamp(min=1e-12), 0.5)
         else:
             loss = lambda x, t, w: self.loss(x, t, w, config)  # noqa: E731
-            best = best_constant(loss, raw, target, weight, label.low, label.high).to(target.dtype)
-        return raw(best).expand_as(target)
+            best = best_constant(loss, link.inverse, target, weight, label.low, label.high).to(target.dtype)
+        return link.inverse(best).expand_as(target)
 
 
-JUDGEMENTS: dict[str, tuple[Loss, Link, Literal["multilabel", "binary", "score"]]] = {  # by label
-    "emotion": (lambda x, t, w, c: soft_focal(x, t, w, c.focal_gamma), "sigmoid", "multilabel"),
-    "emotion_fine": (lambda x, t, w, c: soft_focal(x, t, w, c.focal_gamma), "sigmoid", "multilabel"),
-    "vad": (lambda x, t, w, c: squared(torch.tanh(x), t, w), "tanh", "score"),
-    "culture": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
-    "bentham": (lambda x, t, w, c: hedonic(x, t, w, c.extreme_penalty), "sigmoid", "score"),
-    "preference": (lambda x, t, w, c: pair_logistic(x, t, w), "sigmoid", "binary"),
-    "acceptability": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
-    "ethics": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
-    "regret": (lambda x, t, w, c: huber(torch.sigmoid(x), t, w, c.huber_delta), "sigmoid", "score"),
-    "regret_views": (lambda x, t, w, c: huber(x, t, w, c.huber_delta), "none", "score"),
-    "counterfactual": (lambda x, t, w, c: cross_entropy(x, t, w), "sigmoid", "score"),
-    "surd": (lambda x, t, w, c: squared_shares(x, t, w), "surd", "score"),
-}
-OUTPUTS = {**ANSWERS, "preference": "utility_difference", "regret_views": "regret_views"}
-TASKS: dict[str, Task] = {
-    label: Task(label, "heads.regret" if label == "regret_views" else "aux.utility", OUTPUTS[label], *JUDGEMENTS[label])
-    for label in LABELS
-}
-TASKS |= {
-    f"{module}/{label}": Task(label, module, None, *JUDGEMENTS[label])
-    for label, modules in {**FINAL, "preference": UTILITY}.items()
-    for module in modules
-}
-TASKS["analyzers.surd/density"] = Task(
-    "regret",
-    "analyzers.surd",
-    "density_logits",
-    lambda x, t, w, c: density_cross_entropy(x, t, w, c.regret_edges),
-    "density",
-    "score",
-)
+def _shared(label: str, weight: torch.Tensor) -> torch.Tensor:
+    """Above 0 where a raw answer counts: a simplex's entries hang together, so that all count where one is labelled."""
+    return weight.amax(-1, keepdim=True).expand_as(weight) if LABELS[label].simplex else weight
+
+
+def _tasks() -> dict[str, Task]:
+    answers = [(part, answer) for part in PARTS for answer in part.answers]
+    final = {a.label: (p, a) for p, a in reversed(answers) if not a.name}
+    tasks = {label: _task(*final[label], alone=False) for label in LABELS}
+    tasks |= {f"{p.name}/{a.label}": _task(p, a, alone=True) for p, a in answers if a.fused}
+    return tasks | {f"{p.name}/{a.name}": _task(p, a, alone=False) for p, a in answers if a.name}
+
+
+def _task(part: Part, answer: Answer, alone: bool) -> Task:
+    module = part.name if alone or not answer.fused else FUSION
+    return Task(answer.label, module, None if alone else answer.output_name, answer.judged, answer.weight)
+
+
+TASKS: dict[str, Task] = _tasks()
+GATES = tuple(part.gate for part in PARTS if part.gate)
 
 LATENTS = {  # what has no label of its own, and the losses that reach it
     "expert_gate_logits": "emotion",
@@ -132,32 +118,95 @@ LATENTS = {  # what has no label of its own, and the losses that reach it
     "DSP controls and signals": "emotion, through the Kalman filter and the fusion",
     "rates, noises and covariance of the Kalman filter": "emotion, through the gains and the fusion",
 }
-GATES = ("expert_gate_logits", "theory_gate_logits")
+
+
+class Losses(NamedTuple):
+    """Sums of one micro-batch, [names], and the sums of their weights."""
+
+    names: tuple[str, ...]
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+class _Packing:
+    """Where the raw answers, entries and sums of some tasks stand side by side, on one device; tasks are in order of their kind."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        kinds = list(dict.fromkeys(TASKS[name].judged.entries for name in names))
+        self.names = tuple(name for kind in kinds for name in names if TASKS[name].judged.entries == kind)
+        tasks = [TASKS[name] for name in self.names]
+        columns = [range(LABEL_COLUMNS[t.label].start, LABEL_COLUMNS[t.label].stop) for t in tasks]
+        of_raw = [c for t, own in zip(tasks, columns, strict=True) for c in own for _ in range(t.judged.spread)]
+        self.kinds = kinds
+        self.raw_sizes = [sum(t.raw_size for t in tasks if t.judged.entries == kind) for kind in kinds]
+        self.sizes = [sum(LABELS[t.label].size for t in tasks if t.judged.entries == kind) for kind in kinds]
+        end, longest = sum(self.sizes), max(map(len, columns))
+        places, start = [], 0
+        for own in columns:  # a task's entries in one row, and behind them the column of zeros at the end
+            places += [start + k if k < len(own) else end for k in range(longest)]
+            start += len(own)
+        hang_together = torch.eye(NUM_LABEL_COLUMNS)
+        for label, where in LABEL_COLUMNS.items():
+            if LABELS[label].simplex:
+                hang_together[where, where] = 1.0
+        self.of_raw = torch.tensor(of_raw, device=device)
+        self.columns = torch.tensor([c for own in columns for c in own], device=device)
+        self.places = torch.tensor(places, device=device)
+        self.hang_together = hang_together.to(device)
+
+
+_packings: dict[tuple[tuple[str, ...], torch.device], _Packing] = {}
+
+
+def _packing(names: tuple[str, ...], values: torch.Tensor) -> _Packing:
+    """Made once for a device; tensors of no memory (memory/activations.py) get their own, which nobody else could use."""
+    if type(values) is not torch.Tensor:
+        return _Packing(names, values.device)
+    if (names, values.device) not in _packings:
+        _packings[names, values.device] = _Packing(names, values.device)
+    return _packings[names, values.device]
+
+
+def packed_losses(outputs: RedHeartOutput, values: torch.Tensor, weights: torch.Tensor, config: LossConfig) -> Losses:
+    """The losses of every task and the gates' regularisers (count: samples) of one micro-batch, from labels side by side:
+    `values` and `weights` [B, NUM_LABEL_COLUMNS]. Tasks and gates of modules that are left out are left out too."""
+    readings = {name: task.reading(outputs) for name, task in TASKS.items()}
+    packing = _packing(tuple(name for name, reading in readings.items() if reading is not None), values)
+    raw = full_precision(torch.cat([readings[name].flatten(1) for name in packing.names], 1))  # type: ignore[union-attr]
+    shared = torch.mm(weights, packing.hang_together.to(weights.dtype))
+    known = shared.index_select(1, packing.of_raw) > 0
+    target, weight = values.index_select(1, packing.columns), weights.index_select(1, packing.columns)
+    # before the loss, so that a NaN where there is no label has no gradient either
+    raw, target = torch.where(known, raw, 0.0), torch.where(weight > 0, target, 0.0)
+    parts = zip(packing.kinds, raw.split(packing.raw_sizes, 1), target.split(packing.sizes, 1), strict=True)
+    entries = torch.cat([kind(x, t, config) for kind, x, t in parts], 1)
+    entries = torch.where(weight > 0, entries * weight, 0.0)
+    both = torch.nn.functional.pad(torch.stack([entries.sum(0), weight.sum(0).to(entries.dtype)]), (0, 1))
+    sums, counts = both.index_select(1, packing.places).unflatten(1, (len(packing.names), -1)).sum(-1).unbind()
+    gates = [name for name in GATES if name in outputs]
+    if not gates:
+        return Losses(packing.names, sums, counts)
+    regularisers = [_regulariser(full_precision(outputs[name]), config) for name in gates]
+    samples = counts.new_full((len(gates),), float(len(values)))
+    return Losses((*packing.names, *gates), torch.cat([sums, torch.stack(regularisers)]), torch.cat([counts, samples]))
+
+
+def _regulariser(gate_logits: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    return (config.balance * gate_balance(gate_logits) + config.router_z * router_z(gate_logits)).sum()
 
 
 def task_losses(
     outputs: RedHeartOutput, labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig
 ) -> dict[str, SumCount]:
-    """(sum, count) of every task and of the gates' regularisers (count: samples), for one micro-batch.
-
-    Tasks and gates of modules that are left out are left out too.
-    """
-    losses = {}
-    for name, task in TASKS.items():
-        raw = task.raw(outputs)
-        if raw is not None:
-            losses[name] = task.loss(raw, labels[task.label], weights[task.label], config)
-    for gate in GATES:
-        if gate in outputs:
-            logits = full_precision(outputs[gate])
-            regulariser = config.balance * gate_balance(logits) + config.router_z * router_z(logits)
-            losses[gate] = (regulariser.sum(), torch.tensor(float(len(logits))))
-    return losses
+    """`packed_losses` by name, from labels and weights by name."""
+    values, of_values = (torch.cat([by_label[label] for label in LABELS], 1) for by_label in (labels, weights))
+    losses = packed_losses(outputs, values, of_values, config)
+    return dict(zip(losses.names, zip(losses.sums.unbind(), losses.counts.unbind(), strict=True), strict=True))
 
 
 def loss_counts(weights: Mapping[str, torch.Tensor], num_samples: int) -> dict[str, float]:
     """The counts of `task_losses`, from the labels alone: known before the forward pass."""
-    by_label = {label: float(weights[label].sum()) for label in LABELS}
+    by_label = {label: float(weights[label].numpy().sum(dtype="float64")) for label in LABELS}
     return {name: by_label[task.label] for name, task in TASKS.items()} | {gate: float(num_samples) for gate in GATES}
 
 
@@ -174,10 +223,10 @@ def constant_answers(
     labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig
 ) -> dict[str, torch.Tensor]:
     """Raw answer [size] of the best constant predictor of every label that is there, for labels[name] [N, size]; by label, and
-    for the SURD analyzer's density by its task."""
-    known = {n: t for n, t in TASKS.items() if (n in LABELS or t.link == "density") and weights[t.label].sum() > 0}
+    for a density by its task."""
+    known = {n: t for n, t in TASKS.items() if (n in LABELS or t.judged.link is None) and weights[t.label].sum() > 0}
     answers = {n: t.constant(labels[t.label], weights[t.label], config)[0] for n, t in known.items()}
-    return {n: a[0] if TASKS[n].link == "density" else a for n, a in answers.items()}
+    return {n: a[0] if TASKS[n].judged.link is None else a for n, a in answers.items()}
 
 
 def constant_losses(
@@ -188,13 +237,13 @@ def constant_losses(
     A task without any label gets 1.0 (its loss is 0 throughout), and so do the regularisers, which have no constant predictor.
     """
     scales = dict.fromkeys(GATES, 1.0)
-    found: dict[tuple[str, Link], float] = {}  # modules that answer for one label have one loss
+    known: dict[tuple[str, Judgement], float] = {}  # modules that answer for one label have one loss
     for name, task in TASKS.items():
-        key, target, weight = (task.label, task.link), labels[task.label], weights[task.label]
-        if key not in found:
-            found[key] = 1.0
+        key, target, weight = (task.label, task.judged), labels[task.label], weights[task.label]
+        if key not in known:
+            known[key] = 1.0
             if weight.sum() > 0:
                 value, count = task.loss(task.constant(target, weight, config), target, weight, config)
-                found[key] = (value / count).item()
-        scales[name] = found[key]
+                known[key] = (value / count).item()
+        scales[name] = known[key]
     return scales

@@ -212,9 +212,10 @@ def test_an_older_checkpoint_that_does_not_say_gives_everything_and_says_so(run,
 def test_an_answer_that_is_not_finite_is_refused_by_name(model):
     pipeline = RedHeartPipeline(model, Encoder(), trained=ALL)
     with torch.no_grad():
-        weight = model.get_submodule("aux.utility").correction["vad"].bias
+        fusion = model.get_submodule("aux.utility")
+        weight, layout = fusion.correction.bias, fusion.layout
         kept = weight.clone()
-        weight[1] = math.nan
+        weight[layout.label_of_entry.index(layout.labels.index("vad")) + 1] = math.nan
         with pytest.raises(RedHeartError, match="network's vad of text 1 is not a finite number"):
             pipeline(["we laughed", "we cried"])
         weight.copy_(kept)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from redheart.config import LossConfig
+from redheart.model.parts import IDENTITY
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.model.select import MODULES
 from redheart.schema import LABELS
@@ -57,7 +58,7 @@ def test_counts_are_known_before_the_forward_pass(batch):
 def dense_grid(name: str, target: torch.Tensor, weight: torch.Tensor, config: LossConfig) -> float:
     """The least loss of any constant, entry by entry, at 4,001 of them."""
     task, raw = TASKS[name], torch.linspace(-9.21, 9.21, 4001, dtype=torch.float64)  # logits of 1e-4 to 1 - 1e-4
-    if task.link == "none":
+    if task.judged.link is IDENTITY:
         raw = torch.linspace(0, 1, 4001, dtype=torch.float64)
     total = 0.0
     for entry in zip(target.double().T, weight.double().T, strict=True):

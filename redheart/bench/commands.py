@@ -91,6 +91,20 @@ def bench_model(
     _print(room.show, room.bench_model(preset, set_ or (), tokens, micro_batch, repeats), json_)
 
 
+@bench.command("step")
+def bench_step(
+    preset: Preset = "local",
+    set_: Set = None,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, help="Of the timed step.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds whose median is taken.")] = 7,
+    json_: Json = False,
+) -> None:
+    """Operations, parameter tensors and waits of a training step, counted; samples per second beside matrix products."""
+    from redheart.bench import step as room
+
+    _print(_figures("step"), room.bench_step(preset, set_ or (), micro_batch, repeats), json_)
+
+
 @bench.command("gpu")
 def bench_gpu(
     presets: Annotated[

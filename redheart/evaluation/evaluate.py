@@ -18,7 +18,7 @@ from redheart.metrics import FIELDS, Tally, empty_tally, not_finite, summarise, 
 from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import sum_over_ranks, together
 from redheart.schema import LABELS, ORIGINS, Batch, RedHeartError
-from redheart.tasks import TASKS, task_losses
+from redheart.tasks import TASKS, packed_losses
 
 Row = tuple[str, str]  # task, origin
 
@@ -64,6 +64,8 @@ def evaluate(
     """
     sums = dict.fromkeys(TASKS, 0.0)
     counts = dict.fromkeys(TASKS, 0.0)  # stays 0 for tasks of modules that are left out
+    names: tuple[str, ...] = ()
+    totals: torch.Tensor | None = None  # on the device: reading them at every batch would wait for it
     tallies = {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in _rows()}
     seen = 0
     was_training = model.training
@@ -75,12 +77,15 @@ def evaluate(
             if not is_counted:
                 continue
             seen += len(batch)
-            for name, (value, count) in task_losses(outputs, on_device.labels, on_device.weights, config).items():
-                if name in TASKS:
-                    sums[name] += float(value)
-                    counts[name] += float(count)
+            names, *parts = packed_losses(outputs, *on_device.side_by_side(), config)
+            own = torch.stack(parts).double()
+            totals = own if totals is None else totals + own
             add_tallies(tallies, predict_all(outputs), batch)
     model.train(was_training)
+    if totals is not None:
+        for name, value, count in zip(names, *totals.tolist(), strict=True):
+            if name in TASKS:
+                sums[name], counts[name] = value, count
     return _merge(seen, sums, counts, tallies, factors)
 
 

@@ -38,7 +38,7 @@ def joined(earlier: LabelWeights, now: LabelWeights) -> LabelWeights:
 def trained_entries(weights: Mapping[str, Sequence[float]], config: LossConfig) -> Entries:
     """By label: the entries that have labels and whose loss counts for something (`loss.weights`, `loss.shares`)."""
     factors = task_weights(config)
-    counts = {task.label for name, task in TASKS.items() if factors[name] > 0 and task.link != "density"}
+    counts = {task.label for name, task in TASKS.items() if factors[name] > 0 and task.judged.link is not None}
     return {name: tuple(name in counts and w > 0 for w in weights[name]) for name in LABELS}
 
 

@@ -16,10 +16,14 @@ def hedonic(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ex
     The penalty is the squared distance by which σ(x) lies beyond both [EDGE, 1 - EDGE] and the target.
     """
     logits, target = labelled(logits, target, weight)
+    return weighted(hedonic_entries(logits, target, extreme_penalty), weight)
+
+
+def hedonic_entries(logits: torch.Tensor, target: torch.Tensor, extreme_penalty: float) -> torch.Tensor:
+    """`hedonic`, entry by entry."""
     p = torch.sigmoid(logits)
-    above = F.relu(p - target.clamp(min=1 - EDGE))
-    below = F.relu(target.clamp(max=EDGE) - p)
-    return weighted((p - target).square() + extreme_penalty * (above + below).square() / EDGE**2, weight)
+    beyond = p - p.clamp(target.clamp(max=EDGE), target.clamp(min=1 - EDGE))
+    return (p - target).square() + beyond.square() * (extreme_penalty / EDGE**2)
 
 
 def pair_logistic(difference: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> SumCount:

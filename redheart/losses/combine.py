@@ -24,11 +24,11 @@ def combine(
 
     An output whose count is 0 in the whole global batch adds 0·sum, so that every rank touches the same parameters.
     """
-    total = torch.zeros((), device=next(iter(sums.values())).device)
-    for name, value in sums.items():
-        divisor = counts[name]
-        total = total + value * (factors[name] * num_micro_batches / divisor if divisor > 0 else 0.0)
-    return total
+    side_by_side = torch.stack(list(sums.values()))
+    shares = [factors[n] * num_micro_batches / counts[n] if counts[n] > 0 else 0.0 for n in sums]
+    on_gpu = side_by_side.is_cuda
+    weights = torch.tensor(shares, dtype=side_by_side.dtype, pin_memory=on_gpu)  # so that nothing waits for the copy
+    return (side_by_side * weights.to(side_by_side.device, non_blocking=on_gpu)).sum()
 
 
 def factors(weights: Mapping[str, float], scales: Mapping[str, float], floor: float) -> dict[str, float]:

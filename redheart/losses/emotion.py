@@ -14,11 +14,16 @@ def soft_focal(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
     The continuous form of the focal loss (Li et al. 2020, "Generalized Focal Loss", eq. 3); γ = 0 is cross-entropy.
     """
     logits, target = labelled(logits, target, weight)
+    return weighted(focal_entries(logits, target, gamma), weight)
+
+
+def focal_entries(logits: torch.Tensor, target: torch.Tensor, gamma: float) -> torch.Tensor:
+    """`soft_focal`, entry by entry."""
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    gap = (
-        (target - torch.sigmoid(logits)).abs().clamp(min=torch.finfo(logits.dtype).tiny)
-    )  # gap^γ has no slope at 0 for γ < 1
-    return weighted(bce * gap.pow(gamma), weight)
+    gap = (target - torch.sigmoid(logits)).abs()
+    if gamma < 1:  # gap^γ has no slope at 0
+        gap = gap.clamp(min=torch.finfo(logits.dtype).tiny)
+    return bce * gap.pow(gamma)
 
 
 def gate_balance(gate_logits: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,8 @@ def surd_probabilities(logits: torch.Tensor) -> torch.Tensor:
 def squared_shares(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> SumCount:
     """Squared error of the shares and the leak, [B, 4]; entries may lack a label one by one."""
     some = weight.amax(-1, keepdim=True).expand_as(weight)
-    logits, _ = labelled(
-        logits, target, some
-    )  # a row's shares hang together: all its logits count if one entry is labelled
+    # a row's shares hang together: all its logits count if one entry is labelled
+    logits, _ = labelled(logits, target, some)
     return squared(surd_probabilities(logits), target, weight)
 
 
@@ -37,5 +36,10 @@ def density_cross_entropy(
     """
     known = weight > 0
     logits = torch.where(known[..., None], density_logits, 0.0)
-    level = level_of(torch.where(known, target, 0.0), edges)[:, None].expand(-1, logits.shape[1], -1)
-    return weighted(-logits.log_softmax(-1).gather(-1, level)[..., 0].mean(1, keepdim=True), weight)
+    return weighted(density_entries(logits, torch.where(known, target, 0.0), edges), weight)
+
+
+def density_entries(density_logits: torch.Tensor, target: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
+    """`density_cross_entropy`, row by row: [B, 1]."""
+    level = level_of(target, edges)[:, None].expand(-1, density_logits.shape[1], -1)
+    return -density_logits.log_softmax(-1).gather(-1, level)[..., 0].mean(1, keepdim=True)

@@ -203,7 +203,7 @@ def _fake_model(config: RunConfig, dtype: torch.dtype, checkpointing: bool) -> R
     """The network with fake weights; call it under a FakeTensorMode. Built on `meta`, so that nothing is initialised."""
     with torch.device("meta"):
         model = build_model(config, None)
-    model.backbone.gradient_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -20,6 +20,7 @@ from redheart.memory.activations import MicroStep, activations
 from redheart.memory.budget import CONTEXT
 from redheart.memory.launches import WAITS, count_launches
 from redheart.memory.states import STRATEGIES, Parameters, States, Traits, states, traits_of
+from redheart.model.axes import decays
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
 
@@ -208,7 +209,7 @@ def parameters_of(config: RunConfig) -> Parameters:
     decayed: list[int] = []
     free: list[int] = []
     for name, p in model.named_parameters():
-        (free if p.dim() < 2 or name.endswith("bias") or ".scale." in name else decayed).append(p.numel())
+        (decayed if decays(name, p.dim()) else free).append(p.numel())
     return Parameters((tuple(decayed), tuple(free)))
 
 

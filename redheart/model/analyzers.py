@@ -14,16 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from redheart.causality.levels import LEVELS
-from redheart.model.layers import MLP, Keys, QueryLayer, full_precision
+from redheart.model.axes import COPY, FIXED, MATCH, Width
+from redheart.model.layers import MLP, Linear, Masks, Norm, QueryStack, full_precision, query
 from redheart.schema import BENTHAM, EMOTIONS, EMOTIONS_FINE, LABELS
 
 NUM_STAKEHOLDERS = 6
 NUM_STATES = 4  # factual ones, and as many counterfactual ones
 SOURCES = ("emotion", "bentham", "context")  # what the SURD analyzer conditions on
 SUBSETS = tuple(chain.from_iterable(combinations(range(len(SOURCES)), k) for k in range(len(SOURCES) + 1)))
-VAD_SCALE = (
-    0.15  # people's ratings deviate by about this: the layer that reads them then works in units of one deviation
-)
+# people's ratings deviate by about this: the layer that reads them then works in units of one deviation
+VAD_SCALE = 0.15
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -46,29 +46,29 @@ class EmotionAnalyzer(nn.Module):
     An emotion of the text is the log-mean-exp of its trajectory over the real tokens: one strong place is enough.
     """
 
-    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+    def __init__(self, width: Width, heads: int, layers: int, dropout: float):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(len(EMOTIONS) + 1, width) * 0.02)
-        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.place = nn.Linear(width, width)
-        self.level = nn.Linear(width, 1)
+        self.query = query(len(EMOTIONS) + 1, width)
+        self.layers = QueryStack(layers, width, heads, dropout)
+        self.norm = Norm(width)
+        self.place = Linear(width, width, makes=MATCH)
+        self.level = Linear(width, 1)
         self.sharpness = nn.Parameter(torch.ones(len(EMOTIONS)))
         self.fine = MLP(width, 2 * width, len(EMOTIONS_FINE), dropout=dropout)
         self.vad = MLP(width, 2 * width, LABELS["vad"].size, dropout=dropout)
+        self.axes = {"query": (FIXED, COPY), "sharpness": (FIXED,)}
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> EmotionAnalysis:
-        x = self.query.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        for layer in self.layers:
-            x = layer(x, tokens, mask, keys)
-        x = self.norm(x)
-        emotions, state = x[:, :-1], x.mean(1)
-        scores = torch.einsum("btn,ben->bte", self.place(tokens), emotions) * tokens.shape[-1] ** -0.5
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor, masks: Masks) -> EmotionAnalysis:
+        x = self.norm(self.layers(self.query, tokens, bias, masks))
+        (emotions, whole), state = x.split([len(EMOTIONS), 1], 1), x.mean(1)
+        scores = torch.bmm(self.place(tokens), emotions.mT) * tokens.shape[-1] ** -0.5
         trajectory = full_precision(scores + self.level(emotions).transpose(1, 2))
         sharp = F.softplus(full_precision(self.sharpness))
         masked = (trajectory * sharp).masked_fill(~mask[..., None], float("-inf"))
         peak = (masked.logsumexp(1) - mask.sum(1, keepdim=True).log()) / sharp
-        return EmotionAnalysis(self.fine(state, keys), VAD_SCALE * self.vad(x[:, -1], keys), trajectory, peak, state)
+        return EmotionAnalysis(
+            self.fine(state, masks), VAD_SCALE * self.vad(whole.squeeze(1), masks), trajectory, peak, state
+        )
 
 
 class BenthamAnalysis(NamedTuple):
@@ -86,31 +86,28 @@ class BenthamCalculator(nn.Module):
     pleasures on the one side, and of all the pains on the other", with learned exponents for the seven circumstances.
     """
 
-    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+    def __init__(self, width: Width, heads: int, layers: int, dropout: float):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(NUM_STAKEHOLDERS, width) * 0.02)
-        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.query = query(NUM_STAKEHOLDERS, width)
+        self.layers = QueryStack(layers, width, heads, dropout)
+        self.norm = Norm(width)
         self.presence = MLP(width, 2 * width, 1, dropout=dropout, last_bias=False)  # the softmax ignores a constant
         self.variables = MLP(width, 3 * width, len(BENTHAM), dropout=dropout)
         self.pleasure = MLP(width, 3 * width, 1, dropout=dropout)
         self.exponents = nn.Parameter(torch.full((len(BENTHAM),), -2.0))
         self.acceptability = MLP(width, 4 * width, 1, dropout=dropout)
+        self.axes = {"query": (FIXED, COPY), "exponents": (FIXED,)}
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> BenthamAnalysis:
-        x = self.query.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        for layer in self.layers:
-            x = layer(x, tokens, mask, keys)
-        x = self.norm(x)
-        presence = full_precision(self.presence(x, keys)).softmax(1)  # [B, 6, 1]
-        variables = full_precision(self.variables(x, keys))
-        circumstances = (
-            (F.logsigmoid(variables) * F.softplus(full_precision(self.exponents))).sum(-1, keepdim=True).exp()
-        )
-        utility = (presence * full_precision(self.pleasure(x, keys)) * circumstances).sum(1)
+    def forward(self, tokens: torch.Tensor, bias: torch.Tensor, masks: Masks) -> BenthamAnalysis:
+        x = self.norm(self.layers(self.query, tokens, bias, masks))
+        presence = full_precision(self.presence(x, masks)).softmax(1)  # [B, 6, 1]
+        variables = full_precision(self.variables(x, masks))
+        exponents = F.softplus(full_precision(self.exponents))
+        circumstances = (F.logsigmoid(variables) @ exponents)[..., None].exp()
+        utility = (presence * full_precision(self.pleasure(x, masks)) * circumstances).sum(1)
         state = (presence.to(x.dtype) * x).sum(1)
-        acceptability = self.acceptability(state, keys) + utility
-        return BenthamAnalysis((presence * variables).sum(1), utility, acceptability, presence[..., 0], state)
+        acceptability = self.acceptability(state, masks) + utility
+        return BenthamAnalysis((presence * variables).sum(1), utility, acceptability, presence.squeeze(-1), state)
 
 
 class RegretAnalysis(NamedTuple):
@@ -126,26 +123,24 @@ class RegretAnalyzer(nn.Module):
     Factual and counterfactual states read the tokens, then each other.
     """
 
-    def __init__(self, width: int, heads: int, layers: int, dropout: float):
+    def __init__(self, width: Width, heads: int, layers: int, dropout: float):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(2 * NUM_STATES, width) * 0.02)
-        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout, sides=2) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.utility = MLP(
-            width, 2 * width, 1, dropout=dropout, last_bias=False
-        )  # a constant cancels in the difference
+        self.query = query(2 * NUM_STATES, width)
+        self.layers = QueryStack(layers, width, heads, dropout, sides=2)
+        self.norm = Norm(width)
+        # a constant cancels in the difference
+        self.utility = MLP(width, 2 * width, 1, dropout=dropout, last_bias=False)
         self.threshold = nn.Parameter(torch.zeros(1))
-        self.counterfactual = MLP(2 * width, width, 1, dropout=dropout)
+        self.counterfactual = MLP(width + width, width, 1, dropout=dropout)
+        self.axes = {"query": (FIXED, COPY), "threshold": (FIXED,)}
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, keys: Keys) -> RegretAnalysis:
-        x = self.query.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        for layer in self.layers:
-            x = layer(x, tokens, mask, keys)
-        factual, imagined = self.norm(x).unflatten(1, (2, NUM_STATES)).mean(2).unbind(1)
-        had, foregone = (full_precision(self.utility(state, keys)) for state in (factual, imagined))
-        counterfactual = self.counterfactual(torch.cat([factual, imagined], -1), keys)
-        utilities = torch.cat([had, foregone], -1)
-        return RegretAnalysis(foregone - had - self.threshold, counterfactual, utilities, (factual + imagined) / 2)
+    def forward(self, tokens: torch.Tensor, bias: torch.Tensor, masks: Masks) -> RegretAnalysis:
+        x = self.norm(self.layers(self.query, tokens, bias, masks))
+        states = x.unflatten(1, (2, NUM_STATES)).mean(2)  # [B, 2, D]: factual, imagined
+        utilities = full_precision(self.utility(states, masks)).squeeze(-1)
+        had, foregone = utilities.split(1, 1)
+        counterfactual = self.counterfactual(states.flatten(1), masks)
+        return RegretAnalysis(foregone - had - self.threshold, counterfactual, utilities, states.mean(1))
 
 
 class SurdAnalysis(NamedTuple):
@@ -162,37 +157,37 @@ class SurdAnalyzer(nn.Module):
     a learned scale and offset turn them into the shares' logits.
     """
 
-    def __init__(self, width: int, dropout: float):
+    def __init__(self, width: Width, dropout: float):
         super().__init__()
         count = len(SOURCES)
-        self.sources = nn.ModuleList(MLP(width, width, width, dropout=dropout) for _ in SOURCES)
-        self.unknown = nn.Parameter(torch.randn(count, width) * 0.02)
-        self.density = MLP(count * width, 11 * width // 2, 3 * width, dropout=dropout)
-        self.level = nn.Linear(3 * width, LEVELS)
-        self.norm = nn.LayerNorm(3 * width)
-        self.state = nn.Linear(3 * width, width)
+        together = width + width + width
+        self.sources = MLP(width, width, width, dropout=dropout, count=count)
+        self.unknown = query(count, width)
+        self.density = MLP(together, 11 * width // 2, 3 * width, dropout=dropout)
+        self.level = Linear(3 * width, LEVELS)
+        self.norm = Norm(3 * width)
+        self.state = Linear(3 * width, width)
         self.scale = nn.Parameter(torch.ones(4))
         self.offset = nn.Parameter(torch.zeros(4))
         inside = torch.tensor([[i in subset for i in range(count)] for subset in SUBSETS])
         self.register_buffer("inside", inside)  # [8, 3]
+        self.axes = {"unknown": (FIXED, COPY), "scale": (FIXED,), "offset": (FIXED,), "inside": (FIXED, FIXED)}
 
     inside: torch.Tensor
 
-    def forward(self, sources: tuple[torch.Tensor | None, ...], keys: Keys) -> SurdAnalysis:
-        known = next(s for s in sources if s is not None)
-        unknown = self.unknown.to(known.dtype)
-        x = torch.stack(
-            [
-                # an absent source is never looked at; it passes through so that every parameter has a gradient
-                mlp(torch.zeros_like(known) if source is None else source, keys) * (source is not None)
-                for i, (mlp, source) in enumerate(zip(self.sources, sources, strict=True))
-            ],
-            1,
-        )  # [B, 3, D]
-        inside = self.inside.clone()
-        inside[:, [s is None for s in sources]] = False
-        subsets = torch.where(inside[None, :, :, None], x[:, None], unknown).flatten(2)  # [B, 8, 3·D]
-        hidden = self.norm(self.density(subsets, keys))
+    def forward(
+        self, emotion: torch.Tensor | None, bentham: torch.Tensor | None, context: torch.Tensor, masks: Masks
+    ) -> SurdAnalysis:
+        """The sources' states [B, D]; None: of a module that is left out, and then in no subset."""
+        sources = (emotion, bentham, context)
+        x = self.sources(torch.stack([torch.zeros_like(context) if s is None else s for s in sources], 1), masks)
+        inside = self.inside
+        if absent := [i for i, source in enumerate(sources) if source is None]:
+            # an absent source is never looked at; it passes through so that every parameter has a gradient
+            x = x.index_fill(1, torch.tensor(absent, device=x.device), 0.0) + 0.0 * x
+            inside = inside.index_fill(1, torch.tensor(absent, device=x.device), False)
+        subsets = torch.where(inside[None, :, :, None], x[:, None], self.unknown.to(x.dtype)).flatten(2)  # [B, 8, 3·D]
+        hidden = self.norm(self.density(subsets, masks))
         density = full_precision(self.level(hidden))
         shares, leak = pointwise_ladder(density.log_softmax(-1))
         scale, offset = full_precision(self.scale), full_precision(self.offset)

@@ -12,9 +12,24 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from redheart.model.layers import MLP, Attention, Keys, Residual, SampleDropout, attend_tokens
+from redheart.model.axes import ADDS, COPY, DEPTH, FIXED, READ, Width
+from redheart.model.dropout import SampleDropout
+from redheart.model.layers import (
+    MLP,
+    Attention,
+    Masks,
+    Norm,
+    Residual,
+    attend,
+    attend_tokens,
+    drawn,
+    keyless,
+    query,
+    stacked_linear,
+)  # fmt: skip
 from redheart.schema import TASKS4
 
 MAX_POSITIONS = 512
@@ -27,87 +42,134 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width]
 
 
-class EncoderLayer(nn.Module):
-    """Pre-LN: x + Attention(LN(x)), then x + MLP(LN(x)); tokens [B, T, D]."""
+class EncoderStack(nn.Module):
+    """Pre-LN encoder layers: x + Attention(LN(x)), then x + MLP(LN(x)); tokens [B, T, n]. Layers are stacked in each parameter.
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    Gradient checkpointing recomputes each layer in the backward pass. `drops_attention`: what attention adds passes a dropout.
+    """
+
+    def __init__(self, layers: int, width: Width, heads: int, dropout: float, drops_attention: bool = True):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.dropout = SampleDropout(dropout)
-        self.mlp = Residual(width, 4 * width, dropout=dropout)
+        self.heads, n = heads, width
+        self.norms = nn.Parameter(torch.stack([torch.ones(int(n)), torch.zeros(int(n))]).repeat(layers, 2, 1, 1))
+        self.attention_weight = drawn(layers, 3, n, n, fan_in=n)  # query, value, key
+        self.attention_bias = drawn(layers, 2, n, fan_in=n)  # query, value
+        self.out_weight, self.out_bias = drawn(layers, n, n, fan_in=n), drawn(layers, n, fan_in=n)
+        self.up_weight, self.up_bias = drawn(layers, 4 * n, n, fan_in=n), drawn(layers, 4 * n, fan_in=n)
+        self.down_weight, self.down_bias = drawn(layers, n, 4 * n, fan_in=4 * n), drawn(layers, n, fan_in=4 * n)
+        self.attention_dropout = SampleDropout(n, dropout, layers) if drops_attention else None
+        self.dropout = SampleDropout(4 * n, dropout, layers)
+        self.axes = {
+            "norms": (DEPTH, FIXED, FIXED, COPY),
+            "attention_weight": (DEPTH, FIXED, COPY, READ),
+            "attention_bias": (DEPTH, FIXED, COPY),
+            "up_weight": (DEPTH, COPY, READ),
+            "up_bias": (DEPTH, COPY),
+            **dict.fromkeys(("out_weight", "down_weight"), (ADDS, COPY, READ)),
+            **dict.fromkeys(("out_bias", "down_bias"), (ADDS, COPY)),
+        }
+        self.gradient_checkpointing = False  # Transformers' gradient_checkpointing_enable() sets this and the function
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, keys: Keys) -> torch.Tensor:
-        normed = self.norm(x)
-        x = x + self.dropout(self.attention(normed, normed, mask), keys)
-        return self.mlp(x, keys)
+    def forward(
+        self, x: torch.Tensor, bias: torch.Tensor | None, masks: Masks, states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """`states`, where given, is appended what leaves each layer."""
+        parameters = (
+            self.attention_weight.flatten(1, 2), keyless(self.attention_bias), self.out_weight, self.out_bias,
+            self.up_weight, self.up_bias, self.down_weight, self.down_bias,
+        )  # fmt: skip
+        norms = self.norms.flatten(0, 2).unbind()  # a weight and a bias for both blocks of a layer
+        layer = self._layer
+        if self.gradient_checkpointing and self.training:
+            layer = partial(self._gradient_checkpointing_func, layer)
+        for number, weights in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
+            x = layer(number, x, bias, masks, *norms[4 * number : 4 * number + 4], *weights)
+            if states is not None:
+                states.append(x)
+        return x
+
+    def _layer(
+        self, number: int, x: torch.Tensor, bias: torch.Tensor | None, masks: Masks, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        (a, b, c, d), weights = weights[:4], weights[4:]
+        attention_weight, attention_bias, out_weight, out_bias, up_weight, up_bias, down_weight, down_bias = weights
+        shape = x.shape[-1:]
+        projected = F.linear(F.layer_norm(x, shape, a, b), attention_weight, attention_bias)
+        attended = F.linear(attend(projected, self.heads, bias), out_weight, out_bias)
+        if self.attention_dropout is not None:
+            attended = self.attention_dropout.at(number, attended, masks)
+        x = x + attended
+        hidden = F.gelu(F.linear(F.layer_norm(x, shape, c, d), up_weight, up_bias))
+        return x + F.linear(self.dropout.at(number, hidden, masks), down_weight, down_bias)
 
 
 class TaskPooling(nn.Module):
     """Attention pooling with learned queries, one set of heads per task: tokens [B, T, D] -> [B, 4, K].
 
-    As in layers.FoldedAttention, keys and values are not projected per token: the queries are, once.
+    As in layers.QueryStack, keys and values are not projected per token: the queries are, once.
     """
 
-    def __init__(self, width: int, task_width: int, heads: int, tasks: int = len(TASKS4)):
+    def __init__(self, width: Width, task_width: Width, heads: int, tasks: int = len(TASKS4)):
         super().__init__()
         head_width = task_width // heads
-        self.query = nn.Parameter(torch.randn(tasks, heads, head_width) * 0.02)
-        self.key_weight = nn.Parameter(torch.empty(tasks, heads, head_width, width))
-        self.value_weight = nn.Parameter(torch.empty(tasks, heads, head_width, width))
-        self.value_bias = nn.Parameter(torch.zeros(tasks, heads, head_width))
-        for weight in (self.key_weight, self.value_weight):
-            nn.init.uniform_(weight, -(width**-0.5), width**-0.5)  # as nn.Linear does
+        self.query = query(tasks, heads, head_width)
+        self.key_weight = drawn(tasks, heads, head_width, width, fan_in=width)
+        self.value_weight = drawn(tasks, heads, head_width, width, fan_in=width)
+        self.value_bias = nn.Parameter(torch.zeros(tasks, heads, int(head_width)))
+        self.axes = {
+            **dict.fromkeys(("query", "value_bias"), (FIXED, COPY, FIXED)),
+            **dict.fromkeys(("key_weight", "value_weight"), (FIXED, COPY, FIXED, READ)),
+        }
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        tasks, heads, head_width = self.query.shape
-        folded = torch.einsum("thd,thdn->thn", self.query, self.key_weight).flatten(0, 1).to(x.dtype)
-        pooled = attend_tokens(folded.expand(x.shape[0], -1, -1), x, mask, head_width).unflatten(1, (tasks, heads))
-        values = torch.einsum("bthn,thdn->bthd", pooled, self.value_weight.to(x.dtype)) + self.value_bias.to(x.dtype)
-        return values.flatten(2)
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        tasks, _, head_width = self.query.shape
+        folded = torch.bmm(self.query.view(-1, 1, head_width), self.key_weight.flatten(0, 1))[:, 0].to(x.dtype)
+        pooled = attend_tokens(folded.expand(len(x), -1, -1), x, bias, head_width)  # [B, tasks · heads, D]
+        values = stacked_linear(
+            pooled, self.value_weight.flatten(0, 1).to(x.dtype), self.value_bias.flatten(0, 1).to(x.dtype)
+        )
+        return values.reshape(len(x), tasks, -1)
 
 
 class Backbone(nn.Module):
-    """See the module's docstring. Gradient checkpointing recomputes each encoder layer in the backward pass."""
+    """See the module's docstring."""
 
     positions: torch.Tensor
 
     def __init__(
-        self, encoder_width: int, width: int, heads: int, layers: int, task_width: int, task_heads: int, dropout: float
+        self,
+        encoder_width: int,
+        width: Width,
+        heads: int,
+        layers: int,
+        task_width: Width,
+        task_heads: int,
+        dropout: float,
     ):
         super().__init__()
-        self.input_norm = nn.LayerNorm(encoder_width)
+        self.input_norm = Norm(encoder_width)
         self.input = MLP(encoder_width, width, width, dropout=dropout)
-        self.register_buffer("positions", sinusoids(MAX_POSITIONS, width), persistent=True)
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.register_buffer("positions", sinusoids(MAX_POSITIONS, int(width)), persistent=True)
+        self.axes = {"positions": (FIXED, COPY)}
+        self.layers = EncoderStack(layers, width, heads, dropout)
+        self.norm = Norm(width)
         self.pooling = TaskPooling(width, task_width, task_heads)
-        self.specialise = nn.ModuleDict({task: Residual(task_width, task_width, dropout=dropout) for task in TASKS4})
-        self.cross_norm = nn.LayerNorm(task_width)
+        self.specialise = Residual(task_width, task_width, dropout=dropout, count=len(TASKS4))
+        self.cross_norm = Norm(task_width)
         self.cross = Attention(task_width, task_heads)
-        self.output_norm = nn.LayerNorm(task_width)
-        self.gradient_checkpointing = False  # Transformers' gradient_checkpointing_enable() sets this and the function
-        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        self.output_norm = Norm(task_width)
 
     def forward(
-        self, features: torch.Tensor, mask: torch.Tensor, keys: Keys, states: list[torch.Tensor] | None = None
+        self, features: torch.Tensor, bias: torch.Tensor, masks: Masks, states: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`states`, where given, is appended what enters the first layer and what leaves each layer, [B, T, D]."""
+        """`bias` as of layers.attention_bias. `states`, where given, is appended what enters the first layer and what leaves each."""
         if features.shape[1] > MAX_POSITIONS:
             raise ValueError(f"at most {MAX_POSITIONS} tokens: got {features.shape[1]}")
-        x = self.input(self.input_norm(features), keys)
+        x = self.input(self.input_norm(features), masks)
         x = x + self.positions[: x.shape[1]].to(x.dtype)
         if states is not None:
             states.append(x)
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, mask, keys)
-            else:
-                x = layer(x, mask, keys)
-            if states is not None:
-                states.append(x)
-        tokens = self.norm(x)
-        pooled = self.pooling(tokens, mask)
-        tasks = torch.stack([self.specialise[task](pooled[:, i], keys) for i, task in enumerate(TASKS4)], 1)
-        normed = self.cross_norm(tasks)
-        return tokens, self.output_norm(tasks + self.cross(normed, normed))
+        tokens = self.norm(self.layers(x, bias, masks, states))
+        tasks = self.specialise(self.pooling(tokens, bias), masks)
+        return tokens, self.output_norm(tasks + self.cross(self.cross_norm(tasks)))

@@ -26,6 +26,6 @@ def build_model(
 ) -> RedHeartModel:
     """A fresh network of the configured size, in training mode. `place`: as of RedHeartModel."""
     model = RedHeartModel(model_config(config, encoder), place)
-    model.backbone.gradient_checkpointing = config.model.activation_checkpointing
+    model.checkpoint_activations(config.model.activation_checkpointing)
     model.set_mode(ExecutionMode.TRAINING)
     return model

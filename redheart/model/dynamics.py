@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from redheart.model.analyzers import masked_mean
-from redheart.model.layers import MLP, Keys, full_precision
+from redheart.model.axes import FIXED, Width
+from redheart.model.layers import MLP, Masks, full_precision
 from redheart.schema import EMOTIONS
 from redheart.signals.dsp import bank
 from redheart.signals.kalman import Measurement, contraction, last_posterior
@@ -28,6 +29,11 @@ RANGES = {  # of the controls, per emotion; the middle on a log scale is where t
 NUM = len(EMOTIONS)
 
 
+class DspReading(NamedTuple):
+    signals: torch.Tensor  # [B, T, 7], 0 at padding
+    state: torch.Tensor  # [B, 14]: the signals at the last token, and the largest they were
+
+
 class DspSimulator(nn.Module):
     """tokens [B, T, D] and the analyzer's trajectory -> signals [B, T, 7]: how each emotion swells, fades and swings.
 
@@ -35,12 +41,13 @@ class DspSimulator(nn.Module):
     and decay (seconds) of a damped oscillator, and the gain of both; an excitation net drives them at every token.
     """
 
-    def __init__(self, width: int, task_width: int, dropout: float):
+    def __init__(self, width: Width, task_width: Width, dropout: float):
         super().__init__()
         k = task_width
         self.controls = MLP(width + k, 4 * k, 4 * k, 5 * k // 2, (len(RANGES) + 2) * NUM, dropout=dropout)
         self.excitation = MLP(width, width, NUM, dropout=dropout)
         self.trajectory_gain = nn.Parameter(torch.full((NUM,), 0.5))
+        self.axes = {"trajectory_gain": (FIXED,)}
 
     def forward(
         self,
@@ -48,19 +55,22 @@ class DspSimulator(nn.Module):
         mask: torch.Tensor,
         feature: torch.Tensor,
         trajectory: torch.Tensor | None,
-        keys: Keys,
-    ) -> torch.Tensor:
+        masks: Masks,
+    ) -> DspReading:
         whole = torch.cat([masked_mean(tokens, mask), feature], -1)
-        controls = full_precision(self.controls(whole, keys)).unflatten(-1, (-1, NUM))
-        drive = full_precision(self.excitation(tokens, keys))
+        controls = full_precision(self.controls(whole, masks)).unflatten(-1, (-1, NUM))
+        drive = full_precision(self.excitation(tokens, masks))
         gain = full_precision(self.trajectory_gain)
         drive = drive + gain * (torch.zeros_like(drive) if trajectory is None else trajectory)
-        return bank(drive, mask, controls, RANGES, TOKEN_RATE_HZ)
+        signals = bank(drive, mask, controls, RANGES, TOKEN_RATE_HZ)
+        last = (mask.sum(1) - 1).clamp(min=0)[:, None, None].expand(-1, 1, NUM)
+        return DspReading(signals, torch.cat([signals.gather(1, last)[:, 0], signals.abs().amax(1)], -1))
 
 
 class Fused(NamedTuple):
     emotion_logits: torch.Tensor  # [B, 7]
     covariance: torch.Tensor  # [B, 7, 7], positive definite
+    state: torch.Tensor  # [B, 14]: the logits and their standard deviations
 
 
 class KalmanFusion(nn.Module):
@@ -71,7 +81,7 @@ class KalmanFusion(nn.Module):
     Latents: rates, R and the covariance; the emotion losses reach them through the gains.
     """
 
-    def __init__(self, width: int, task_width: int, dropout: float):
+    def __init__(self, width: Width, task_width: Width, dropout: float):
         super().__init__()
         k = task_width
         step = 1 / TOKEN_RATE_HZ
@@ -84,19 +94,25 @@ class KalmanFusion(nn.Module):
         self.process_weight = nn.Parameter(0.1 * torch.eye(2 * NUM) + 1e-3)
         self.token_noise = MLP(width, width, 2 * NUM, dropout=dropout)
         self.prior = MLP(width + k, 3 * k, 3 * k, 4 * NUM + NUM, dropout=dropout)
+        self.axes = {
+            **dict.fromkeys(("transition_weight", "process_weight", "observation_bias"), (FIXED, FIXED)),
+            "observation_weight": (FIXED, FIXED, FIXED),
+        }
 
     def forward(
         self,
         tokens: torch.Tensor,
         mask: torch.Tensor,
         feature: torch.Tensor,
-        readings: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-        keys: Keys,
+        head: torch.Tensor | None,
+        trajectory: torch.Tensor | None,
+        signals: torch.Tensor | None,
+        masks: Masks,
     ) -> Fused:
-        """`readings`: head [B, 7], analyzer [B, T, 7], DSP [B, T, 7]; None: not measured."""
-        prior = full_precision(self.prior(torch.cat([masked_mean(tokens, mask), feature], -1), keys))
+        """Readings of the head [B, 7], of the analyzer and of the DSP bank [B, T, 7]; None: not measured."""
+        prior = full_precision(self.prior(torch.cat([masked_mean(tokens, mask), feature], -1), masks))
         mean, spread, head_noise = prior.split([2 * NUM, 2 * NUM, NUM], -1)
-        noise = full_precision(self.token_noise(tokens, keys))  # [B, T, 14]
+        noise = full_precision(self.token_noise(tokens, masks))  # [B, T, 14]
         with torch.autocast(tokens.device.type, enabled=False):
             weights = full_precision(self.observation_weight).split([1, 2])
             biases = full_precision(self.observation_bias).split([1, 2])
@@ -105,11 +121,12 @@ class KalmanFusion(nn.Module):
                 10 * torch.sigmoid(spread),
                 contraction(full_precision(self.transition_weight)),
                 self._process_noise(),
-                _measurement(readings[1:], noise, weights[1], biases[1]),
-                _measurement(readings[:1], head_noise, weights[0], biases[0]),
+                _measurement((trajectory, signals), noise, weights[1], biases[1]),
+                _measurement((head,), head_noise, weights[0], biases[0]),
                 mask,
             )
-        return Fused(posterior[..., :NUM], covariance[..., :NUM, :NUM])
+        logits, covariance = posterior[..., :NUM], covariance[..., :NUM, :NUM]
+        return Fused(logits, covariance, torch.cat([logits, posterior_sd(covariance)], -1))
 
     def _process_noise(self) -> torch.Tensor:
         factor = full_precision(self.process_weight).tril()

@@ -1,121 +1,198 @@
 """The utility modules: every module's state and every reading of an answer -> the final, calibrated answers.
 
-FINAL lists, for every answer that is fused, where its readings come from. An answer is a weighted mean of its readings, the
-weights read from the text, each reading scaled entry by entry, plus a correction and a bias. Readings of modules that are
-absent get no weight. The utility mixes its readings with weights that do not depend on the text, so that the difference of
-two texts' utilities stays a difference of the same function.
+An answer is a weighted mean of its readings, the weights read from the text, each reading scaled entry by entry, plus a correction
+and a bias. Readings of modules that are absent get no weight. The utility mixes its readings with weights that do not depend on
+the text, so that the difference of two texts' utilities stays a difference of the same function. All answers are computed at
+once: `Layout` says where each label, each reading and each entry of one stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
 
-from redheart.model.layers import Keys, QueryLayer, Residual, full_precision
+from redheart.model.axes import COPY, FIXED, Width
+from redheart.model.layers import (
+    Linear,
+    Masks,
+    Norm,
+    QueryStack,
+    Residual,
+    StackedLinear,
+    StackedNorm,
+    full_precision,
+    query,
+)
 from redheart.schema import LABELS
 
-FINAL: dict[str, tuple[str, ...]] = {  # label -> the modules that read it, in the order of the weights
-    "emotion": ("heads.emotion", "analyzers.emotion", "aux.kalman"),
-    "emotion_fine": ("analyzers.emotion",),
-    "vad": ("analyzers.emotion",),
-    "culture": ("heads.emotion",),
-    "bentham": ("heads.bentham", "analyzers.bentham"),
-    "ethics": ("heads.bentham",),
-    "acceptability": ("heads.bentham", "analyzers.bentham"),
-    "regret": ("heads.regret", "analyzers.regret"),
-    "counterfactual": ("analyzers.regret",),
-    "surd": ("heads.surd", "analyzers.surd"),
-}
-UTILITY = ("heads.bentham", "analyzers.bentham")
-STATES = (  # what the fusion sees of each module
-    *("heads.emotion", "heads.bentham", "heads.regret", "heads.surd"),
-    *("analyzers.emotion", "analyzers.bentham", "analyzers.regret", "analyzers.surd"),
-    *("aux.dsp", "aux.kalman"),
-)
 Readings = Mapping[str, Mapping[str, torch.Tensor]]  # label -> module -> [B, size]
 
 
-class Utility(nn.Module):
-    """See the module's docstring. `widths` gives the width of the state of every module that is built."""
+class Layout:
+    """Where things stand when the fused answers are written side by side. `sources`: label -> the modules that read it.
 
-    def __init__(self, width: int, heads: int, layers: int, widths: Mapping[str, int], dropout: float):
+    An entry is one number of a label; a reading is one module's answer for one label, and has as many entries.
+    """
+
+    def __init__(self, sources: Mapping[str, Sequence[str]]):
+        self.labels = list(sources)
+        self.sizes = [LABELS[name].size for name in self.labels]
+        self.readings = [(label, module) for label in self.labels for module in sources[label]]
+        self.weighed = [i for i, (label, _) in enumerate(self.readings) if len(sources[label]) > 1]
+        starts = [0, *accumulate(self.sizes)]
+        self.label_of_entry = [i for i, size in enumerate(self.sizes) for _ in range(size)]
+        self.label_of_reading = [self.labels.index(label) for label, _ in self.readings]
+        self.entries = [  # the entry of the answer that each entry of each reading belongs to
+            starts[label] + k for label in self.label_of_reading for k in range(self.sizes[label])
+        ]
+        self.reading_of_entry = [i for i, label in enumerate(self.label_of_reading) for _ in range(self.sizes[label])]
+
+    def columns(self) -> list[int]:
+        """For the first, second, … reading of each entry of the answers: its column among the readings' entries, or the one behind
+        the last where it has no such reading."""
+        behind, count = len(self.entries), sum(self.sizes)
+        of_entry = [[column for column, entry in enumerate(self.entries) if entry == e] for e in range(count)]
+        depth = max(map(len, of_entry))
+        return [c[d] if d < len(c) else behind for d in range(depth) for c in of_entry]
+
+
+class Utility(nn.Module):
+    """See the module's docstring. `widths`: of the state of every module that is built; `sources`: label -> who reads it, of those;
+    `utilities`: the modules that read a utility."""
+
+    def __init__(
+        self,
+        width: Width,
+        heads: int,
+        layers: int,
+        widths: Mapping[str, int],
+        sources: Mapping[str, Sequence[str]],
+        utilities: Sequence[str],
+        dropout: float,
+    ):
         super().__init__()
-        built = [m for m in STATES if m in widths]
-        self.sources = {name: [m for m in modules if m in widths] for name, modules in FINAL.items()}
-        self.utilities = [m for m in UTILITY if m in widths]
-        self.inputs = nn.ModuleDict({_key(m): nn.Linear(widths[m], width) for m in built if not m.startswith("heads.")})
-        self.norms = nn.ModuleDict({_key(m): nn.LayerNorm(width) for m in built})
-        self.task = nn.LayerNorm(width)
+        self.states, self.utilities, self.layout = list(widths), list(utilities), Layout(sources)
+        projected = {w: [m for m in widths if widths[m] == w] for w in dict.fromkeys(widths.values()) if w != width}
+        self.projected = {f"of_{w}" if not isinstance(w, Width) else "of_tokens": m for w, m in projected.items()}
+        self.inputs = nn.ModuleDict(
+            {
+                key: StackedLinear(len(m), w, width)
+                for (key, m), w in zip(self.projected.items(), projected, strict=True)
+            }
+        )
+        self.norms = StackedNorm(len(self.states), width) if self.states else None
+        self.task = Norm(width)
         self.digest = Residual(width, 3 * width // 2, dropout=dropout)
-        self.query = nn.Parameter(torch.randn(len(FINAL), width) * 0.02)
-        self.layers = nn.ModuleList(QueryLayer(width, heads, dropout, folded=False) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.correction = nn.ModuleDict({n: nn.Linear(width, LABELS[n].size) for n in FINAL})
-        self.weights = nn.ModuleDict({n: nn.Linear(width, len(m)) for n, m in self.sources.items() if len(m) > 1})
-        self.scale = nn.ModuleDict({n: Scale(len(m), LABELS[n].size) for n, m in self.sources.items() if m})
-        for module in (*self.correction.values(), *self.weights.values()):
-            # at first an answer is near the plain mean of its readings
-            nn.init.normal_(module.get_parameter("weight"), std=0.002)
-            nn.init.zeros_(module.get_parameter("bias"))
+        self.query = query(len(self.layout.labels), width)
+        self.layers = QueryStack(layers, width, heads, dropout)
+        self.norm = Norm(width)
+        self.correction = Linear(width, len(self.layout.label_of_entry))
+        self.weights = Linear(width, len(self.layout.weighed)) if self.layout.weighed else None
+        self.scale = nn.Parameter(torch.ones(len(self.layout.entries))) if self.layout.entries else None
+        for linear in (self.correction, self.weights):
+            if linear is not None:  # at first an answer is near the plain mean of its readings
+                nn.init.normal_(linear.weight, std=0.002)
+                nn.init.zeros_(linear.bias)
         count = len(self.utilities)
         self.utility_scale = nn.Parameter(torch.full((count,), 1 / count)) if count else None
+        self.axes = {"query": (FIXED, COPY), "scale": (FIXED,), "utility_scale": (FIXED,)}
+        self._tables: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     def forward(
-        self, states: Mapping[str, torch.Tensor], tasks: torch.Tensor, readings: Readings, keys: Keys
+        self, states: Mapping[str, torch.Tensor], tasks: torch.Tensor, readings: Readings, masks: Masks
     ) -> dict[str, torch.Tensor]:
         """States by module, tasks [B, 4, K] -> final raw answers by label, fp32 [B, size]; `utility` and `preference` where read."""
-        known = [self.norms[_key(m)](self._project(m, s.to(tasks.dtype))) for m, s in states.items()]
-        memory = self.digest(
-            torch.cat([torch.stack(known, 1), self.task(tasks)] if known else [self.task(tasks)], 1), keys
-        )
-        x = self.query.to(tasks.dtype).expand(len(tasks), -1, -1)
-        for layer in self.layers:
-            x = layer(x, memory, None, keys)
-        x = self.norm(x)
-        final = {name: self._answer(name, x[:, i], readings.get(name, {})) for i, name in enumerate(FINAL)}
-        return final | {name: self._mixed(readings[name]) for name in ("utility", "preference") if readings.get(name)}
+        memory = self.digest(torch.cat([*self._known(states, tasks.dtype), self.task(tasks)], 1), masks)
+        x = self.norm(self.layers(self.query, memory, None, masks))  # [B, labels, K]
+        final = self._answers(x, readings)
+        mixed = {name: self._mixed(readings[name]) for name in ("utility", "preference") if readings.get(name)}
+        return dict(zip(self.layout.labels, final.split(self.layout.sizes, 1), strict=True)) | mixed
 
-    def _project(self, module: str, state: torch.Tensor) -> torch.Tensor:
-        """A state in the fusion's width; the heads' have it already."""
-        return state if module.startswith("heads.") else self.inputs[_key(module)](state)
+    def _known(self, states: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        """The states that are there [B, n, K], projected to the fusion's width where they have another, and normed."""
+        if self.norms is None or not states:
+            return []
+        narrow = {m: x.to(dtype) for m, x in states.items()}
+        for key, modules in self.projected.items():
+            present = [m for m in modules if m in states]
+            if present:
+                # those that are absent are projected as zeros, and left out below
+                like = narrow[present[0]]
+                stack = torch.stack([narrow[m] if m in narrow else torch.zeros_like(like) for m in modules], 1)
+                narrow |= {m: x for m, x in zip(modules, self.inputs[key](stack).unbind(1), strict=True) if m in states}
+        like = next(iter(narrow.values()))
+        everyone = [narrow[m] if m in narrow else torch.zeros_like(like) for m in self.states]
+        normed = self.norms(torch.stack(everyone, 1))
+        places = [i for i, m in enumerate(self.states) if m in states]
+        return [normed if len(places) == len(self.states) else normed[:, places]]
 
-    def _answer(self, name: str, x: torch.Tensor, readings: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        answer = full_precision(self.correction[name](x))
-        present = [i for i, module in enumerate(self.sources[name]) if module in readings]
-        if not present:
-            return answer
-        values = torch.stack([full_precision(readings[self.sources[name][i]]) for i in present], 1)  # [B, R, size]
-        values = self.scale[name](values, present)
-        if name not in self.weights:
-            return answer + values[:, 0]
-        weight = full_precision(self.weights[name](x))[:, present].softmax(-1)
-        return answer + (weight[..., None] * values).sum(1)
+    def _answers(self, x: torch.Tensor, readings: Readings) -> torch.Tensor:
+        """x [B, labels, K] -> every label's entries side by side, fp32 [B, entries]."""
+        layout, tables = self.layout, self._tables_on(x.device)
+        # a query gives the entries of its own label, of which there are few: all are computed and the others multiplied by zero
+        answers = (full_precision(self.correction(x)) * tables["entry_of_label"].to(x.dtype)).sum(1)
+        present = [(label, m) for label, m in layout.readings if m in readings.get(label, {})]
+        if not present or self.scale is None:
+            return answers
+        nothing = answers.new_zeros(len(x), 1)
+        values = [
+            full_precision(readings[label][m]) if (label, m) in present else nothing.expand(-1, LABELS[label].size)
+            for label, m in layout.readings
+        ]
+        scaled = torch.cat(values, 1) * full_precision(self.scale)
+        shares = self._shares(x, [reading in present for reading in layout.readings])
+        if shares is not None:
+            scaled = scaled * shares.index_select(1, tables["reading_of_entry"])
+        # every entry's readings beside each other, and zeros where it has fewer than another: a sum without atomics
+        columns = torch.cat([scaled, nothing], 1).index_select(1, tables["columns"])
+        return answers + columns.unflatten(1, (-1, answers.shape[1])).sum(1)
+
+    def _shares(self, x: torch.Tensor, present: list[bool]) -> torch.Tensor | None:
+        """[B, readings]: what share each reading that is there has of its label's mean; None where no label has several."""
+        if self.weights is None:
+            return None
+        layout, tables = self.layout, self._tables_on(x.device)
+        logits = (full_precision(self.weights(x)) * tables["weighed_of_label"].to(x.dtype)).sum(1)
+        if len(layout.weighed) < len(layout.readings):
+            logits = logits.new_zeros(len(x), len(layout.readings)).index_copy(1, tables["weighed"], logits)
+        others = tables["same_label"].to(logits.dtype)  # [readings, readings]: 0 within a label, else -inf
+        if all(present):
+            return (logits - (logits[:, None] + others).logsumexp(-1)).exp()
+        there = torch.tensor(present, device=x.device)
+        others = others.masked_fill(~there & ~torch.eye(len(present), dtype=torch.bool, device=x.device), float("-inf"))
+        return (logits - (logits[:, None] + others).logsumexp(-1)).exp() * there
 
     def _mixed(self, readings: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Utilities, or differences of two, by module, [B, 1] each -> the final one, fp32 [B, 1]; at least one is there."""
         assert self.utility_scale is not None
-        scale = full_precision(self.utility_scale)
-        parts = [scale[i] * full_precision(readings[m]) for i, m in enumerate(self.utilities) if m in readings]
-        return torch.stack(parts).sum(0)
+        scale, present = full_precision(self.utility_scale), [m in readings for m in self.utilities]
+        if not all(present):
+            scale = scale[[i for i, there in enumerate(present) if there]]
+        values = [full_precision(readings[m]) for m in self.utilities if m in readings]
+        return (torch.cat(values, 1) @ scale)[:, None]
 
-
-class Scale(nn.Module):
-    """Every entry of every reading times a number of its own: [B, R, size], of the readings `present` -> the same shape."""
-
-    def __init__(self, readings: int, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(readings, size))
-
-    def forward(self, values: torch.Tensor, present: list[int]) -> torch.Tensor:
-        return values * full_precision(self.weight)[present]
+    def _tables_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The layout as index tensors and as matrices of zeros and ones (of 0 and -inf for the softmax); made once on a device."""
+        if device not in self._tables:
+            layout, count = self.layout, len(self.layout.labels)
+            own = torch.eye(count)
+            of_reading = own[:, layout.label_of_reading]
+            same = of_reading.T @ of_reading
+            tables = {
+                "entry_of_label": own[:, layout.label_of_entry],
+                "weighed_of_label": of_reading[:, layout.weighed],
+                "same_label": torch.zeros_like(same).masked_fill(same == 0, float("-inf")),
+                "weighed": torch.tensor(layout.weighed, dtype=torch.int64),
+                "columns": torch.tensor(layout.columns(), dtype=torch.int64),
+                "reading_of_entry": torch.tensor(layout.reading_of_entry, dtype=torch.int64),
+            }
+            self._tables[device] = {name: table.to(device) for name, table in tables.items()}
+        return self._tables[device]
 
 
 def plain_mean(readings: Readings) -> dict[str, torch.Tensor]:
     """The answers of a network without utility modules: the mean of the readings there are, fp32 [B, size]."""
     return {n: torch.stack([full_precision(v) for v in r.values()]).mean(0) for n, r in readings.items() if r}
-
-
-def _key(module: str) -> str:
-    return module.replace(".", "_")

@@ -3,8 +3,8 @@
 Width (integer ratio r, head width kept): every vector of width n becomes r copies of itself, so LayerNorm's statistics, attention's
 scores per head and every element-wise step stay as they were. A weight that reads such a vector is repeated and divided by r along
 that axis, and noise that sums to zero over the copies is added there: for r = 2, `[W/2 + N, W/2 - N]`. Copies multiply equal
-inputs, so the noise cancels; their gradients differ, so they part. Positions are repeated, not computed anew. RULES says, for every
-parameter and buffer, what happens along each of its axes; a parameter without a rule is an error.
+inputs, so the noise cancels; their gradients differ, so they part. Positions are repeated, not computed anew. Every module declares
+what happens along each axis of its parameters and buffers (model/axes.py).
 
 Depth: a new encoder layer is a copy of the one beneath it whose two output projections keep only that noise (nothing, for r = 1), so
 it adds zero to the residual stream.
@@ -15,95 +15,16 @@ Chen et al. (2016), "Net2Net"; Samragh et al. (2024), "Scaling Smart" (symmetric
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
 from redheart.config import ModelConfig, RunConfig
+from redheart.model.axes import Axis, axes_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, RedHeartOutput
 from redheart.schema import RedHeartError
-
-# What happens along an axis. With ratio r of its sizes:
-FIXED = "-"  # it keeps its size
-COPY = "copy"  # a grown vector, or the rows that make one: r copies
-READ = "read"  # summed against a grown vector: r copies, each a share 1/r, with noise that cancels; `read DK`: of a concatenation
-MATCH = "match"  # summed against a grown vector under a factor width^-1/2: r copies, each r^-1/2 of it
-
-_BLOCKS = r"(backbone|analyzers\.(emotion|bentham|regret))\.layers\.\d+"
-_ATTENTION = (
-    rf"({_BLOCKS}\.attention|{_BLOCKS}\.(read|exchange)|backbone\.cross|heads\.\w+\.branches\.attention"
-    r"|heads\.surd\.attentions\.\d|aux\.utility\.layers\.\d+\.(read|exchange))\.(query|key|value|out)"
-)
-_RESIDUAL = (
-    rf"({_BLOCKS}\.mlp|aux\.utility\.layers\.\d+\.mlp|backbone\.specialise\.\w+|heads\.\w+\.branches\.mlp"
-    r"|heads\.emotion\.(valence|basic|nuance|culture)|heads\.regret\.had|heads\.surd\.mlps\.\d|aux\.utility\.digest)"
-)
-_NORMS = (
-    rf"({_BLOCKS}\.(norm|exchange_norm)|aux\.utility\.layers\.\d+\.(norm|exchange_norm)|backbone\.(norm|cross_norm|output_norm)"
-    rf"|{_RESIDUAL}\.norm|heads\.\w+\.norm|heads\.\w+\.branches\.norm|heads\.surd\.norms\.\d|analyzers\.\w+\.norm"
-    r"|aux\.utility\.(norms\.\w+|task|norm))"
-)
-_INNER = (  # Linear layers from one grown vector to another
-    rf"({_ATTENTION}|{_RESIDUAL}\.mlp\.linears\.\d|backbone\.input\.linears\.1|heads\.emotion\.base\.linears\.\d"
-    r"|heads\.emotion\.emotion\.linears\.0|heads\.bentham\.theories\.\w+\.linears\.\d"
-    r"|heads\.bentham\.(bentham|utility|acceptability)\.linears\.0|heads\.regret\.views\.\w+\.linears\.\d"
-    r"|heads\.regret\.regret\.linears\.[01]|heads\.surd\.(redundant|unique|synergistic|leak)\.linears\.1"
-    r"|analyzers\.emotion\.(fine|vad)\.linears\.0|analyzers\.bentham\.(presence|variables|pleasure|acceptability)\.linears\.0"
-    r"|analyzers\.regret\.utility\.linears\.0|analyzers\.surd\.(sources\.\d\.linears\.\d|density\.linears\.1|state)"
-    r"|aux\.dsp\.(controls\.linears\.[12]|excitation\.linears\.0)|aux\.kalman\.(token_noise\.linears\.0|prior\.linears\.1)"
-    r"|aux\.utility\.inputs\.analyzers_\w+)"
-)
-_LAST = (  # Linear layers from a grown vector to an answer, a gate or a control
-    r"(heads\.emotion\.(emotion\.linears\.1|experts\.gate)|heads\.bentham\.(verdicts\.\w+|gate)"
-    r"|heads\.bentham\.(bentham|utility|acceptability)\.linears\.1|heads\.regret\.(outcome\.\w+|mix|regret\.linears\.2)"
-    r"|heads\.surd\.(share\.\d|leak\.linears\.2)|analyzers\.emotion\.(level|(fine|vad)\.linears\.1)"
-    r"|analyzers\.bentham\.(presence|variables|pleasure|acceptability)\.linears\.1"
-    r"|analyzers\.regret\.(utility|counterfactual)\.linears\.1|analyzers\.surd\.level"
-    r"|aux\.dsp\.(controls\.linears\.3|excitation\.linears\.1)|aux\.kalman\.(token_noise\.linears\.1|prior\.linears\.2)"
-    r"|aux\.utility\.(correction|weights)\.\w+)"
-)
-_FIRST = (
-    r"(backbone\.input\.linears\.0|aux\.utility\.inputs\.aux_\w+)"  # Linear layers from a vector that keeps its size
-)
-_JOINED = {  # Linear layers that read concatenated vectors: of the backbone's width D, of a task's width K
-    "DK": r"aux\.(dsp\.controls|kalman\.prior)\.linears\.0",
-    "DD": r"analyzers\.regret\.counterfactual\.linears\.0",
-    "DDD": r"analyzers\.surd\.density\.linears\.0",
-    "KK": r"heads\.surd\.(redundant|synergistic)\.linears\.0",
-    "KKKK": r"heads\.surd\.(unique|leak)\.linears\.0",
-}
-RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # (the whole name, what happens along each axis)
-    (rf"{_INNER}\.weight", (COPY, READ)),
-    (rf"{_INNER}\.bias", (COPY,)),
-    (rf"{_LAST}\.weight", (FIXED, READ)),
-    (rf"{_LAST}\.bias", (FIXED,)),
-    (rf"{_FIRST}\.weight", (COPY, FIXED)),
-    (rf"{_FIRST}\.bias", (COPY,)),
-    *((rf"{name}\.weight", (COPY, f"{READ} {segments}")) for segments, name in _JOINED.items()),
-    *((rf"{name}\.bias", (COPY,)) for name in _JOINED.values()),
-    (r"heads\.emotion\.culture_out\.weight", (FIXED, f"{READ} KK")),
-    (r"heads\.emotion\.culture_out\.bias", (FIXED,)),
-    (rf"{_NORMS}\.(weight|bias)", (COPY,)),
-    (r"backbone\.input_norm\.(weight|bias)", (FIXED,)),
-    (r"backbone\.positions", (FIXED, COPY)),
-    (r"backbone\.pooling\.(query|value_bias)", (FIXED, COPY, FIXED)),
-    (r"backbone\.pooling\.(key_weight|value_weight)", (FIXED, COPY, FIXED, READ)),
-    (r"heads\.emotion\.experts\.(in_weight|out_weight)", (FIXED, COPY, READ)),
-    (r"heads\.emotion\.experts\.(in_bias|out_bias)", (FIXED, COPY)),
-    (r"(analyzers\.(emotion|bentham|regret)|aux\.utility)\.query", (FIXED, COPY)),
-    (r"analyzers\.surd\.unknown", (FIXED, COPY)),
-    (r"analyzers\.emotion\.place\.weight", (MATCH, READ)),
-    (r"analyzers\.emotion\.place\.bias", (MATCH,)),
-    (r"analyzers\.emotion\.sharpness|analyzers\.bentham\.exponents|analyzers\.regret\.threshold", (FIXED,)),
-    (r"analyzers\.surd\.(scale|offset)|aux\.dsp\.trajectory_gain|aux\.utility\.utility_scale", (FIXED,)),
-    (r"analyzers\.surd\.inside|aux\.kalman\.(transition|process)_weight", (FIXED, FIXED)),
-    (r"aux\.kalman\.observation_bias|aux\.utility\.scale\.\w+\.weight", (FIXED, FIXED)),
-    (r"aux\.kalman\.observation_weight", (FIXED, FIXED, FIXED)),
-)
-_LAYER = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
-_OUTPUTS = r"(attention\.out|mlp\.mlp\.linears\.1)\.(weight|bias)"  # what an encoder layer adds to the residual stream
 
 Sizes = RedHeartConfig | ModelConfig | RunConfig
 
@@ -175,93 +96,101 @@ def grown_tensors(
         raise RedHeartError(
             f"the noise must lie beneath the weights: choose a signal-to-noise ratio above 0 dB, not {noise_snr_db:g}"
         )
-    target = empty.config
-    assert isinstance(target, RedHeartConfig)
-    widths = {"D": (source.width, target.width), "K": (source.task_width, target.task_width)}
-    for name, place in empty.state_dict().items():
-        origin, is_new = origin_of(name, source.layers, target.layers)
+    shapes, plans = {name: x.shape for name, x in empty.state_dict().items()}, growth_plans(source, empty)
+    for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        silent = is_new and re.search(_OUTPUTS + "$", name) is not None
-        yield name, grow_tensor(read(origin), place.shape, axes_of(name), widths, noise_snr_db, generator, silent)
+        yield name, grow_tensor(read(name), shape, plans[name], noise_snr_db, generator)
 
 
-def axes_of(name: str) -> tuple[str, ...]:
-    """What happens along each axis of a parameter or buffer."""
-    found = [axes for pattern, axes in RULES if re.fullmatch(pattern, name)]
-    if len(found) != 1:
-        raise RedHeartError(f"model/growth.py has {len(found)} rules for {name}: RULES needs exactly one")
-    return found[0]
+class Plan(NamedTuple):
+    """How one parameter or buffer grows: what happens along each axis, and the old and new sizes of the segments of each."""
+
+    axes: tuple[Axis, ...]
+    segments: tuple[tuple[tuple[int, int], ...], ...]  # by axis: (old, new) of each segment
 
 
-def origin_of(name: str, old_layers: int, new_layers: int) -> tuple[str, bool]:
-    """(the parameter of the source that one of the target comes from, whether it belongs to a new encoder layer).
+def growth_plans(source: RedHeartConfig, empty: RedHeartModel) -> dict[str, Plan]:
+    """By name, from networks of both sizes: what their modules declare."""
+    with torch.device("meta"):
+        small = RedHeartModel(source)
+    old, new = dict(axes_of(small)), dict(axes_of(empty))
+    sizes = {name: (x.shape, small.state_dict()[name].shape) for name, x in empty.state_dict().items()}
+    plans = {}
+    for name, (after, before) in sizes.items():
+        pairs = zip(old[name], new[name], before, after, strict=True)
+        segments = [tuple(zip(a.segments or (m,), b.segments or (n,), strict=True)) for a, b, m, n in pairs]
+        plans[name] = Plan(new[name], tuple(segments))
+    return plans
+
+
+def origins(old_layers: int, new_layers: int) -> list[tuple[int, bool]]:
+    """For every layer of a deeper stack: the old layer it comes from, and whether it is new.
 
     Old layers spread evenly over the new depth; a new layer copies the nearest old one beneath it.
     """
-    found = _LAYER.fullmatch(name)
-    if found is None:
-        return name, False
-    place = int(found[1])
-    number = place * old_layers // new_layers
-    is_new = place > 0 and (place - 1) * old_layers // new_layers == number
-    return f"backbone.layers.{number}.{found[2]}", is_new
+    numbers = [place * old_layers // new_layers for place in range(new_layers)]
+    return [(number, place > 0 and numbers[place - 1] == number) for place, number in enumerate(numbers)]
 
 
 def grow_tensor(
-    tensor: torch.Tensor,
-    shape: torch.Size,
-    axes: tuple[str, ...],
-    widths: Mapping[str, tuple[int, int]],
-    noise_snr_db: float,
-    generator: torch.Generator,
-    silent: bool = False,
+    tensor: torch.Tensor, shape: torch.Size, plan: Plan, noise_snr_db: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """`tensor` grown to `shape`; `widths`: (old, new) of D and K. `silent`: only the noise that cancels, 0 where there is none."""
-    assert len(axes) == tensor.dim() == len(shape)
-    summed = [i for i, axis in enumerate(axes) if axis not in (FIXED, COPY)]
+    """`tensor` grown to `shape`."""
+    axes, segments = plan
+    if axes and axes[0].kind in ("depth", "adds"):
+        inner = Plan(axes[1:], segments[1:])
+        layers = [
+            _widen(tensor[number], inner, noise_snr_db, generator, silent=is_new and axes[0].kind == "adds")
+            for number, is_new in origins(len(tensor), shape[0])
+        ]
+        return torch.stack(layers)
+    return _widen(tensor, plan, noise_snr_db, generator)
+
+
+def _widen(
+    tensor: torch.Tensor, plan: Plan, noise_snr_db: float, generator: torch.Generator, silent: bool = False
+) -> torch.Tensor:
+    """`silent`: only the noise that cancels, 0 where there is none."""
+    kinds = [axis.kind for axis in plan.axes]
+    summed = [i for i, kind in enumerate(kinds) if kind in ("read", "match")]
     noisy = summed[-1] if summed else None  # the other axes first: so copies of a row get noise of their own
-    for i, axis in enumerate(axes):
-        if i != noisy and (ratio := _ratio(tensor.shape[i], shape[i], axis)) > 1:
-            tensor = torch.cat([tensor * ratio**-0.5 if axis == MATCH else tensor] * ratio, i)
+    for i, (kind, segments) in enumerate(zip(kinds, plan.segments, strict=True)):
+        ratios = {_ratio(old, new, kind) for old, new in segments}
+        if i != noisy and (ratio := ratios.pop()) > 1:
+            tensor = torch.cat([tensor * ratio**-0.5 if kind == "match" else tensor] * ratio, i)
     if noisy is None:
         return torch.zeros_like(tensor) if silent else tensor.clone()
-    power = -0.5 if axes[noisy] == MATCH else -1.0
-    joined = axes[noisy].partition(" ")[2]
-    sizes = [widths[letter] for letter in joined] or [(tensor.shape[noisy], shape[noisy])]
+    power = -0.5 if kinds[noisy] == "match" else -1.0
     grown = []
-    for segment, (old, new) in zip(tensor.split([old for old, _ in sizes], noisy), sizes, strict=True):
-        ratio = _ratio(old, new, READ)
+    pieces = tensor.split([old for old, _ in plan.segments[noisy]], noisy)
+    for segment, (old, new) in zip(pieces, plan.segments[noisy], strict=True):
+        ratio = _ratio(old, new, kinds[noisy])
         part = segment * ratio**power
         noise = _cancelling_noise(part, ratio, noise_snr_db, generator)
         grown += [n if silent else part + n for n in noise]
     return torch.cat(grown, noisy)
 
 
-def grow_moment(
-    tensor: torch.Tensor,
-    shape: torch.Size,
-    axes: tuple[str, ...],
-    widths: Mapping[str, tuple[int, int]],
-    power: int,
-) -> torch.Tensor:
-    """The first (`power` 1) or second (2) moment of a parameter's gradient, grown as the parameter is.
+def grow_moment(tensor: torch.Tensor, shape: torch.Size, plan: Plan, power: int) -> torch.Tensor:
+    """The first (`power` 1) or second (2) moment of a parameter's gradient, grown to `shape` as the parameter is.
 
-    A copy of a unit has the share 1/r of its gradient (r^-1/2 where axes say MATCH), a weight that reads copies all of it: m / r and
+    A copy of a unit has the share 1/r of its gradient (r^-1/2 where axes say match), a weight that reads copies all of it: m / r and
     v / r² along what is copied. Noise is left out of account. A new layer gets the moments of the one it copies.
     """
-    for i, axis in enumerate(axes):
-        joined = axis.partition(" ")[2]
-        sizes = [widths[letter] for letter in joined] or [(tensor.shape[i], shape[i])]
+    for i, (axis, sizes) in enumerate(zip(plan.axes, plan.segments, strict=True)):
+        if axis.kind in ("depth", "adds"):
+            tensor = tensor[[number for number, _ in origins(tensor.shape[i], shape[i])]]
+            continue
         segments = tensor.split([old for old, _ in sizes], i)
-        ratios = [_ratio(old, new, axis) for old, new in sizes]
+        ratios = [_ratio(old, new, axis.kind) for old, new in sizes]
         tensor = torch.cat([x for segment, ratio in zip(segments, ratios, strict=True) for x in [segment] * ratio], i)
-        if axis in (COPY, MATCH):
-            tensor = tensor * ratios[0] ** (power * (-1.0 if axis == COPY else -0.5))
+        if axis.kind in ("copy", "match"):
+            tensor = tensor * ratios[0] ** (power * (-1.0 if axis.kind == "copy" else -0.5))
     return tensor
 
 
-def _ratio(old: int, new: int, axis: str) -> int:
-    if new % old or (axis == FIXED and new != old):
+def _ratio(old: int, new: int, kind: str) -> int:
+    if new % old or (kind == "fixed" and new != old):
         raise RedHeartError(
             f"growth repeats vectors, and one of {old} entries cannot become one of {new}: choose even widths"
         )
@@ -293,7 +222,7 @@ def relative_differences(before: Mapping[str, torch.Tensor], after: Mapping[str,
     for name, old in before.items():
         terms = name.replace("utility_difference", "utility").replace("readings.preference.", "readings.utility.")
         new, scale = after[name], max(old.abs().max().item(), before[terms].abs().max().item())
-        ratio = _ratio(old.shape[-1], new.shape[-1], COPY)
+        ratio = _ratio(old.shape[-1], new.shape[-1], "copy")
         distance = (new - torch.cat([old] * ratio, -1)).abs().max().item()
         found[name] = distance / scale if scale else math.inf * distance if distance else 0.0
     return found

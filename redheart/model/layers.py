@@ -1,14 +1,24 @@
-"""Building blocks of every module: exact dropout, MLPs, attention. All grow by tiling (no block mixes positions of a vector)."""
+"""Building blocks of every module. All grow by tiling (no block mixes positions of a vector); equal parts are stacked.
+
+A stacked part has its parameters once, with a leading axis, and is one batched product. `masks` are a pass's dropout masks
+(model/dropout.py), None outside training. Growth axes come from the sizes: see model/axes.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Keys = torch.Tensor | None  # [B] int64, the samples' positions in the run; None outside training
+from redheart.model.axes import COPY, FIXED, READ, Axis, Width, making, reading
+from redheart.model.dropout import SampleDropout
+
+Masks = torch.Tensor | None  # [B, columns], see model/dropout.py
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -16,178 +26,217 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def mix_bits(x: torch.Tensor) -> torch.Tensor:
-    """A 32-bit integer hash with good avalanche, element-wise on int64 in [0, 2³²)."""
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+def attention_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """mask [B, T], True where a token is real -> [B, 1, 1, T], what attention adds to its scores: 0, or -inf."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return bias[:, None, None]
 
 
-class SampleDropout(nn.Module):
-    """Drops whole channels of a sample, by a mask that is a pure function of (sample position, site, channel).
+def drawn(*shape: int, fan_in: int) -> nn.Parameter:
+    """A parameter as nn.Linear draws its own: uniform in ±fan_in^-1/2."""
+    return nn.Parameter(torch.empty(*map(int, shape)).uniform_(-(fan_in**-0.5), fan_in**-0.5))
 
-    So a run does not depend on its world size, its micro-batch or on when it was interrupted. Sharing one mask over all
-    tokens is the variational dropout of Gal and Ghahramani (2016). x: [B, …, n] -> the same shape.
-    """
 
-    def __init__(self, p: float):
+def query(*shape: int) -> nn.Parameter:
+    """Learned vectors that start small."""
+    return nn.Parameter(torch.randn(*map(int, shape)) * 0.02)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that says how it grows; `makes` where that does not follow from its size."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, makes: Axis | None = None):
+        super().__init__(int(inputs), int(outputs), bias)
+        makes = makes or making(outputs)
+        self.axes = {"weight": (makes, reading(inputs)), "bias": (makes,)}
+
+
+class StackedLinear(nn.Module):
+    """`count` Linear layers side by side: [B, count, inputs], or [B, inputs] that all of them read -> [B, count, outputs]."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, bias: bool = True):
         super().__init__()
-        self.p = p
-        self.site = 0  # numbered by `number_dropout_sites` once the network is assembled
+        self.weight = drawn(count, outputs, inputs, fan_in=inputs)
+        self.bias = drawn(count, outputs, fan_in=inputs) if bias else None
+        self.axes = {"weight": (FIXED, making(outputs), reading(inputs)), "bias": (FIXED, making(outputs))}
 
-    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if keys is None:
-            raise ValueError("training with dropout needs `sample_keys`: the samples' positions in the run")
-        channel = torch.arange(x.shape[-1], device=x.device)
-        row = mix_bits((keys + 0x9E3779B1 * (self.site + 1)) & 0xFFFFFFFF)
-        keep = mix_bits(row[:, None] ^ mix_bits(channel)[None]) >= int(self.p * 2**32)  # [B, n]
-        scale = keep.to(x.dtype) / (1 - self.p)
-        return x * scale.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return stacked_linear(x, self.weight, self.bias)
 
 
-def number_dropout_sites(model: nn.Module) -> None:
-    """Gives every dropout of an assembled network its own number, in the order of the modules."""
-    for site, module in enumerate(m for m in model.modules() if isinstance(m, SampleDropout)):
-        module.site = site
+def stacked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See StackedLinear: weight [count, outputs, inputs], bias [count, outputs]."""
+    if x.dim() == 2:
+        y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return y.unflatten(-1, weight.shape[:2])
+    return side_by_side(x, weight.mT, bias)
+
+
+def side_by_side(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [N, count, a] times weight [count, a, b], each place with its own matrix, plus bias [count, b] -> [N, count, b]."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():  # a compiler lays out what it writes as it sees fit
+        y = x.transpose(0, 1) @ weight if bias is None else torch.baddbmm(bias[:, None], x.transpose(0, 1), weight)
+        return y.transpose(0, 1)
+    return _SideBySide.apply(x, weight, bias)
+
+
+class _SideBySide(torch.autograd.Function):
+    """One batched product that reads and writes [N, count, …] where it lies; bmm alone would want `count` in front, and copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        y = x.new_empty(len(x), len(weight), weight.shape[-1])
+        if bias is None:
+            torch.bmm(x.transpose(0, 1), weight, out=y.transpose(0, 1))
+        else:
+            torch.baddbmm(bias[:, None], x.transpose(0, 1), weight, out=y.transpose(0, 1))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = x.new_empty(x.shape)
+        torch.bmm(grad.transpose(0, 1), weight.mT, out=grad_x.transpose(0, 1))
+        if weight.stride(-1) == 1:
+            grad_weight = torch.bmm(x.permute(1, 2, 0), grad.transpose(0, 1))
+        else:  # of a transposed weight, in the layout of the weight itself
+            grad_weight = torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)).mT
+        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm over a grown vector, or over one that keeps its size."""
+
+    def __init__(self, width: int):
+        super().__init__(int(width))
+        self.axes = {"weight": (making(width),), "bias": (making(width),)}
+
+
+class StackedNorm(nn.Module):
+    """LayerNorm of [B, count, width] with a weight and a bias for each of the `count`."""
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(count, int(width)))
+        self.bias = nn.Parameter(torch.zeros(count, int(width)))
+        self.axes = {"weight": (FIXED, making(width)), "bias": (FIXED, making(width))}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
 
 
 class MLP(nn.Module):
-    """Linear, GELU, dropout, …, Linear: [..., dims[0]] -> [..., dims[-1]]."""
+    """Linear, GELU, dropout, …, Linear: [..., dims[0]] -> [..., dims[-1]].
 
-    def __init__(self, *dims: int, dropout: float, last_bias: bool = True):
+    With `count`, as many of them side by side: [B, count, dims[0]], or [B, dims[0]] for all -> [B, count, dims[-1]].
+    """
+
+    def __init__(self, *dims: int, dropout: float, last_bias: bool = True, count: int = 0):
         super().__init__()
         *hidden, last = pairwise(dims)
-        self.linears = nn.ModuleList([*(nn.Linear(a, b) for a, b in hidden), nn.Linear(*last, bias=last_bias)])
-        self.dropouts = nn.ModuleList(SampleDropout(dropout) for _ in hidden)  # a mask is its site's: one per layer
+        sizes = [*((a, b, True) for a, b in hidden), (*last, last_bias)]
+        self.linears = nn.ModuleList(StackedLinear(count, *s) if count else Linear(*s) for s in sizes)
+        self.dropouts = nn.ModuleList(SampleDropout(b, dropout, count or 1) for _, b in hidden)
 
-    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, masks: Masks) -> torch.Tensor:
         for linear, dropout in zip(self.linears[:-1], self.dropouts, strict=True):
-            x = dropout(F.gelu(linear(x)), keys)
+            x = dropout(F.gelu(linear(x)), masks)
         return self.linears[-1](x)
 
 
 class Residual(nn.Module):
-    """x + MLP(LayerNorm(x)): [..., width] -> [..., width]."""
+    """x + MLP(LayerNorm(x)): [..., width] -> [..., width]; with `count` as many of them: [B, count, width]."""
 
-    def __init__(self, width: int, *hidden: int, dropout: float):
+    def __init__(self, width: int, *hidden: int, dropout: float, count: int = 0):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.mlp = MLP(width, *hidden, width, dropout=dropout)
+        self.norm = StackedNorm(count, width) if count else Norm(width)
+        self.mlp = MLP(width, *hidden, width, dropout=dropout, count=count)
 
-    def forward(self, x: torch.Tensor, keys: Keys) -> torch.Tensor:
-        return x + self.mlp(self.norm(x), keys)
+    def forward(self, x: torch.Tensor, masks: Masks) -> torch.Tensor:
+        return x + self.mlp(self.norm(x), masks)
+
+
+class ResidualChain(nn.Module):
+    """`count` residual blocks, each after the last: x -> [x₁, x₂, …], x_i = x_{i-1} + MLP(LayerNorm(x_{i-1})), [..., width] each."""
+
+    def __init__(self, count: int, width: Width, hidden: Width, dropout: float):
+        super().__init__()
+        self.norms = nn.Parameter(torch.stack([torch.ones(int(width)), torch.zeros(int(width))]).repeat(count, 1, 1))
+        self.up_weight, self.up_bias = drawn(count, hidden, width, fan_in=width), drawn(count, hidden, fan_in=width)
+        self.down_weight, self.down_bias = (
+            drawn(count, width, hidden, fan_in=hidden),
+            drawn(count, width, fan_in=hidden),
+        )
+        self.dropout = SampleDropout(hidden, dropout, count)
+        self.axes = {
+            "norms": (FIXED, FIXED, COPY),
+            **dict.fromkeys(("up_weight", "down_weight"), (FIXED, COPY, READ)),
+            **dict.fromkeys(("up_bias", "down_bias"), (FIXED, COPY)),
+        }
+
+    def forward(self, x: torch.Tensor, masks: Masks) -> list[torch.Tensor]:
+        norms, states = self.norms.flatten(0, 1).unbind(), []
+        layers = zip(
+            *(p.unbind() for p in (self.up_weight, self.up_bias, self.down_weight, self.down_bias)), strict=True
+        )
+        for i, (up, up_bias, down, down_bias) in enumerate(layers):
+            hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norms[2 * i], norms[2 * i + 1]), up, up_bias))
+            x = x + F.linear(self.dropout.at(i, hidden, masks), down, down_bias)
+            states.append(x)
+        return states
+
+
+class Fan(nn.Module):
+    """MLPs with one hidden layer that read the same [..., width], one for each of `outputs`; their first layers are one product.
+
+    -> [[..., outputs[0]], …]. `last_bias` says of each whether it has one.
+    """
+
+    def __init__(self, width: int, hidden: int, outputs: Sequence[int], dropout: float, last_bias: Sequence[bool]):
+        super().__init__()
+        self.first = StackedLinear(len(outputs), width, hidden)
+        self.dropout = SampleDropout(hidden, dropout, len(outputs))
+        self.last = nn.ModuleList(Linear(hidden, n, bias) for n, bias in zip(outputs, last_bias, strict=True))
+
+    def forward(self, x: torch.Tensor, masks: Masks) -> list[torch.Tensor]:
+        hidden = self.dropout(F.gelu(self.first(x)), masks).unbind(-2)
+        return [linear(h) for linear, h in zip(self.last, hidden, strict=True)]
+
+
+def attend(projected: torch.Tensor, heads: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Self-attention, heads side by side: projected [B, T, 3·n] (query, value, key) -> [B, T, n]."""
+    q, v, k = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def keyless(bias: torch.Tensor) -> torch.Tensor:
+    """Biases of query and value [..., 2, n] -> of query, value and key [..., 3·n], none for the key.
+
+    A constant added to every key leaves the softmax unchanged, so its bias would never get a gradient.
+    """
+    return F.pad(bias.flatten(-2), (0, bias.shape[-1]))
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries [B, Q, n] over memory [B, M, n] -> [B, Q, n]; mask [B, M] is True where memory is real.
-
-    Keys have no bias: a constant added to every key leaves the softmax unchanged, so it would never get a gradient.
-    """
+    """Multi-head self-attention of [B, T, n] -> [B, T, n]; `bias` as of `attention_bias`."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.weight = drawn(3, width, width, fan_in=width)  # query, value, key
+        self.bias = drawn(2, width, fan_in=width)  # query, value
+        self.out = Linear(width, width)
+        self.axes = {"weight": (FIXED, COPY, READ), "bias": (FIXED, COPY)}
 
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        q, k, v = (
-            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for proj, y in ((self.query, x), (self.key, memory), (self.value, memory))
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
-        return self.out(attended.transpose(1, 2).flatten(2))
-
-
-class HeadWeights(nn.Module):
-    """The weights of a Linear from `width` to `width`, for products that go head by head; abstract.
-
-    They are read in this module's own forward alone: whatever gathers, moves or quantises weights module by module (ZeRO-3,
-    Accelerate's offload, bitsandbytes) finds them where it looks.
-    """
-
-    def __init__(self, width: int, heads: int, bias: bool):
-        super().__init__()
-        self.heads = heads
-        linear = nn.Linear(width, width, bias=bias)  # for its initialisation
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def per_head(self, dtype: torch.dtype) -> torch.Tensor:
-        """[h, d, n]"""
-        return self.weight.unflatten(0, (self.heads, -1)).to(dtype)
-
-
-class FoldedKeys(HeadWeights):
-    """Queries [B, Q, h, d] -> the tokens' directions that they look for, [B, h, Q, n]."""
-
-    def forward(self, q: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bqhd,hdn->bhqn", q, self.per_head(q.dtype))
-
-
-class FoldedValues(HeadWeights):
-    """What each head has gathered of the tokens [B, h, Q, n] -> its values [B, Q, h·d]."""
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        values = torch.einsum("bhqn,hdn->bqhd", pooled, self.per_head(pooled.dtype)).flatten(2)
-        return values + self.bias.to(values.dtype)
-
-
-class FoldedAttention(nn.Module):
-    """`Attention` of few queries [B, Q, n] over many tokens [B, T, n]: the same function with the projections on the other side.
-
-    q·(W_k x) = (W_kᵀ q)·x and Σ_t a_t W_v x_t = W_v Σ_t a_t x_t, so keys and values are never projected per token: with Q
-    queries and h heads about 2·Q·h·T·n products replace 2·T·n², which is less for Q·h < n.
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = FoldedKeys(width, heads, bias=False)
-        self.value = FoldedValues(width, heads, bias=True)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, Q, h, d]
-        folded = self.key(q)
-        pooled = attend_tokens(folded.flatten(1, 2), memory, mask, q.shape[-1]).unflatten(1, (self.heads, -1))
-        return self.out(self.value(pooled))
-
-
-def attend_tokens(queries: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, head_width: int) -> torch.Tensor:
-    """softmax(queries · tokens / √head_width) tokens: [B, N, n] and [B, T, n] -> [B, N, n]; the mask is True for real tokens."""
-    tokens = tokens.to(queries.dtype)[:, None]
-    return F.scaled_dot_product_attention(
-        queries[:, None], tokens, tokens, attn_mask=mask[:, None, None], scale=head_width**-0.5
-    )[:, 0]
-
-
-class QueryLayer(nn.Module):
-    """Queries [B, Q, n] read a memory [B, M, n], then each other, then think: three pre-LN residual blocks, 16·n² weights.
-
-    `folded`: the memory is long (layers.FoldedAttention). With `sides` = 2 the queries are two sets of equal size, and each
-    attends to the other instead of to itself, by the same weights.
-    """
-
-    def __init__(self, width: int, heads: int, dropout: float, folded: bool = True, sides: int = 1):
-        super().__init__()
-        self.sides = sides
-        self.norm = nn.LayerNorm(width)
-        self.read = FoldedAttention(width, heads) if folded else Attention(width, heads)
-        self.exchange_norm = nn.LayerNorm(width)
-        self.exchange = Attention(width, heads)
-        self.dropout = SampleDropout(dropout)
-        self.mlp = Residual(width, 4 * width, dropout=dropout)
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None, keys: Keys) -> torch.Tensor:
-        x = x + self.dropout(self.read(self.norm(x), memory, mask), keys)
-        normed = self.exchange_norm(x).unflatten(1, (self.sides, -1))
-        heard = self.exchange(normed.flatten(0, 1), normed.flip(1).flatten(0, 1))
-        return self.mlp(x + heard.view_as(x), keys)
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        projected = F.linear(x, self.weight.flatten(0, 1), keyless(self.bias))
+        return self.out(attend(projected, self.heads, bias))
 
 
 class BranchAttention(nn.Module):
@@ -195,10 +244,103 @@ class BranchAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.heads = heads
+        self.norm = Norm(width)
+        self.weight = drawn(3, width, width, fan_in=width)  # query, value, key
+        self.bias = drawn(2, width, fan_in=width)  # query, value
+        self.out = Linear(width, width)
         self.mlp = Residual(width, hidden, dropout=dropout)
+        self.axes = {"weight": (FIXED, COPY, READ), "bias": (FIXED, COPY)}
 
-    def forward(self, feature: torch.Tensor, branches: torch.Tensor, keys: Keys) -> torch.Tensor:
-        state = feature + self.attention(feature[:, None], self.norm(branches))[:, 0]
-        return self.mlp(state, keys)
+    def forward(self, feature: torch.Tensor, branches: torch.Tensor, masks: Masks) -> torch.Tensor:
+        (of_query, of_branches), (query_bias, value_bias) = self.weight.split([1, 2]), self.bias.unbind()
+        q = F.linear(feature, of_query[0], query_bias).unflatten(-1, (1, self.heads, -1)).transpose(1, 2)
+        read = F.linear(self.norm(branches), of_branches.flatten(0, 1), F.pad(value_bias, (0, len(value_bias))))
+        v, k = read.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+        return self.mlp(feature + self.out(attended), masks)
+
+
+def attend_tokens(
+    queries: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None, head_width: int
+) -> torch.Tensor:
+    """softmax(queries · tokens / √head_width) tokens: [B, N, n] and [B, T, n] -> [B, N, n]; `bias` as of `attention_bias`."""
+    tokens = tokens.to(queries.dtype)[:, None]
+    return F.scaled_dot_product_attention(
+        queries[:, None], tokens, tokens, attn_mask=bias, scale=head_width**-0.5
+    ).squeeze(1)
+
+
+class QueryStack(nn.Module):
+    """Layers of queries [B, Q, n] that read a memory [B, M, n], then each other, then think: three pre-LN residual blocks each,
+    16·n² weights. Equal layers are one parameter with a leading axis.
+
+    Reading folds the projections onto the queries' side: q·(W_k x) = (W_kᵀ q)·x and Σ_t a_t W_v x_t = W_v Σ_t a_t x_t, so that keys
+    and values are never projected per token: with Q queries and h heads about 2·Q·h·M·n products replace 2·M·n², which is less for
+    Q·h < n. With `sides` = 2 the queries are two sets of equal size, and each attends to the other instead of to itself.
+    """
+
+    def __init__(self, layers: int, width: Width, heads: int, dropout: float, sides: int = 1):
+        super().__init__()
+        self.heads, self.sides, n = heads, sides, width
+        # of each layer: weight and bias of three norms; biases of reading's query, value and out, of exchange's out, of the MLP
+        ones, zeros = torch.ones(int(n)), torch.zeros(int(n))
+        biases = [*drawn(4, n, fan_in=n).detach(), drawn(n, fan_in=4 * n).detach()]
+        self.vectors = nn.Parameter(torch.stack([ones, zeros, ones, zeros, ones, zeros, *biases]).repeat(layers, 1, 1))
+        self.square_weight = drawn(layers, 5, n, n, fan_in=n)  # reading's query, key, value, out; exchange's out
+        self.exchange_weight = drawn(layers, 3, n, n, fan_in=n)  # query, value, key
+        self.exchange_bias = drawn(layers, 2, n, fan_in=n)  # query, value
+        self.up_weight, self.up_bias = drawn(layers, 4 * n, n, fan_in=n), drawn(layers, 4 * n, fan_in=n)
+        self.down_weight = drawn(layers, n, 4 * n, fan_in=4 * n)
+        self.read_dropout = SampleDropout(n, dropout, layers)
+        self.dropout = SampleDropout(4 * n, dropout, layers)
+        self.axes = {
+            **dict.fromkeys(("vectors", "exchange_bias"), (FIXED, FIXED, COPY)),
+            **dict.fromkeys(("square_weight", "exchange_weight"), (FIXED, FIXED, COPY, READ)),
+            **dict.fromkeys(("up_weight", "down_weight"), (FIXED, COPY, READ)),
+            "up_bias": (FIXED, COPY),
+        }
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, masks: Masks) -> torch.Tensor:
+        """x [B, Q, n] or [Q, n], the same for all; `bias` of the memory as of `attention_bias`."""
+        x, shape = x.to(memory.dtype).expand(len(memory), -1, -1), self.vectors.shape[-1:]
+        vectors, squares = self.vectors.flatten(0, 1).unbind(), self.square_weight.flatten(0, 1).unbind()
+        exchanges, exchange_biases = self.exchange_weight.flatten(1, 2).unbind(), keyless(self.exchange_bias).unbind()
+        up_weights, up_biases, down_weights = self.up_weight.unbind(), self.up_bias.unbind(), self.down_weight.unbind()
+        for i in range(len(up_weights)):
+            a, b, c, d, e, f, *read_biases, out_bias, down_bias = vectors[11 * i : 11 * i + 11]
+            *read_weights, out_weight = squares[5 * i : 5 * i + 5]
+            read = self._read(F.layer_norm(x, shape, a, b), memory, bias, read_weights, read_biases)
+            x = x + self.read_dropout.at(i, read, masks)
+            heard = self._exchange(F.linear(F.layer_norm(x, shape, c, d), exchanges[i], exchange_biases[i]))
+            x = x + F.linear(heard, out_weight, out_bias)
+            hidden = F.gelu(F.linear(F.layer_norm(x, shape, e, f), up_weights[i], up_biases[i]))
+            x = x + F.linear(self.dropout.at(i, hidden, masks), down_weights[i], down_bias)
+        return x
+
+    def _read(
+        self,
+        x: torch.Tensor,
+        memory: torch.Tensor,
+        bias: torch.Tensor | None,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor],
+    ) -> torch.Tensor:
+        of_query, of_key, of_value, of_out = weights
+        heads, (batch, queries, width) = self.heads, x.shape
+        q = F.linear(x, of_query, biases[0]).view(batch * queries, heads, -1)
+        folded = side_by_side(q, of_key.view(heads, -1, width)).view(batch, queries * heads, width)
+        pooled = attend_tokens(folded, memory, bias, width // heads).reshape(batch * queries, heads, width)
+        values = side_by_side(pooled, of_value.view(heads, -1, width).mT, biases[1].view(heads, -1))
+        return F.linear(values.view(batch, queries, width), of_out, biases[2])
+
+    def _exchange(self, projected: torch.Tensor) -> torch.Tensor:
+        """projected [B, Q, 3·n] (query, value, key) -> [B, Q, n]"""
+        batch, queries = projected.shape[:2]
+        sides = projected.view(batch, self.sides, queries // self.sides, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
+        if self.sides == 1:
+            q, v, k = sides.unbind()
+        else:
+            (q,), (v, k) = (x.unbind() for x in (sides[:1], sides[1:].flip(2)))
+        heard = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+        return heard.transpose(1, 2).reshape(batch, queries, -1)

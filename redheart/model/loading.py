@@ -16,6 +16,8 @@ from redheart.files import MANIFEST, verify_manifest
 from redheart.schema import RedHeartError
 
 Shape = tuple[int, ...]
+LAYOUT = 2  # of the network's tensors; 1 had one for each of its equal parts
+OLD_TENSOR = "backbone.layers.0."  # what the names of such tensors begin with
 LOADED = "_is_hf_initialized"  # how Transformers marks a tensor that needs no initialisation
 CARD = "README.md"  # the only file of an export that is the user's to change
 
@@ -67,12 +69,24 @@ def draw_missing(model: torch.nn.Module, asked: torch.nn.Module, fresh: Callable
             setattr(tensor, LOADED, True)
 
 
-def unpackable_layers(model: torch.nn.Module) -> list[str]:
-    """The Linear layers that bitsandbytes cannot hold in 4 bits on every processor: on those with AVX-512 it packs weights by 32
-    rows and scales by 64 columns, and fails in the first product for other sizes. At `330m` these are answers, gates and controls.
-    """
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    return [n for n, m in linears if m.out_features % 32 or m.in_features % 64]
+def refuse_layout(layout: int, where: object) -> None:
+    """Raises RedHeartError where the tensors at `where` have another layout than this version's."""
+    if layout != LAYOUT:
+        raise RedHeartError(
+            f"{where} was made by {'an earlier' if layout < LAYOUT else 'a later'} version of this program, whose network has another "
+            "layout of its weights: use that version for it, or train again"
+        )
+
+
+def refuse_packing(options: Mapping[str, Any]) -> None:
+    """Raises RedHeartError where options of `from_pretrained` ask for weights packed by bitsandbytes."""
+    settings = options.get("quantization_config")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if options.get(name) or getattr(settings, name, False):
+            raise RedHeartError(
+                f"{name}: bitsandbytes packs Linear layers, and most weights of this network are those of equal parts, stacked in "
+                "one parameter: load it with dtype=torch.bfloat16"
+            )
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
@@ -83,6 +97,8 @@ def refuse_other_tensors(
     where: object, wanted: Mapping[str, Shape], found: Mapping[str, Shape], hint: str = ""
 ) -> None:
     """Raises RedHeartError, with the first few names, unless `found` has the tensors of the network, each in its shape."""
+    if any(name.startswith(OLD_TENSOR) for name in found):
+        refuse_layout(1, where)
     lacks = wanted.keys() - found.keys()
     strange = found.keys() - wanted.keys()
     other = [n for n in wanted.keys() & found.keys() if wanted[n] != found[n]]

@@ -4,7 +4,7 @@
 too. With one expert there is nothing to gate: the single network of equal size that
 the mixture is compared with.
 
-Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". Experts are stacked into two tensors, one batched product each. The
+Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". The
 gate's n shares are counted n times: used evenly, the experts are one network of their summed width, not its n-th part.
 """
 
@@ -16,36 +16,32 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from redheart.model.layers import Keys, SampleDropout
+from redheart.model.axes import Width
+from redheart.model.layers import MLP, Linear, Masks
 
 
 class DenseMixture(nn.Module):
     """x [B, K] -> (mixture [B, K], gate logits [B, n]); each expert is K -> hidden -> K with a GELU."""
 
-    def __init__(self, width: int, hidden: int, num_experts: int, dropout: float):
+    def __init__(self, width: Width, hidden: Width, num_experts: int, dropout: float):
         super().__init__()
-        self.gate = nn.Linear(width, num_experts) if num_experts > 1 else None
-        self.in_weight = nn.Parameter(torch.empty(num_experts, hidden, width))
-        self.in_bias = nn.Parameter(torch.zeros(num_experts, hidden))
-        self.out_weight = nn.Parameter(torch.empty(num_experts, width, hidden))
-        self.out_bias = nn.Parameter(torch.zeros(num_experts, width))
-        self.dropout = SampleDropout(dropout)
-        for weight in (self.in_weight, self.out_weight):
-            for expert in weight:
-                nn.init.kaiming_uniform_(expert, a=math.sqrt(5))  # as nn.Linear does
+        self.gate = Linear(width, num_experts) if num_experts > 1 else None
+        self.experts = MLP(width, hidden, width, dropout=dropout, count=num_experts)
         with torch.no_grad():
-            self.out_weight.div_(math.sqrt(num_experts))  # as one layer of the summed width
+            for linear in self.experts.linears:
+                linear.get_parameter("bias").zero_()
+            self.experts.linears[1].get_parameter("weight").div_(
+                math.sqrt(num_experts)
+            )  # as one layer of the summed width
 
-    def forward(self, x: torch.Tensor, keys: Keys) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden = F.gelu(torch.einsum("bk,nhk->bnh", x, self.in_weight) + self.in_bias)
-        expert = torch.einsum("bnh,nkh->bnk", self.dropout(hidden, keys), self.out_weight) + self.out_bias
+    def forward(self, x: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor | None]:
+        said = self.experts(x, masks)  # [B, n, K]
         if self.gate is None:
-            return expert[:, 0], None
+            return said[:, 0], None
         gate_logits = self.gate(x)
-        share = gate_logits.shape[-1] * torch.softmax(gate_logits, -1)
-        return (share[..., None] * expert).sum(1), gate_logits
+        shares = torch.softmax(gate_logits, -1)[:, None] * gate_logits.shape[-1]
+        return torch.bmm(shares, said).squeeze(1), gate_logits
 
 
 @contextmanager

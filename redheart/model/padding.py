@@ -29,13 +29,22 @@ def stacked(texts: torch.Tensor, contrasts: torch.Tensor) -> torch.Tensor:
     """[B, T, …] and [C, T', …] -> [B + C, max(T, T'), …], padded behind."""
     longest = max(texts.shape[1], contrasts.shape[1])
     rest = [0] * (2 * (texts.dim() - 2))
-    return torch.cat([nn.functional.pad(x, (*rest, 0, longest - x.shape[1])) for x in (texts, contrasts)])
+    padded = [
+        x if x.shape[1] == longest else nn.functional.pad(x, (*rest, 0, longest - x.shape[1]))
+        for x in (texts, contrasts)
+    ]
+    return torch.cat(padded)
 
 
 def real_tokens_first(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[B, T, n] and its mask [B, T] with every row's real tokens in front, in their order, and where each token went, [B, T].
 
-    `moved.take_along_dim(places[..., None], 1)` puts back what was moved. Without a look at the mask, which would wait for the device.
+    `rows_of(moved, places)` puts back what was moved. Without a look at the mask, which would wait for the device.
     """
     order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return x.take_along_dim(order[..., None], 1), mask.take_along_dim(order, 1), order.argsort(dim=1)
+    return rows_of(x, order), rows_of(mask, order), order.argsort(dim=1)
+
+
+def rows_of(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x [B, T, …] and places [B, T'] -> [B, T', …]: of each text the tokens at its places."""
+    return x[torch.arange(len(x), device=x.device)[:, None], places]

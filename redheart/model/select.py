@@ -10,20 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
+from redheart.model.parts import BACKBONE, FUSION, MODULES, PARTS
 from redheart.schema import RedHeartError
 
-MODULES = (
-    *("backbone", "heads.emotion", "heads.bentham", "heads.regret", "heads.surd"),
-    *("analyzers.emotion", "analyzers.bentham", "analyzers.regret", "analyzers.surd"),
-    *("aux.dsp", "aux.kalman", "aux.utility"),
-)
-FEEDS: dict[str, tuple[str, ...]] = {  # module -> the modules whose readings it takes, backbone apart
-    "heads.surd": ("heads.emotion", "heads.bentham", "heads.regret"),
-    "analyzers.surd": ("analyzers.emotion", "analyzers.bentham"),
-    "aux.dsp": ("analyzers.emotion",),
-    "aux.kalman": ("heads.emotion", "analyzers.emotion", "aux.dsp"),
-    "aux.utility": tuple(m for m in MODULES if m not in ("backbone", "aux.utility")),
-}
+__all__ = ["MODULES", "ExecutionMode", "Selection", "closure", "select"]
+
+FEEDS = {part.name: part.feeds_on for part in PARTS} | {FUSION: tuple(part.name for part in PARTS)}
 
 
 class ExecutionMode(Enum):
@@ -49,7 +41,7 @@ def select(mode: ExecutionMode, ablate: Collection[str] = (), wanted: Collection
     for name in (*ablate, *wanted):
         if name not in MODULES:
             raise RedHeartError(f"unknown module {name!r}: choose from {', '.join(MODULES)}")
-    if "backbone" in ablate:
+    if BACKBONE in ablate:
         raise RedHeartError("the backbone cannot be ablated: every module reads its tokens and features")
     built = tuple(m for m in MODULES if m not in ablate)
     needed = tuple(m for m in built if m in closure(wanted))
@@ -68,7 +60,7 @@ def select(mode: ExecutionMode, ablate: Collection[str] = (), wanted: Collection
 
 def closure(wanted: Collection[str]) -> set[str]:
     """`wanted`, and everything it takes readings from."""
-    found = {"backbone"}
+    found = {BACKBONE}
     pending = list(wanted)
     while pending:
         module = pending.pop()

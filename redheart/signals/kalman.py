@@ -348,10 +348,11 @@ def _remember_steps(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 def _adjoint_of_steps(ctx: Any, mean: torch.Tensor | None, covariance: torch.Tensor | None, _: Any) -> Any:
     if mean is None and covariance is None:
         return (None,) * 12
-    first, size = ctx.saved_tensors[0], ctx.saved_tensors[0].shape[-1]
+    saved = ctx.saved_tensors  # asked for once: a recomputed pass gives them once
+    first, size = saved[0], saved[0].shape[-1]
     mean = torch.zeros_like(first) if mean is None else mean
     covariance = first.new_zeros(first.shape[0], size, size) if covariance is None else covariance
-    return *_filter_backward(mean.contiguous(), covariance.contiguous(), *ctx.saved_tensors), None, None
+    return *_filter_backward(mean.contiguous(), covariance.contiguous(), *saved), None, None
 
 
 _filter.register_autograd(_adjoint_of_steps, setup_context=_remember_steps)

@@ -30,6 +30,7 @@ from redheart.files import (
     write_json,
     write_pointer,
 )
+from redheart.model.loading import LAYOUT, refuse_layout
 from redheart.ranks import barrier, is_main
 from redheart.schema import RedHeartError
 from redheart.train.engine import Engine
@@ -53,6 +54,7 @@ class Progress:
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # when it is read back
 
+    layout: int = LAYOUT  # of the network's tensors: model/loading.py
     step: int = 0  # optimizer steps done
     world_size: int = 1
     scales: dict[str, float] = field(default_factory=dict)  # constant-predictor losses
@@ -297,7 +299,10 @@ def read_progress(directory: Path) -> Progress:
 
 
 def parse_progress(values: Any, path: Path) -> Progress:
-    """Progress from plain values; a key that is missing, unknown or of another type is an error that names it and `path`."""
+    """Progress from plain values; a key that is missing, unknown or of another type is an error that names it and `path`, and so
+    is a network of another layout."""
+    if isinstance(values, dict) and isinstance(layout := values.get("layout", 1), int):
+        refuse_layout(layout, path)
     try:
         return _PROGRESS.validate_python(values)
     except ValidationError as error:

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from redheart.owned import own
 from redheart.ranks import is_main
 from redheart.schema import RedHeartError
 from redheart.train.engine import Update
+from redheart.train.stages import LossSums
 
 GRACE_S = 5.0
 
@@ -65,14 +66,17 @@ class NonFiniteGuard:
         self.skipped = 0
         self.in_a_row = 0
 
-    def check(self, step: int, update: Update, losses: Mapping[str, float], sample_ids: list[str]) -> None:
-        """Call after every step. `losses` are this step's loss sums by task. Raises RedHeartError at the limit."""
+    def check(self, step: int, update: Update, sums: LossSums, sample_ids: list[str]) -> None:
+        """Call after every step. `sums` are its losses on this rank, read only where something is wrong.
+
+        Raises RedHeartError at the limit.
+        """
         if update.applied:
             self.in_a_row = 0
             return
         self.skipped += 1
         self.in_a_row += 1
-        norms = update.module_norms
+        norms, losses = update.module_norms, sums.read()
         modules = [m for m, v in norms.items() if not math.isfinite(v)]
         tasks = [t for t, v in losses.items() if not math.isfinite(v)]
         fault = f"modules {', '.join(modules) or 'unknown'}; losses {', '.join(tasks) or 'all finite'}"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from redheart.files import read_json, write_json
-from redheart.model.growth import axes_of, grow_moment, origin_of
+from redheart.model.growth import grow_moment, growth_plans
 from redheart.model.redheart import RedHeartModel
 from redheart.optim.adam8bit import STATES, expand_states
 from redheart.schema import RedHeartError
@@ -58,16 +58,13 @@ def write_grown(
     moments: Moments, stored: Stored, empty: RedHeartModel, files: Mapping[str, list[str]], out: Path
 ) -> None:
     """The moments of a grown network, file by file. `empty`: of the grown size; `files`: its weights' files and what is in them."""
-    source, target = stored.sizes, empty.config
-    widths = {"D": (source.width, target.width), "K": (source.task_width, target.task_width)}
-    shapes = {name: p.shape for name, p in empty.named_parameters()}
+    shapes, plans = {name: p.shape for name, p in empty.named_parameters()}, growth_plans(stored.sizes, empty)
     places = {}
     for file, names in files.items():
         content = {}
         for name in filter(shapes.__contains__, names):
-            origin, _ = origin_of(name, source.layers, target.layers)
-            for power, (kind, moment) in enumerate(zip((FIRST, SECOND), moments.read(origin), strict=True), 1):
-                content[f"{name}.{kind}"] = grow_moment(moment, shapes[name], axes_of(name), widths, power).contiguous()
+            for power, (kind, moment) in enumerate(zip((FIRST, SECOND), moments.read(name), strict=True), 1):
+                content[f"{name}.{kind}"] = grow_moment(moment, shapes[name], plans[name], power).contiguous()
             places[name] = file.replace("model", "moments")
         if content:
             save_file(content, out / file.replace("model", "moments"), metadata={"format": "pt"})

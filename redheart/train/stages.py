@@ -16,7 +16,7 @@ from redheart.losses.combine import combine
 from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import is_out_of_memory, sum_over_ranks, together
 from redheart.schema import Batch, RedHeartError
-from redheart.tasks import loss_counts, task_losses
+from redheart.tasks import loss_counts, packed_losses
 from redheart.train.engine import Engine, Update
 from redheart.train.synergy import predictions
 
@@ -35,6 +35,22 @@ class Window:
         return len(self.batches)
 
 
+@dataclass(frozen=True)
+class LossSums:
+    """Σ loss per task over micro-batches of this rank, on the device until someone reads it."""
+
+    names: tuple[str, ...]
+    values: torch.Tensor  # [names]
+
+    def __add__(self, other: LossSums) -> LossSums:
+        assert self.names == other.names, "modules do not come and go within a step"
+        return LossSums(self.names, self.values + other.values)
+
+    def read(self) -> dict[str, float]:
+        """By task. Waits for the device."""
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
 def open_window(batches: list[Batch], stop: bool, rehearse: bool = False) -> Window:
     """One collective per step: the sums of label weights over all ranks, and whether anyone wants to stop or to rehearse."""
     parts = [loss_counts(b.weights, len(b)) for b in batches]
@@ -45,19 +61,21 @@ def open_window(batches: list[Batch], stop: bool, rehearse: bool = False) -> Win
 
 def accumulate(
     engine: Engine, window: Window, factors: Mapping[str, float], config: LossConfig
-) -> tuple[dict[str, float], list[torch.Tensor]]:
+) -> tuple[LossSums, list[torch.Tensor]]:
     """FORWARD, COMPUTE and backward of a window's micro-batches: Σ loss per task on this rank, and what was predicted.
 
     Raises OutOfMemory on every rank where the micro-batch is too large for one of them (train/oom.py).
     """
-    sums, predicted = dict.fromkeys(window.counts, 0.0), []
+    sums: LossSums | None = None
+    predicted: list[torch.Tensor] = []
     for i, batch in enumerate(window.batches):
         with together(engine.forward_has_collectives):
             outputs, loss, parts = loss_of(engine, engine, batch, window, factors, config)
         with together(has_collectives=True):
             engine.backward(loss, is_last=i == window.num_micro_batches - 1)
         predicted += predictions(outputs)
-        sums = {name: sums[name] + value for name, value in parts.items()}
+        sums = parts if sums is None else sums + parts
+    assert sums is not None, "a window has a micro-batch"
     return sums, predicted
 
 
@@ -68,7 +86,7 @@ def loss_of(
     window: Window,
     factors: Mapping[str, float],
     config: LossConfig,
-) -> tuple[RedHeartOutput, torch.Tensor, dict[str, float]]:
+) -> tuple[RedHeartOutput, torch.Tensor, LossSums]:
     """FORWARD and COMPUTE of one micro-batch by `model`: the engine, or its bare model. See `compute` for what is returned."""
     on_device = batch.to(engine.device, engine.dtype)
     outputs = forward(model, on_device)
@@ -95,17 +113,14 @@ def compute(
     factors: Mapping[str, float],
     num_micro_batches: int,
     config: LossConfig,
-) -> tuple[torch.Tensor, dict[str, float]]:
+) -> tuple[torch.Tensor, LossSums]:
     """COMPUTE: (the scalar for backward, Σ loss per task of this micro-batch). Pure.
 
     `num_micro_batches` = accumulation steps × ranks, over which engines average.
     """
-    losses = task_losses(outputs, batch.labels, batch.weights, config)
-    sums = {name: value for name, (value, _) in losses.items()}
-    told = torch.stack(
-        [v.detach().double() for v in sums.values()]
-    ).tolist()  # one wait for the device, not one per task
-    return combine(sums, counts, factors, num_micro_batches), dict(zip(sums, told, strict=True))
+    names, sums, _ = packed_losses(outputs, *batch.side_by_side(), config)
+    total = combine(dict(zip(names, sums.unbind(), strict=True)), counts, factors, num_micro_batches)
+    return total, LossSums(names, sums.detach().double())
 
 
 def update(engine: Engine, learning_rate: float) -> Update:
@@ -122,9 +137,9 @@ def update(engine: Engine, learning_rate: float) -> Update:
         ) from None
 
 
-def global_losses(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-    """Loss per label over the whole global batch, for the tasks that had labels in it. Collective."""
-    totals = dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True))
+def global_losses(sums: LossSums, counts: Mapping[str, float]) -> dict[str, float]:
+    """Loss per label over the whole global batch, for the tasks that had labels in it. Collective; waits for the device."""
+    totals = dict(zip(sums.names, sum_over_ranks(sums.values.tolist()), strict=True))
     return {name: totals[name] / counts[name] for name in totals if counts[name] > 0}
 
 

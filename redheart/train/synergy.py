@@ -15,6 +15,7 @@ import torch
 
 from redheart.causality.synergy import gradient_cosines, informing
 from redheart.config import LossConfig
+from redheart.model.layers import attention_bias
 from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import sum_over_ranks
 from redheart.schema import EMOTIONS, Batch
@@ -35,7 +36,7 @@ def predictions(outputs: RedHeartOutput) -> list[torch.Tensor]:
     if len(known) < len(found):
         return []
     regret, emotion, bentham, acceptability = known
-    valence = emotion[:, EMOTIONS.index("joy")] - emotion[:, NEGATIVE].amax(-1)
+    valence = emotion[:, EMOTIONS.index("joy")] - torch.stack([emotion[:, i] for i in NEGATIVE], -1).amax(-1)
     return [torch.stack([regret[:, 0], valence, bentham.mean(-1), acceptability[:, 0]], 1)]
 
 
@@ -81,7 +82,7 @@ class Synergy:
         labels are: under ZeRO-3 a pass gathers parameters from all ranks, once on its way forward and once on its way back.
         """
         size = len(batch)
-        if model.backbone.gradient_checkpointing:
+        if model.backbone.layers.gradient_checkpointing:
             # nothing is recomputed here: a row takes up to four times what it takes in training
             size = max(1, size // 4)
         mask = batch.mask[:ROWS]
@@ -91,7 +92,7 @@ class Synergy:
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            read = model.backbone(features, mask, None)
+            read = model.backbone(features, attention_bias(mask, features.dtype), None)
         found = []
         for tasks, rows in zip(task.split(size), row.split(size), strict=True):
             leaves = [x[rows].requires_grad_() for x in read]  # tokens, task features

@@ -45,7 +45,11 @@ def drop(pattern: str):
 
 
 FAULTS = {
-    "a head": (drop("heads.regret"), r"lacks 55 tensors \(heads\.regret\..* and 52 more\)"),
+    "a head": (drop("heads.regret"), r"lacks 36 tensors \(heads\.regret\..* and 33 more\)"),
+    "an old layout": (
+        lambda t: t.update({"backbone.layers.0.norm.weight": torch.ones(2)}),
+        "made by an earlier version of this program",
+    ),
     "a buffer": (drop("backbone.positions"), r"lacks 1 tensor \(backbone\.positions\)"),
     "a stranger": (lambda t: t.update({"heads.joy.weight": torch.ones(2)}), r"unknown to this network, 1 tensor \(heads\.joy\.weight"),
     "a shape": (

@@ -6,9 +6,11 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from redheart.config import LossConfig, load_config
+from redheart.model.axes import axes_of
 from redheart.model.build import build_model
+from redheart.model.dropout import DropoutMasks, SampleDropout
+from redheart.model.growth import tensors_of
 from redheart.model.heads.regret import expected_excess
-from redheart.model.layers import Attention, SampleDropout
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, parameter_counts
 from redheart.schema import LABELS
 from redheart.tasks import TASKS, task_losses
@@ -48,7 +50,7 @@ def gradients(cuts: list[slice], dropout: float = 0.1, checkpointing: bool = Fal
     model = small(dropout)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        assert model.backbone.gradient_checkpointing
+        assert model.backbone.layers.gradient_checkpointing
     features, mask, labels = inputs()
     for rows in cuts:
         loss_of(model, features, mask, labels, rows).backward()
@@ -62,8 +64,15 @@ def test_every_parameter_gets_a_gradient():
         assert gradient is not None, name
         module = ".".join(name.split(".")[:2])
         largest[module] = max(largest.get(module, 0.0), gradient.norm().item())
-    dead = [n for n, g in found.items() if g.norm().item() <= 1e-10 * largest[".".join(n.split(".")[:2])]]
-    assert dead == []
+    axes = dict(axes_of(small()))
+    for name, gradient in found.items():  # of what is stacked, every part
+        stacked = sum(axis.kind in ("fixed", "depth", "adds") for axis in axes[name][: max(1, gradient.dim() - 1)])
+        least = (
+            gradient.flatten(0, max(stacked - 1, 0)).flatten(1).norm(dim=1).min()
+            if gradient.dim() > 1
+            else gradient.norm()
+        )
+        assert least > 1e-10 * largest[".".join(name.split(".")[:2])], name
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -160,53 +169,55 @@ def test_base_is_local_twice_as_wide():
     assert (base.layers, base.num_experts, base.encoder_width) == (local.layers, local.num_experts, local.encoder_width)
 
 
-def test_attention_is_torchs():
-    ours, theirs = Attention(12, 3).double(), torch.nn.MultiheadAttention(12, 3, batch_first=True).double()
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
-        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, torch.zeros(12), ours.value.bias]))
-        theirs.out_proj.load_state_dict(ours.out.state_dict())
-    x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.tensor([[True] * 5, [True, True, False, False, True]])
-    expected, _ = theirs(x, x, x, key_padding_mask=~mask, need_weights=False)
-    assert torch.allclose(ours(x, x, mask), expected, atol=1e-12)
-
-
 def test_dropout_is_a_function_of_the_sample_and_drops_its_share():
-    dropout = SampleDropout(0.2).train()
-    keys = torch.arange(2000)
-    whole = dropout(torch.ones(2000, 3, 50), keys)
+    model = torch.nn.Sequential(SampleDropout(50, 0.2), SampleDropout(50, 0.2))
+    draw, keys, x = DropoutMasks(model).draw, torch.arange(2000), torch.ones(2000, 3, 50)
+    masks = draw(keys, torch.float32)
+    whole = model[0](x, masks)
     assert (whole == 0).double().mean().item() == pytest.approx(0.2, abs=0.005)
     assert whole.mean().item() == pytest.approx(1.0, abs=0.01)
     assert torch.equal(whole[:, 0], whole[:, 2])
     picked = torch.tensor([1999, 4, 77])
-    assert torch.equal(dropout(torch.ones(3, 3, 50), keys[picked]), whole[picked])
-    dropout.site = 1
-    assert not torch.equal(dropout(torch.ones(2000, 3, 50), keys), whole)
+    assert torch.equal(model[0](x[:3], draw(keys[picked], torch.float32)), whole[picked])
+    assert not torch.equal(model[1](x, masks), whole)
     rows = torch.corrcoef((whole[:200, 0] == 0).double())
     assert (rows - torch.eye(200)).abs().mean() < 0.15  # as independent rows of 50 are (expected 0.113)
+    assert model[0](x, None) is x
     with pytest.raises(ValueError, match="sample_keys"):
-        dropout(torch.ones(1, 2), None)
+        draw(None, torch.float32)
 
 
 def test_every_site_of_the_network_draws_its_own_mask():
     """Two layers that follow one another, or any two: what both drop is what independent masks do."""
-    model, (features, mask, _) = small(dropout=0.5), inputs(rows=64)
-    masks: dict[int, list[torch.Tensor]] = {}
-
-    def record(module, given, dropped):
-        drawn = (dropped == 0).flatten(1, -2).all(1) if dropped.dim() > 2 else dropped == 0
-        masks.setdefault(drawn.shape[1], []).append(drawn)
-
+    model = small(dropout=0.5)
+    drawn = model.dropout_masks.draw(torch.arange(64), torch.float64)
+    by_width: dict[int, list[torch.Tensor]] = {}
     for module in model.modules():
         if isinstance(module, SampleDropout):
-            module.register_forward_hook(record)
-    model(features, mask, sample_keys=torch.arange(64))
-    shared = 0
-    for width, found in masks.items():
-        signs = 2 * torch.stack(found).flatten(1).double() - 1
+            own = drawn[:, module.column : module.column + module.count * module.width]
+            by_width.setdefault(module.width, []).extend(own.split(module.width, 1))
+    for width, masks in by_width.items():
+        signs = torch.stack(masks).flatten(1) - 1
         cosines = (signs @ signs.T / signs.shape[1]).triu(1)
-        shared += int((cosines == 1).sum())
-        assert cosines[cosines < 1].abs().max() < 6 / (64 * width) ** 0.5, width
-    assert (
-        shared == 1
-    )  # the regret analyzer's utility, one function asked about what was and about what might have been
+        assert cosines.abs().max() < 6 / (64 * width) ** 0.5, width
+
+
+def test_every_dropout_of_the_network_is_used_where_its_columns_are():
+    """Dropping everything at one site changes an answer; at no site does it change none."""
+    model, (features, mask, _) = small(dropout=0.5), inputs(rows=4)
+    ones = torch.ones(4, sum(m.count * m.width for m in model.modules() if isinstance(m, SampleDropout)))
+    rows = torch.tensor([0, 2])
+
+    def answers(masks: torch.Tensor) -> torch.Tensor:
+        model.dropout_masks.draw = lambda keys, dtype: masks[[0, 1, 2, 3, 0, 2]].to(dtype)
+        with torch.no_grad():
+            outputs = model(features, mask, features.flip(-1)[rows], mask[rows], rows, torch.arange(4))
+        return torch.cat([x.flatten() for x in tensors_of(outputs).values()])
+
+    plain = answers(ones)
+    for module in model.modules():
+        if isinstance(module, SampleDropout):
+            for site in range(module.count):
+                masks, start = ones.clone(), module.column + site * module.width
+                masks[:, start : start + module.width] = 0
+                assert not torch.equal(answers(masks), plain), (module.site, site)

@@ -8,12 +8,15 @@ from torch import nn
 
 from redheart.config import LossConfig, load_config
 from redheart.model.analyzers import SUBSETS, EmotionAnalyzer, pointwise_ladder
+from redheart.model.axes import Width
 from redheart.model.backbone import Backbone, TaskPooling
 from redheart.model.build import build_model
+from redheart.model.dropout import DropoutMasks, SampleDropout, mix_bits
 from redheart.model.dynamics import TOKEN_RATE_HZ, KalmanFusion
-from redheart.model.layers import Attention, FoldedAttention
+from redheart.model.layers import Attention, QueryStack, attention_bias
 from redheart.model.moe import DenseMixture, inert
-from redheart.model.redheart import FIELDS, RedHeartConfig, RedHeartModel, RedHeartOutput
+from redheart.model.parts import PARTS
+from redheart.model.redheart import RedHeartConfig, RedHeartModel, RedHeartOutput
 from redheart.model.select import FEEDS, MODULES, ExecutionMode, select
 from redheart.schema import LABELS, RedHeartError
 from redheart.signals.kalman import kalman_filter
@@ -85,7 +88,7 @@ def test_a_network_built_without_a_module_trains(module: str):
 
 
 def test_every_module_that_reads_a_label_says_so_in_the_table():
-    assert set(FIELDS) <= set(MODULES)
+    assert {part.name for part in PARTS} | {"backbone", "aux.utility"} == set(MODULES)
     assert {m for s in FEEDS.values() for m in s} | set(FEEDS) <= set(MODULES)
 
 
@@ -122,18 +125,89 @@ def test_modes_set_gradients_and_leave_modules_idle(batch):
     assert network.idle == frozenset()
 
 
-def test_folded_attention_is_attention():
-    plain, folded = Attention(12, 3).double(), FoldedAttention(12, 3).double()
-    folded.load_state_dict(plain.state_dict())
+def multihead(x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None, heads: int, weights) -> torch.Tensor:
+    """Attention by torch's own module: weights (query, key, value, out), and their biases."""
+    module = nn.MultiheadAttention(x.shape[-1], heads, batch_first=True).double()
+    (q, k, v, out), (bias_q, bias_v, bias_out) = weights
+    with torch.no_grad():
+        module.in_proj_weight.copy_(torch.cat([q, k, v]))
+        module.in_proj_bias.copy_(torch.cat([bias_q, torch.zeros_like(bias_q), bias_v]))
+        module.out_proj.weight.copy_(out)
+        module.out_proj.bias.copy_(bias_out)
+        return module(x, memory, memory, key_padding_mask=None if mask is None else ~mask, need_weights=False)[0]
+
+
+def test_attention_is_torchs():
+    attention, x = Attention(Width(12), 3).double(), torch.randn(2, 7, 12).double()
+    mask = torch.tensor([[True] * 7, [True, False, True, True, False, False, False]])
+    (q, v, k), biases = attention.weight, (*attention.bias, attention.out.bias)
+    expected = multihead(x, x, mask, 3, ((q, k, v, attention.out.weight), biases))
+    assert torch.allclose(attention(x, attention_bias(mask, x.dtype)), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_stack_of_query_layers_is_what_its_layers_are_one_by_one(sides):
+    torch.manual_seed(0)
+    stack = QueryStack(2, Width(12), 3, 0.0, sides).double()
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
     x, memory = torch.randn(2, 4, 12).double(), torch.randn(2, 7, 12).double()
     mask = torch.tensor([[True] * 7, [True, False, True, True, False, False, False]])
-    assert torch.allclose(plain(x, memory, mask), folded(x, memory, mask), atol=1e-12)
+    expected, norm = x, nn.functional.layer_norm
+    for i in range(2):
+        (a, b, c, d, e, f, *read_biases, out_bias, down_bias), shape = stack.vectors[i], (12,)
+        *read_weights, out_weight = stack.square_weight[i]
+        read = multihead(norm(expected, shape, a, b), memory, mask, 3, (read_weights, read_biases))
+        expected = expected + read
+        (q, v, k), biases = stack.exchange_weight[i], (*stack.exchange_bias[i], out_bias)
+        normed = norm(expected, shape, c, d)
+        weights = (q, k, v, out_weight), biases
+        if sides == 1:
+            heard = multihead(normed, normed, None, 3, weights)
+        else:
+            one, other = normed[:, :2], normed[:, 2:]
+            heard = torch.cat([multihead(one, other, None, 3, weights), multihead(other, one, None, 3, weights)], 1)
+        expected = expected + heard
+        hidden = nn.functional.gelu(norm(expected, shape, e, f) @ stack.up_weight[i].T + stack.up_bias[i])
+        expected = expected + hidden @ stack.down_weight[i].T + down_bias
+    assert torch.allclose(stack(x, memory, attention_bias(mask, x.dtype), None), expected, atol=1e-12)
+
+
+def test_masks_are_those_of_the_formula_and_no_two_sites_share_one():
+    """A channel is kept where the hash of (position, site) and of the channel, in unsigned 32-bit numbers, is not below p."""
+    model = nn.Sequential(SampleDropout(6, 0.25), SampleDropout(5, 0.25, 3))
+    keys = torch.tensor([0, 7, (1 << 31) + 7, 123456789012])
+    got = DropoutMasks(model).draw(keys, torch.float64)
+
+    def mixed(x: int) -> int:
+        for _ in range(2):
+            x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
+        return x ^ (x >> 16)
+
+    columns = [(0, c) for c in range(6)] + [(site, c) for site in (1, 2, 3) for c in range(5)]
+    for row, key in zip(got, keys.tolist(), strict=True):
+        for value, (site, channel) in zip(row.tolist(), columns, strict=True):
+            bits = mixed(mixed((key + 0x9E3779B1 * (site + 1)) % 2**32) ^ mixed(channel))
+            assert value == (1 / 0.75 if bits >= 2**30 else 0.0)
+    x = torch.ones(4, 3, 5, dtype=torch.float64)
+    assert torch.equal(model[1](x, got), got[:, 6:].view(4, 3, 5))
+    assert torch.equal(model[1].at(2, x, got), got[:, None, 16:].expand(-1, 3, -1))
+    assert (mix_bits(torch.arange(1000, dtype=torch.int32)) < 0).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_no_two_dropouts_of_the_network_share_columns():
+    network = RedHeartModel(RedHeartConfig(**{**SMALL, "dropout": 0.1}))
+    sites = [m for m in network.modules() if isinstance(m, SampleDropout)]
+    ends = [m.column + m.count * m.width for m in sites]
+    assert [m.column for m in sites] == [0, *ends[:-1]]
+    assert [m.site for m in sites] == [sum(m.count for m in sites[:i]) for i in range(len(sites))]
 
 
 def test_task_pooling_is_attention_with_a_learned_query():
-    pooling = TaskPooling(12, 8, 2).double()
+    pooling = TaskPooling(Width(12), Width(8), 2).double()
     x, mask = torch.randn(2, 5, 12).double(), torch.tensor([[True] * 5, [True, True, False, True, False]])
-    got = pooling(x, mask)
+    got = pooling(x, attention_bias(mask, x.dtype))
     for task in range(4):
         k = torch.einsum("btn,hdn->bhtd", x, pooling.key_weight[task])
         v = torch.einsum("btn,hdn->bhtd", x, pooling.value_weight[task]) + pooling.value_bias[task][None, :, None]
@@ -144,9 +218,9 @@ def test_task_pooling_is_attention_with_a_learned_query():
 
 def test_an_emotion_of_the_text_lies_between_the_mean_and_the_peak_of_its_trajectory():
     torch.manual_seed(0)
-    analyzer = EmotionAnalyzer(24, 2, 1, 0.0).double()
+    analyzer = EmotionAnalyzer(Width(24), 2, 1, 0.0).double()
     mask = torch.arange(6)[None] < torch.tensor([[6], [2]])
-    reading = analyzer(torch.randn(2, 6, 24).double(), mask, None)
+    reading = analyzer(torch.randn(2, 6, 24).double(), mask, attention_bias(mask, torch.float64), None)
     for row, length in enumerate((6, 2)):
         trajectory = reading.trajectory[row, :length]
         assert (reading.emotion_logits[row] <= trajectory.amax(0)).all()
@@ -174,14 +248,14 @@ def test_the_ladder_knows_redundancy_uniqueness_and_synergy():
 
 def test_the_fused_emotion_is_the_kalman_filters_last_state():
     torch.manual_seed(0)
-    module = KalmanFusion(8, 6, 0.0).double()
+    module = KalmanFusion(Width(8), Width(6), 0.0).double()
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.1 * torch.randn_like(p))
     tokens, feature = torch.randn(1, 5, 8).double(), torch.randn(1, 6).double()
     head, analyzer, dsp = torch.randn(1, 7).double(), torch.randn(1, 5, 7).double(), torch.randn(1, 5, 7).double()
     mask = torch.ones(1, 5, dtype=torch.bool)
-    got = module(tokens, mask, feature, (head, analyzer, dsp), None)
+    got = module(tokens, mask, feature, head, analyzer, dsp, None)
     # the same filter step by step; the head is one more measurement after the last token, without a prediction
     prior = module.prior(torch.cat([tokens.mean(1), feature], -1), None)
     x0, p0 = prior[:, :14], torch.diag_embed(10 * torch.sigmoid(prior[:, 14:28]))
@@ -204,13 +278,13 @@ def test_the_fused_emotion_is_the_kalman_filters_last_state():
 
 def test_the_covariance_stays_positive_definite_in_fp32():
     torch.manual_seed(0)
-    module = KalmanFusion(8, 6, 0.0)
+    module = KalmanFusion(Width(8), Width(6), 0.0)
     with torch.no_grad():
         for p in module.parameters():
             p.mul_(3).add_(torch.randn_like(p))
     tokens = torch.randn(8, 512, 8) * 3
     readings = (torch.randn(8, 7) * 5, torch.randn(8, 512, 7) * 5, torch.randn(8, 512, 7) * 5)
-    got = module(tokens, torch.ones(8, 512, dtype=torch.bool), torch.randn(8, 6), readings, None)
+    got = module(tokens, torch.ones(8, 512, dtype=torch.bool), torch.randn(8, 6), *readings, None)
     assert torch.linalg.eigvalsh(got.covariance.double()).min() > 0
     assert got.emotion_logits.isfinite().all()
 
@@ -218,9 +292,9 @@ def test_the_covariance_stays_positive_definite_in_fp32():
 def test_signals_are_silent_without_a_drive_and_stay_bounded(network):
     tokens, mask = torch.randn(2, 40, 24).double() * 10, torch.ones(2, 40, dtype=torch.bool)
     dsp = network.aux["dsp"]
-    signals = dsp(tokens, mask, torch.randn(2, 16).double(), 100 * torch.randn(2, 40, 7).double(), None)
+    signals, _ = dsp(tokens, mask, torch.randn(2, 16).double(), 100 * torch.randn(2, 40, 7).double(), None)
     assert signals.isfinite().all()
-    late = dsp(tokens, mask & (torch.arange(40) >= 20), torch.randn(2, 16).double(), None, None)
+    late, _ = dsp(tokens, mask & (torch.arange(40) >= 20), torch.randn(2, 16).double(), None, None)
     assert late[:, :20].abs().max() < 1e-12 * late.abs().max()
     assert late[:, 20:].abs().max() > 1e-3
     assert TOKEN_RATE_HZ > 2 * 1.0  # the fastest oscillator lies below half the token rate
@@ -228,7 +302,7 @@ def test_signals_are_silent_without_a_drive_and_stay_bounded(network):
 
 def test_an_inert_gate_is_one_that_never_learned():
     torch.manual_seed(0)
-    mixture, x = DenseMixture(8, 16, 4, 0.0), torch.randn(3, 8)
+    mixture, x = DenseMixture(Width(8), Width(16), 4, 0.0), torch.randn(3, 8)
     told, _ = mixture(x, None)
     with inert(mixture.gate):
         even, logits = mixture(x, None)
@@ -242,23 +316,25 @@ def test_an_inert_gate_is_one_that_never_learned():
 
 
 def test_a_single_expert_is_a_plain_network():
-    mixture, single = DenseMixture(8, 16, 8, 0.0), DenseMixture(8, 128, 1, 0.0)
+    mixture, single = DenseMixture(Width(8), Width(16), 8, 0.0), DenseMixture(Width(8), Width(128), 1, 0.0)
     sizes = [
         sum(p.numel() for n, p in m.named_parameters() if "weight" in n and "gate" not in n) for m in (mixture, single)
     ]
     assert sizes[0] == sizes[1]
     x = torch.randn(3, 8)
-    hidden = nn.functional.gelu(x @ single.in_weight[0].T + single.in_bias[0])
-    assert torch.allclose(single(x, None)[0], hidden @ single.out_weight[0].T + single.out_bias[0], atol=1e-6)
+    inner, outer = single.experts.linears
+    hidden = nn.functional.gelu(x @ inner.weight[0].T + inner.bias[0])
+    assert torch.allclose(single(x, None)[0], hidden @ outer.weight[0].T + outer.bias[0], atol=1e-6)
     assert single(x, None)[1] is None
 
 
 def test_the_backbone_compiles_without_graph_breaks():
     torch.manual_seed(0)
-    backbone = Backbone(16, 24, 2, 2, 16, 2, 0.1).train()
+    backbone = Backbone(16, Width(24), 2, 2, Width(16), 2, 0.1).train()
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
-    x, mask, keys = torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool), torch.arange(2)
-    for a, b in zip(compiled(x, mask, keys), backbone(x, mask, keys), strict=True):
+    x, masks = torch.randn(2, 5, 16), DropoutMasks(backbone).draw(torch.arange(2), torch.float32)
+    bias = attention_bias(torch.ones(2, 5, dtype=torch.bool), x.dtype)
+    for a, b in zip(compiled(x, bias, masks), backbone(x, bias, masks), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 

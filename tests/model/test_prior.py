@@ -2,10 +2,12 @@
 
 import torch
 
+from redheart.causality.levels import LEVELS
 from redheart.config import LossConfig, load_config
 from redheart.model.build import build_model
 from redheart.model.heads.regret import RegretHead
-from redheart.model.prior import PLACES, start_at
+from redheart.model.parts import PARTS
+from redheart.model.prior import start_at
 from redheart.schema import LABELS
 from redheart.tasks import TASKS, constant_answers, constant_losses, task_losses
 from tests.train.two_ranks import SETTINGS, make_batch
@@ -45,18 +47,20 @@ def test_answers_start_near_the_constant_predictor():
 def test_every_place_is_there_and_takes_its_answer():
     network = build_model(load_config("local", SETTINGS), None)
     raw = {label: torch.full((LABELS[label].size,), 0.25) for label in ("acceptability", "ethics", "vad")}
-    for name, places in PLACES.items():
-        for _, parameter, _ in places:
-            assert network.get_submodule(name).get_parameter(parameter).dim() == 1
-        start_at(name, network.get_submodule(name), raw)
-    assert network.heads["bentham"].verdicts["virtue"].bias.item() == 0.25
+    for part in PARTS:
+        for answer in part.answers:
+            if answer.prior:
+                bias = network.get_submodule(part.name).get_parameter(answer.prior.bias)
+                assert bias.numel() in (LABELS[answer.label].size, LEVELS)
+        start_at(part.name, network.get_submodule(part.name), raw)
+    assert network.heads["bentham"].verdicts.bias.tolist() == [[0.25]] * 4
 
 
 def test_the_regret_head_says_the_constant_where_its_features_say_nothing():
     head = RegretHead(16, 2, 0.0).eval()
     start_at("heads.regret", head, {"regret": torch.tensor([-3.0])})
     with torch.no_grad():
-        for silent in (head.mix, *head.outcome.values()):
+        for silent in (head.mix, head.outcome):
             silent.weight.zero_()
             silent.bias.zero_()
         head.regret.linears[2].weight.zero_()
@@ -64,15 +68,17 @@ def test_the_regret_head_says_the_constant_where_its_features_say_nothing():
 
 
 def test_experts_used_evenly_are_one_network_of_their_summed_width():
+    from redheart.model.axes import Width
     from redheart.model.moe import DenseMixture
 
-    many, one = DenseMixture(16, 8, 4, 0.0), DenseMixture(16, 32, 1, 0.0)
+    many, one = DenseMixture(Width(16), Width(8), 4, 0.0), DenseMixture(Width(16), Width(32), 1, 0.0)
     with torch.no_grad():
         many.gate.weight.zero_()
         many.gate.bias.zero_()
-        one.in_weight.copy_(many.in_weight.flatten(0, 1)[None])
-        one.in_bias.copy_(many.in_bias.flatten()[None])
-        one.out_weight.copy_(many.out_weight.transpose(1, 2).flatten(0, 1).T[None])
-        one.out_bias.copy_(many.out_bias.sum(0)[None])
+        (inner, outer), (whole_inner, whole_outer) = many.experts.linears, one.experts.linears
+        whole_inner.weight.copy_(inner.weight.flatten(0, 1)[None])
+        whole_inner.bias.copy_(inner.bias.flatten()[None])
+        whole_outer.weight.copy_(outer.weight.transpose(1, 2).flatten(0, 1).T[None])
+        whole_outer.bias.copy_(outer.bias.sum(0)[None])
     x = torch.randn(5, 16)
     assert torch.allclose(many(x, None)[0], one(x, None)[0], atol=1e-5)

@@ -159,10 +159,10 @@ def test_a_trained_network_grows_is_verified_and_trains_on(data: Path, whole_run
     with open_moments(source) as before, open_moments(open_stored(out)) as after:
         assert after.step == before.step > 0
         assert f"goes on with the moments of {after.step} steps" in trained.stderr
-        name = "backbone.layers.1.mlp.mlp.linears.0.weight"
+        name = "backbone.layers.up_weight"
         for power, (old, new) in enumerate(zip(before.read(name), after.read(name), strict=True), 1):
             assert old.abs().max() > 0
-            assert torch.equal(new, old.repeat(2, 2) / 2**power)
+            assert torch.equal(new, old.repeat(1, 2, 2) / 2**power)
 
     for extra, words in (
         (["--out", run, "--resume", "--init", out], "give only one of them"),

@@ -8,6 +8,7 @@ import torch
 
 from redheart.config import LossConfig, load_config
 from redheart.model.build import build_model
+from redheart.model.layers import attention_bias
 from redheart.tasks import task_losses, task_weights
 from redheart.train.engine import PlainEngine
 from redheart.train.synergy import COMPARED, RECENT, ROWS, Synergy, predictions
@@ -30,7 +31,10 @@ def test_cosines_are_those_of_each_tasks_own_backward_pass_and_no_parameter_is_t
 
     few = slice(0, ROWS)
     network.eval()
-    leaves = [x.detach().requires_grad_() for x in network.backbone(batch.features[few], batch.mask[few], None)]
+    leaves = [
+        x.detach().requires_grad_()
+        for x in network.backbone(batch.features[few], attention_bias(batch.mask[few], torch.float32), None)
+    ]
     outputs = network.answer(*leaves, batch.mask[few])
     labels, weights = ({n: v[few] for n, v in d.items()} for d in (batch.labels, batch.weights))
     losses = task_losses(outputs, labels, weights, LossConfig())

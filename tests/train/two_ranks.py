@@ -46,8 +46,9 @@ def main() -> None:
         window = open_window(batches, False)
         sums: dict[str, float] = {}
         for i, batch in enumerate(window.batches):
-            loss, sums = compute(forward(engine, batch), batch, window.counts, factors, 4, config.loss)
+            loss, parts = compute(forward(engine, batch), batch, window.counts, factors, 4, config.loss)
             engine.backward(loss, is_last=i == 1)
+            sums = parts.read()
         return {name: value for name, value in sums.items() if window.counts[name] == 0}
 
     step(mine)

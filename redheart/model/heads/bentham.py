@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from redheart.model.layers import MLP, BranchAttention, Keys
+from redheart.model.axes import Width
+from redheart.model.layers import MLP, BranchAttention, Fan, Linear, Masks, Norm, StackedLinear
 from redheart.schema import BENTHAM, ETHICS
 
 
@@ -27,31 +28,22 @@ class BenthamReading(NamedTuple):
 
 
 class BenthamHead(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: Width, heads: int, dropout: float):
         super().__init__()
-        self.theories = nn.ModuleDict(
-            {theory: MLP(width, 4 * width, 2 * width, width, dropout=dropout) for theory in ETHICS}
-        )
-        self.verdicts = nn.ModuleDict({theory: nn.Linear(width, 1) for theory in ETHICS})
-        self.gate = nn.Linear(width, len(ETHICS))
+        self.theories = MLP(width, 4 * width, 2 * width, width, dropout=dropout, count=len(ETHICS))
+        self.verdicts = StackedLinear(len(ETHICS), width, 1)
+        self.gate = Linear(width, len(ETHICS))
         self.branches = BranchAttention(width, heads, 4 * width, dropout)
-        self.norm = nn.LayerNorm(width)
-        self.bentham = MLP(width, 5 * width // 2, len(BENTHAM), dropout=dropout)
-        # no last bias: a constant in every utility cancels in every difference, so it would never get a gradient
-        self.utility = MLP(width, 5 * width // 2, 1, dropout=dropout, last_bias=False)
-        self.acceptability = MLP(width, 5 * width // 2, 1, dropout=dropout)
+        self.norm = Norm(width)
+        # hedonic values, utility, acceptability. A constant in every utility cancels in every difference: no bias, it would never
+        # get a gradient
+        self.outputs = Fan(width, 5 * width // 2, (len(BENTHAM), 1, 1), dropout, (True, False, True))
 
-    def forward(self, feature: torch.Tensor, keys: Keys) -> BenthamReading:
-        views = torch.stack([self.theories[theory](feature, keys) for theory in ETHICS], 1)  # [B, 4, K]
-        ethics = torch.cat([self.verdicts[theory](views[:, i]) for i, theory in enumerate(ETHICS)], -1)
+    def forward(self, feature: torch.Tensor, masks: Masks) -> BenthamReading:
+        views = self.theories(feature, masks)  # [B, 4, K]
+        ethics = self.verdicts(views).squeeze(-1)
         gate_logits = self.gate(feature)
-        mixture = (torch.softmax(gate_logits, -1)[..., None] * views).sum(1)
-        state = self.norm(self.branches(feature + mixture, views, keys))
-        return BenthamReading(
-            self.bentham(state, keys),
-            self.utility(state, keys) + ethics[:, :1],
-            self.acceptability(state, keys),
-            ethics,
-            gate_logits,
-            state,
-        )
+        mixture = torch.bmm(torch.softmax(gate_logits, -1)[:, None], views).squeeze(1)
+        state = self.norm(self.branches(feature + mixture, views, masks))
+        bentham, utility, acceptability = self.outputs(state, masks)
+        return BenthamReading(bentham, utility + ethics[:, :1], acceptability, ethics, gate_logits, state)

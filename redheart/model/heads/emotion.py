@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from redheart.model.layers import MLP, BranchAttention, Keys, Residual
+from redheart.model.axes import Width
+from redheart.model.layers import MLP, BranchAttention, Linear, Masks, Norm, Residual, ResidualChain
 from redheart.model.moe import DenseMixture
 from redheart.schema import CULTURE, EMOTIONS
 
@@ -24,27 +25,23 @@ class EmotionReading(NamedTuple):
 
 
 class EmotionHead(nn.Module):
-    def __init__(self, width: int, heads: int, num_experts: int, dropout: float):
+    def __init__(self, width: Width, heads: int, num_experts: int, dropout: float):
         super().__init__()
         self.base = MLP(width, 4 * width, 3 * width, width, dropout=dropout)
         self.experts = DenseMixture(width, 16 * width // num_experts, num_experts, dropout)
-        self.valence = Residual(width, 5 * width // 2, dropout=dropout)
-        self.basic = Residual(width, 5 * width // 2, dropout=dropout)
-        self.nuance = Residual(width, 5 * width // 2, dropout=dropout)
+        self.hierarchy = ResidualChain(3, width, 5 * width // 2, dropout)  # valence, basic, nuance
         self.culture = Residual(width, 4 * width, dropout=dropout)
         self.branches = BranchAttention(width, heads, 2 * width, dropout)
-        self.norm = nn.LayerNorm(width)
+        self.norm = Norm(width)
         self.emotion = MLP(width, 3 * width, len(EMOTIONS), dropout=dropout)
-        self.culture_out = nn.Linear(2 * width, len(CULTURE))
+        self.culture_out = Linear(width + width, len(CULTURE))
 
-    def forward(self, feature: torch.Tensor, keys: Keys) -> EmotionReading:
-        base = self.base(feature, keys)
-        mixture, gate_logits = self.experts(feature, keys)
-        valence = self.valence(feature, keys)
-        basic = self.basic(valence, keys)
-        nuance = self.nuance(basic, keys)
-        culture = self.culture(feature, keys)
-        branches = torch.stack([base, mixture, valence, basic, nuance, culture], 1)
-        state = self.norm(self.branches(feature, branches, keys))
+    def forward(self, feature: torch.Tensor, masks: Masks) -> EmotionReading:
+        base = self.base(feature, masks)
+        mixture, gate_logits = self.experts(feature, masks)
+        hierarchy = self.hierarchy(feature, masks)
+        culture = self.culture(feature, masks)
+        branches = torch.stack([base, mixture, *hierarchy, culture], 1)
+        state = self.norm(self.branches(feature, branches, masks))
         culture_logits = self.culture_out(torch.cat([state, culture], -1))
-        return EmotionReading(self.emotion(state, keys), culture_logits, gate_logits, state)
+        return EmotionReading(self.emotion(state, masks), culture_logits, gate_logits, state)

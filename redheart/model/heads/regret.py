@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from redheart.model.layers import MLP, BranchAttention, Keys, Residual, full_precision
+from redheart.model.axes import Width
+from redheart.model.layers import MLP, BranchAttention, Linear, Masks, Norm, Residual, StackedLinear, full_precision
 from redheart.schema import REGRET_VIEWS
 
 
@@ -43,24 +44,21 @@ def seen_by_observers(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 class RegretHead(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: Width, heads: int, dropout: float):
         super().__init__()
         self.had = Residual(width, 3 * width // 2, dropout=dropout)
-        self.views = nn.ModuleDict(
-            {view: MLP(width, 4 * width, 3 * width, width, dropout=dropout) for view in REGRET_VIEWS}
-        )
-        self.outcome = nn.ModuleDict({view: nn.Linear(width, 2) for view in REGRET_VIEWS})
+        self.views = MLP(width, 4 * width, 3 * width, width, dropout=dropout, count=len(REGRET_VIEWS))
+        self.outcome = StackedLinear(len(REGRET_VIEWS), width, 2)
         self.branches = BranchAttention(width, heads, 4 * width, dropout)
-        self.norm = nn.LayerNorm(width)
+        self.norm = Norm(width)
         self.regret = MLP(width, 4 * width, 2 * width, 1, dropout=dropout)
-        self.mix = nn.Linear(width, len(REGRET_VIEWS))
+        self.mix = Linear(width, len(REGRET_VIEWS))
 
-    def forward(self, feature: torch.Tensor, keys: Keys) -> RegretReading:
-        had = self.had(feature, keys)
-        views = [self.views[view](had, keys) for view in REGRET_VIEWS]
-        raw = full_precision(torch.stack([self.outcome[n](v) for n, v in zip(REGRET_VIEWS, views, strict=True)], 1))
-        mean, spread, regret_views = seen_by_observers(raw)
-        state = self.norm(self.branches(had, torch.stack(views, 1), keys))
+    def forward(self, feature: torch.Tensor, masks: Masks) -> RegretReading:
+        had = self.had(feature, masks)
+        views = self.views(had, masks)  # [B, 3, K]
+        mean, spread, regret_views = seen_by_observers(full_precision(self.outcome(views)))
+        state = self.norm(self.branches(had, views, masks))
         mixed = (torch.softmax(full_precision(self.mix(state)), -1) * regret_views).sum(-1, keepdim=True)
-        logits = full_precision(self.regret(state, keys)) + torch.logit(mixed, eps=1e-4)
+        logits = full_precision(self.regret(state, masks)) + torch.logit(mixed, eps=1e-4)
         return RegretReading(logits, regret_views, mean, spread, state)

@@ -12,40 +12,45 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from redheart.model.layers import MLP, Attention, Keys, Residual
+from redheart.model.axes import Width
+from redheart.model.backbone import EncoderStack
+from redheart.model.layers import MLP, Masks, Norm, StackedLinear
 
 
 class SurdReading(NamedTuple):
-    surd_logits: (
-        torch.Tensor
-    )  # [B, 4]: softmax of three gives redundant, unique, synergistic, sigmoid of the last the leak
+    # [B, 4]: softmax of three gives redundant, unique, synergistic, sigmoid of the last the leak
+    surd_logits: torch.Tensor
     state: torch.Tensor  # [B, K]
 
 
 class SurdHead(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: Width, heads: int, dropout: float):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.attentions = nn.ModuleList(Attention(width, heads) for _ in range(2))
-        self.mlps = nn.ModuleList(Residual(width, 4 * width, dropout=dropout) for _ in range(2))
-        self.norm = nn.LayerNorm(width)
-        self.redundant = MLP(2 * width, 5 * width // 2, width, dropout=dropout)
-        self.unique = MLP(4 * width, 2 * width, width, dropout=dropout)
-        self.synergistic = MLP(2 * width, 5 * width // 2, width, dropout=dropout)
-        self.share = nn.ModuleList(nn.Linear(width, 1) for _ in range(3))
-        self.leak = MLP(4 * width, 5 * width // 2, width, 1, dropout=dropout)
+        self.layers = EncoderStack(2, width, heads, dropout, drops_attention=False)
+        self.norm = Norm(width)
+        pair, everything = width + width, width + width + width + width
+        self.common = MLP(pair, 5 * width // 2, width, dropout=dropout, count=2)  # redundant and synergistic
+        self.unique = MLP(everything, 2 * width, width, dropout=dropout)
+        self.share = StackedLinear(3, width, 1)  # redundant, unique, synergistic
+        self.leak = MLP(everything, 5 * width // 2, width, 1, dropout=dropout)
 
-    def forward(self, feature: torch.Tensor, states: tuple[torch.Tensor, ...], keys: Keys) -> SurdReading:
-        x = torch.stack([*states, feature], 1)  # [B, 4, K]
-        for norm, attention, mlp in zip(self.norms, self.attentions, self.mlps, strict=True):
-            normed = norm(x)
-            x = mlp(x + attention(normed, normed), keys)
-        x = self.norm(x)
-        sources, own, everything = x[:, :3], x[:, 3], x.flatten(1)
-        readings = [
-            self.redundant(torch.cat([sources.mean(1), own], -1), keys),
-            self.unique(everything, keys),
-            self.synergistic(torch.cat([sources.prod(1), own], -1), keys),
-        ]
-        shares = torch.cat([out(torch.tanh(r)) for out, r in zip(self.share, readings, strict=True)], -1)
-        return SurdReading(torch.cat([shares, self.leak(everything, keys)], -1), own)
+    def forward(
+        self,
+        feature: torch.Tensor,
+        emotion: torch.Tensor | None,
+        bentham: torch.Tensor | None,
+        regret: torch.Tensor | None,
+        masks: Masks,
+    ) -> SurdReading:
+        """The other heads' states [B, K]; zeros stand for those of a head that is left out."""
+        x = torch.stack(
+            [feature * 0 if x is None else x for x in (emotion, bentham, regret)] + [feature], 1
+        )  # [B, 4, K]
+        x = self.norm(self.layers(x, None, masks))
+        everything, (*sources, own) = x.flatten(1), x.unbind(1)
+        mean, product = (sources[0] + sources[1] + sources[2]) / 3, sources[0] * sources[1] * sources[2]
+        common = torch.stack([torch.cat([mean, own], -1), torch.cat([product, own], -1)], 1)
+        redundant, synergistic = self.common(common, masks).unbind(1)
+        readings = torch.stack([redundant, self.unique(everything, masks), synergistic], 1)
+        shares = self.share(torch.tanh(readings)).squeeze(-1)
+        return SurdReading(torch.cat([shares, self.leak(everything, masks)], -1), own)

@@ -17,6 +17,7 @@ from torch import nn
 from redheart.config import OptimizerConfig
 from redheart.device import has_gpu
 from redheart.memory.malloc import trim
+from redheart.model.axes import decays
 from redheart.model.build import Place
 from redheart.model.redheart import RedHeartModel
 from redheart.ranks import sum_over_ranks
@@ -105,8 +106,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         # ZeRO-3 leaves an empty vector behind and keeps the shape aside
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        plain = dimensions < 2 or name.endswith("bias") or ".scale." in name
-        (free if plain else decayed).append(parameter)
+        (decayed if decays(name, dimensions) else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
