@@ -10,7 +10,8 @@ read from a tensor, a check inside an operation. They are counted on the CPU, wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -70,13 +71,13 @@ class _Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(work: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
-    """(operations, waits) of `work()`, by name."""
+@contextmanager
+def counting() -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """(operations, waits) of what runs within it, by name."""
     operations: Counter[str] = Counter()
     waits: Counter[str] = Counter()
     with _Operations(operations, waits), _Functions(waits):
-        work()
-    return operations, waits
+        yield operations, waits
 
 
 def bench_step(
@@ -100,8 +101,10 @@ def bench_step(
     counted, timed = micro_step(ROWS), micro_step(micro_batch)
     update = lambda: stages.update(engine, 0.0)  # noqa: E731
     counted(), update()  # what is made once for a device is made
-    operations, waits = count(counted)
-    operations_of_step, waits_of_step = count(update)
+    with counting() as (operations, waits):
+        counted()
+    with counting() as (operations_of_step, waits_of_step):
+        update()
     a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
     with FlopCounterMode(display=False) as flops:
         timed()

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from redheart.bench.step import count
+from redheart.bench.step import counting
 from tests.runs import redheart
 
 
@@ -31,7 +31,8 @@ def test_the_count_knows_views_allocations_and_waits():
         assert x.tolist()[0] == 1
         y.backward()
 
-    operations, waits = count(work)
+    with counting() as (operations, waits):
+        work()
     assert operations["mul"] == 2  # forward and backward
     assert operations["sum"] == 1
     assert "view" not in operations

@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from redheart.bench.step import counting
 from redheart.config import load_config
 from redheart.model.build import build_model
 from redheart.tasks import task_weights
@@ -16,7 +17,6 @@ from redheart.train.engine import Engine, make_engine, parameter_groups
 from redheart.train.engine.base import clip_coefficient, norms_of, read_norms
 from redheart.train.stages import compute, forward, open_window, update
 from tests.train.tiny import SETTINGS, make_batch
-from tests.train.waits import counted
 
 # waits of backward and step together; what is above 1 is DeepSpeed looking at the norm, on the host already
 MOST = {
@@ -57,7 +57,7 @@ def step_by_step(engine: Engine, strategy: str) -> None:
     for factor in (1.0, 1.0, float("nan"), 1.0):
         loss = loss_of(engine, factor)
         before = [p.detach().clone() for p in engine.model.parameters()]
-        with counted() as seen:
+        with counting() as (_, seen):
             engine.backward(loss, True)
             done = update(engine, 1e-3)
         assert done.applied is (factor == 1.0)
