@@ -58,8 +58,7 @@ def bench_trainer(
         prepare(["everyday"], directory, DataConfig(labeler=LabelerConfig(max_texts=0)))
     never = ("evaluate_every", "checkpoint_every", "synergy_every")
     settings = [*overrides, f"memory.strategy={strategy}", *(f"training.{name}=1000000" for name in never)]
-    config = load_config(preset, settings)
-    window = config.training.log_every
+    window = (config := load_config(preset, settings)).training.log_every
     warm, timed = -(-WARM // window) * window, -(-steps // window) * window  # whole windows of the log
     job = {"data": str(directory), "preset": preset, "set": settings, "warm": warm, "steps": warm + timed}
     rates: dict[str, list[float]] = {leg: [] for leg in LEGS}
@@ -120,13 +119,11 @@ class _WithLoss(nn.Module):
         self._factors, self._config = factors(task_weights(config.loss), scales, config.loss.constant_floor), config
 
     def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": self.of(_batch(tensors))}
-
-    def of(self, batch: Batch) -> torch.Tensor:
+        batch = _batch(tensors)
         counts = stages.open_window([batch], False).counts
         on_device = batch.to(compute_device(), next(self.parameters()).dtype)
         outputs = stages.forward(self.network, on_device)
-        return stages.compute(outputs, on_device, counts, self._factors, 1, self._config.loss)[0]
+        return {"loss": stages.compute(outputs, on_device, counts, self._factors, 1, self._config.loss)[0]}
 
 
 def _flat(batch: Batch) -> dict[str, torch.Tensor]:
@@ -155,7 +152,7 @@ def _bare_loop(job: dict[str, Any], config: RunConfig) -> float:
     for step, window in enumerate(batches):
         for batch in window:
             with torch.autocast(compute_device().type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = model.of(batch)
+                loss = model(**_flat(batch))["loss"]
             (loss / len(window)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
@@ -189,7 +186,7 @@ def _hf_trainer(job: dict[str, Any], config: RunConfig) -> float:
             logging_steps=settings.log_every, report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
             **machinery,
         )  # fmt: skip
-        rows: Any = range(stream.num_rows)  # a map-style data set of row numbers
+        rows: Any = range(stream.num_rows)  # a data set of row numbers
         Trainer(_WithLoss(config, stream), arguments, collate, rows, callbacks=[Ended()]).train()
     return clock.rate
 

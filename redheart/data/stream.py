@@ -23,6 +23,8 @@ from redheart.data.shards import Shard, histogram_arrays, open_shard
 from redheart.data.store import Store
 from redheart.schema import NUM_LABEL_COLUMNS, Batch, RedHeartError
 
+Cursor = tuple[int, int, int, int, int, int]  # the arguments of micro_batches
+
 
 class SampleStream:
     """One split of a data directory or URL. `encoder` is the fingerprint that its features were made with."""
@@ -39,6 +41,10 @@ class SampleStream:
         self._orders: dict[int, Order] = {}
         self._open: OrderedDict[int, Future[Shard]] = OrderedDict()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="shards")
+        self._reader = ThreadPoolExecutor(
+            1, thread_name_prefix="batches"
+        )  # one at a time: it works on the shards that are open
+        self._ahead: tuple[Cursor, Future[list[Batch]]] | None = None
         self._capacity = 2 * self.index.get("window_shards", WINDOW_SHARDS) + 2
 
     def batch(self, numbers: np.ndarray, keys: np.ndarray) -> Batch:
@@ -104,6 +110,22 @@ class SampleStream:
         for start in range(0, len(where), micro_batch_size):
             part = slice(start, start + micro_batch_size)
             yield self.batch(numbers[part], where[part])
+
+    def window(self, *cursor: *Cursor) -> list[Batch]:
+        """All of `micro_batches` at once; those of the step after it are made in a thread meanwhile.
+
+        They follow from the arguments alone, so a run that jumps or cuts its batches anew gets what it asks for, and an error comes with
+        the step that it belongs to.
+        """
+        ahead = self._ahead
+        made = ahead[1] if ahead and ahead[0] == cursor else self._reader.submit(self._window, cursor)
+        following = (cursor[0] + 1, *cursor[1:])
+        batches = made.result()
+        self._ahead = following, self._reader.submit(self._window, following)
+        return batches
+
+    def _window(self, cursor: Cursor) -> list[Batch]:
+        return list(self.micro_batches(*cursor))
 
     def in_order(
         self, batch_size: int, rank: int = 0, world_size: int = 1, max_rows: int | None = None

@@ -125,9 +125,9 @@ class Trainer:
 
     def _batches(self, step: int) -> list[Batch]:
         settings, engine, micro = self.config.training, self.engine, self.state.micro_batch_size
-        return [*self.train_stream.micro_batches(
+        return self.train_stream.window(
             step, settings.seed, settings.global_batch_size, micro, engine.rank, engine.world_size
-        )]  # fmt: skip
+        )
 
     def _evaluate(self) -> Evaluation:
         engine, settings = self.engine, self.config.training

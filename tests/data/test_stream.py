@@ -78,6 +78,35 @@ def test_a_large_micro_batch_regroups_a_step_but_never_changes_it(truth: tuple[P
     assert len(pairs[1]) == 64
 
 
+def test_the_next_window_is_made_meanwhile_and_is_the_one_that_is_asked_for(truth, monkeypatch):
+    directory, _ = truth
+    plain, stream, made = SampleStream(directory, "train"), SampleStream(directory, "train"), []
+    original, caller = SampleStream._window, threading.get_ident()
+
+    def watched(self: SampleStream, cursor: tuple[int, ...]) -> list:
+        made.append((cursor[0], threading.get_ident() == caller))
+        if cursor[0] == 9:
+            raise RedHeartError("damaged")
+        return original(self, cursor)
+
+    monkeypatch.setattr(SampleStream, "_window", watched)
+    # one after the other, with other micro-batches, another rank's, and after a jump
+    asked = [(0, 4, 0, 1), (1, 4, 0, 1), (2, 2, 0, 1), (3, 2, 0, 1), (3, 2, 1, 2), (7, 4, 0, 1), (8, 4, 0, 1)]
+    for step, micro, rank, world_size in asked:
+        found = stream.window(step, 3, 8, micro, rank, world_size)
+        wanted = list(plain.micro_batches(step, 3, 8, micro, rank, world_size))
+        assert [b.ids for b in found] == [b.ids for b in wanted]
+        assert [b.keys.tolist() for b in found] == [b.keys.tolist() for b in wanted]
+        assert all(torch.equal(a.features, b.features) for a, b in zip(found, wanted, strict=True))
+        until = time.monotonic() + 10
+        while made[-1][0] != step + 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert made[-1] == (step + 1, False)  # nobody has asked for it yet
+    assert [step for step, _ in made] == [0, 1, 2, 2, 3, 4, 3, 4, 7, 8, 9]
+    with pytest.raises(RedHeartError, match="damaged"):
+        stream.window(9, 3, 8, 4, 0, 1)
+
+
 def test_a_part_of_a_split_is_spread_over_all_lengths(truth: tuple[Path, list[dict]]):
     stream = SampleStream(truth[0], "train")
     everything = [i for b in stream.in_order(7) for i in b.ids]
