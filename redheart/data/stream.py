@@ -41,9 +41,8 @@ class SampleStream:
         self._orders: dict[int, Order] = {}
         self._open: OrderedDict[int, Future[Shard]] = OrderedDict()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="shards")
-        self._reader = ThreadPoolExecutor(
-            1, thread_name_prefix="batches"
-        )  # one at a time: it works on the shards that are open
+        # one at a time: it works on the shards that are open
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[Cursor, Future[list[Batch]]] | None = None
         self._capacity = 2 * self.index.get("window_shards", WINDOW_SHARDS) + 2
 
