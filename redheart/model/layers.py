@@ -341,6 +341,7 @@ class QueryStack(nn.Module):
         if self.sides == 1:
             q, v, k = sides.unbind()
         else:
-            (q,), (v, k) = (x.unbind() for x in (sides[:1], sides[1:].flip(2)))
+            query, rest = sides.split([1, 2])
+            q, (v, k) = query.squeeze(0), rest.flip(2).unbind()
         heard = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         return heard.transpose(1, 2).reshape(batch, queries, -1)
