@@ -42,7 +42,8 @@ def operations(kind: type, steps: int) -> collections.Counter:
     return seen.names
 
 
-@pytest.mark.parametrize(("kind", "most"), [(DspSimulator, 70), (KalmanFusion, 105)])
+# a few more than are counted in a fresh process: where ZeRO-3 was used before, DeepSpeed has exchanged torch's linear function
+@pytest.mark.parametrize(("kind", "most"), [(DspSimulator, 80), (KalmanFusion, 115)])
 def test_the_number_of_operations_does_not_depend_on_the_texts_length(kind: type, most: int):
     short, long = operations(kind, 16), operations(kind, 64)
     assert short == long
