@@ -131,6 +131,7 @@ class Losses(NamedTuple):
 class _Packing:
     """Where the raw answers, entries and sums of some tasks stand side by side, on one device; tasks are in order of their kind."""
 
+    @torch.inference_mode(False)  # it serves a training pass as well
     def __init__(self, names: tuple[str, ...], device: torch.device):
         kinds = list(dict.fromkeys(TASKS[name].judged.entries for name in names))
         self.names = tuple(name for kind in kinds for name in names if TASKS[name].judged.entries == kind)

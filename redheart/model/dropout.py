@@ -76,6 +76,7 @@ class DropoutMasks:
         least = int(self._p * 2**32) - 2**31  # bits are compared as unsigned numbers
         return bits.bitwise_xor_(-(2**31)).ge(least).to(dtype).div_(1 - self._p)
 
+    @torch.inference_mode(False)  # they serve any pass
     def _columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Each site's step [sites], each column's site [columns] and the hash of its channel [columns]; made once on a device."""
         if device not in self._on:

@@ -174,6 +174,7 @@ class Utility(nn.Module):
         values = [full_precision(readings[m]) for m in self.utilities if m in readings]
         return (torch.cat(values, 1) @ scale)[:, None]
 
+    @torch.inference_mode(False)  # they serve a training pass as well
     def _tables_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The layout as index tensors and as matrices of zeros and ones (of 0 and -inf for the softmax); made once on a device."""
         if device not in self._tables:

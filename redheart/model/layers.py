@@ -329,10 +329,10 @@ class QueryStack(nn.Module):
         of_query, of_key, of_value, of_out = weights
         heads, (batch, queries, width) = self.heads, x.shape
         q = F.linear(x, of_query, biases[0]).view(batch * queries, heads, -1)
-        folded = side_by_side(q, of_key.view(heads, -1, width)).view(batch, queries * heads, width)
+        folded = side_by_side(q, of_key.view(heads, -1, width)).reshape(batch, queries * heads, width)
         pooled = attend_tokens(folded, memory, bias, width // heads).reshape(batch * queries, heads, width)
         values = side_by_side(pooled, of_value.view(heads, -1, width).mT, biases[1].view(heads, -1))
-        return F.linear(values.view(batch, queries, width), of_out, biases[2])
+        return F.linear(values.reshape(batch, queries, width), of_out, biases[2])
 
     def _exchange(self, projected: torch.Tensor) -> torch.Tensor:
         """projected [B, Q, 3·n] (query, value, key) -> [B, Q, n]"""

@@ -79,14 +79,13 @@ def refuse_layout(layout: int, where: object) -> None:
 
 
 def refuse_packing(options: Mapping[str, Any]) -> None:
-    """Raises RedHeartError where options of `from_pretrained` ask for weights packed by bitsandbytes."""
-    settings = options.get("quantization_config")
-    for name in ("load_in_8bit", "load_in_4bit"):
-        if options.get(name) or getattr(settings, name, False):
-            raise RedHeartError(
-                f"{name}: bitsandbytes packs Linear layers, and most weights of this network are those of equal parts, stacked in "
-                "one parameter: load it with dtype=torch.bfloat16"
-            )
+    """Raises RedHeartError where options of `from_pretrained` ask for quantised weights, by bitsandbytes or by anybody else."""
+    asked = [name for name in ("load_in_8bit", "load_in_4bit", "quantization_config") if options.get(name)]
+    if asked:
+        raise RedHeartError(
+            f"{asked[0]}: what quantises weights looks for Linear layers, and most weights of this network are those of equal parts, "
+            "stacked in one parameter: load it with dtype=torch.bfloat16"
+        )
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:

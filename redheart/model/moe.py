@@ -1,11 +1,10 @@
 """A dense, softly gated mixture of experts: every expert sees every sample, so none can die unseen.
 
 `inert` takes the gate away, to see what it is worth: that experts are used evenly says nothing, a gate that never learned does it
-too. With one expert there is nothing to gate: the single network of equal size that
-the mixture is compared with.
+too. With one expert there is nothing to gate: the single network of equal size that the mixture is compared with.
 
-Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". The
-gate's n shares are counted n times: used evenly, the experts are one network of their summed width, not its n-th part.
+Jacobs et al. (1991), "Adaptive Mixtures of Local Experts". The gate's n shares are counted n times: used evenly, the experts are one
+network of their summed width, not its n-th part.
 """
 
 from __future__ import annotations
@@ -31,17 +30,16 @@ class DenseMixture(nn.Module):
         with torch.no_grad():
             for linear in self.experts.linears:
                 linear.get_parameter("bias").zero_()
-            self.experts.linears[1].get_parameter("weight").div_(
-                math.sqrt(num_experts)
-            )  # as one layer of the summed width
+            # as one layer of the summed width
+            self.experts.linears[1].get_parameter("weight").div_(math.sqrt(num_experts))
 
     def forward(self, x: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor | None]:
-        said = self.experts(x, masks)  # [B, n, K]
+        branches = self.experts(x, masks)  # [B, n, K]
         if self.gate is None:
-            return said[:, 0], None
+            return branches[:, 0], None
         gate_logits = self.gate(x)
         shares = torch.softmax(gate_logits, -1)[:, None] * gate_logits.shape[-1]
-        return torch.bmm(shares, said).squeeze(1), gate_logits
+        return torch.bmm(shares, branches).squeeze(1), gate_logits
 
 
 @contextmanager

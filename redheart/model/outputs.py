@@ -13,17 +13,20 @@ from redheart.model.parts import PARTS
 from redheart.schema import LABELS
 
 
-def answer_fields() -> dict[str, str]:
-    """Label -> the field of RedHeartOutput with its final raw answer, in the order of schema.LABELS."""
+def _answer_fields() -> dict[str, str]:
     fields = {a.label: a.output_name for part in reversed(PARTS) for a in reversed(part.answers) if not a.name}
     missing = LABELS.keys() - fields.keys()
     assert not missing, f"no part of model/parts.py answers {', '.join(sorted(missing))}"
     return {label: fields[label] for label in LABELS}
 
 
+# label -> the field of RedHeartOutput with its final raw answer, in the order of schema.LABELS
+ANSWER_FIELDS = _answer_fields()
+
+
 def _fields() -> Iterator[tuple[str, str]]:
     """(name, what it holds)"""
-    for label, name in answer_fields().items():
+    for label, name in ANSWER_FIELDS.items():
         if name == "utility_difference":
             yield "utility", "[B, 1], unbounded"
             yield name, "[B, 1], text minus contrast; 0 where there is no contrast"

@@ -20,7 +20,7 @@ from redheart.model.dropout import DropoutMasks
 from redheart.model.fusion import Readings, Utility, plain_mean
 from redheart.model.layers import Masks, attention_bias, full_precision
 from redheart.model.loading import draw_missing, load_whole, refuse_packing
-from redheart.model.outputs import RedHeartOutput, answer_fields
+from redheart.model.outputs import ANSWER_FIELDS, RedHeartOutput
 from redheart.model.padding import checked_mask, real_tokens_first, rows_of, stacked
 from redheart.model.parts import BACKBONE, FUSION, FUSION_LAYERS, MODULES, PARTS, sizes_of, sources, utilities
 from redheart.model.readout import with_readout
@@ -145,13 +145,13 @@ class RedHeartModel(PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> RedHeartOutput | tuple[Any, ...]:
-        wanted = {
+        options = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "return_dict": return_dict,
         }
-        wanted = {name: getattr(self.config, name) if value is None else value for name, value in wanted.items()}
-        if wanted["output_attentions"]:
+        options = {name: getattr(self.config, name) if value is None else value for name, value in options.items()}
+        if options["output_attentions"]:
             raise ValueError(
                 "output_attentions: attention maps are never formed here (scaled_dot_product_attention is fused)"
             )
@@ -161,14 +161,16 @@ class RedHeartModel(PreTrainedModel):
             raise ValueError("contrast_features and contrast_rows belong together: which row each contrast is of")
         if contrast_features is not None and contrast_rows is not None:
             # one pass for texts and contrasts: ranks with and without a pair then call the same modules in the same order
-            theirs = checked_mask("contrast_features", contrast_features, contrast_mask, self.config.encoder_width)
-            features, mask = stacked(features, contrast_features), stacked(mask, theirs)
+            of_contrasts = checked_mask(
+                "contrast_features", contrast_features, contrast_mask, self.config.encoder_width
+            )
+            features, mask = stacked(features, contrast_features), stacked(mask, of_contrasts)
             keys = None if keys is None else torch.cat([keys, keys[contrast_rows] + (1 << 31)])
         features, mask, places = real_tokens_first(features, mask)
-        states: list[torch.Tensor] | None = [] if wanted["output_hidden_states"] else None
+        states: list[torch.Tensor] | None = [] if options["output_hidden_states"] else None
         masks = self.dropout_masks.draw(keys, features.dtype) if self.training else None
         tokens, tasks = self.backbone(features, attention_bias(mask, features.dtype), masks, states)
-        outputs = self._answer(tokens, tasks, mask, contrast_rows, masks, without)
+        outputs = self.answer(tokens, tasks, mask, contrast_rows, masks, without)
         places = places[:num_texts, :num_tokens]
         for name in ("trajectory", "signals"):
             if outputs.get(name) is not None:
@@ -177,7 +179,7 @@ class RedHeartModel(PreTrainedModel):
             moved = not torch.equal(places, torch.arange(num_tokens, device=places.device).expand_as(places))
             # where nothing was moved these are the very tensors of the graph, which users ask for gradients
             outputs["hidden_states"] = tuple(rows_of(x[:num_texts], places) if moved else x for x in states)
-        return outputs if wanted["return_dict"] else outputs.to_tuple()
+        return outputs if options["return_dict"] else outputs.to_tuple()
 
     def answer(
         self,
@@ -185,63 +187,44 @@ class RedHeartModel(PreTrainedModel):
         tasks: torch.Tensor,
         mask: torch.Tensor,
         contrast_rows: torch.Tensor | None = None,
-        keys: torch.Tensor | None = None,
+        masks: Masks = None,
         without: Collection[str] = (),
     ) -> RedHeartOutput:
         """All that follows the backbone: tokens [B + C, T, D], tasks [B + C, 4, K]; the last C rows are the contrasts of
-        `contrast_rows` [C]."""
-        masks = self.dropout_masks.draw(keys, tokens.dtype) if self.training else None
-        return self._answer(tokens, tasks, mask, contrast_rows, masks, without)
-
-    def _answer(
-        self,
-        tokens: torch.Tensor,
-        tasks: torch.Tensor,
-        mask: torch.Tensor,
-        contrast_rows: torch.Tensor | None,
-        masks: Masks,
-        without: Collection[str],
-    ) -> RedHeartOutput:
-        """Every part in its turn reads features by name, and adds its own."""
+        `contrast_rows` [C]; dropout masks [B + C, columns]. Every part in its turn reads features by name, and adds its own."""
         num_texts = len(mask) - (0 if contrast_rows is None else len(contrast_rows))
-        of_pairs = self._features(tokens, tasks, mask)
-        features = self._features(tokens[:num_texts], tasks[:num_texts], mask[:num_texts])
-        features["pooled"] = masked_mean(features["tokens"], features["mask"])
-        of_texts = None if masks is None else masks[:num_texts]
-        said: dict[str, Any] = {"task_features": features["tasks"]}
+        of_all = {"tokens": tokens, "tasks": tasks, "mask": mask, "bias": attention_bias(mask, tokens.dtype)}
+        of_texts: dict[str, Any] = {name: x[:num_texts] for name, x in of_all.items()}
+        for features in (of_all, of_texts):
+            features |= {f"task.{name}": x for name, x in zip(TASKS4, features["tasks"].unbind(1), strict=True)}
+        of_texts["pooled"] = masked_mean(of_texts["tokens"], of_texts["mask"])
+        text_masks = None if masks is None else masks[:num_texts]
+        answers: dict[str, Any] = {"task_features": of_texts["tasks"]}
         states: dict[str, Any] = {}
         readings: dict[str, dict[str, Any]] = {"utility": {}, "preference": {}}
         for part in self.parts:
             if (module := self._present(part.name, without)) is None:
                 continue
-            available, rows = (of_pairs, masks) if part.contrasts else (features, of_texts)
-            reading = module(*(available.get(name) for name in part.reads), rows)._asdict()
-            told = (
-                {name: None if x is None else x[:num_texts] for name, x in reading.items()}
-                if part.contrasts
-                else reading
-            )
-            features |= {f"{part.name}.{name}": x for name, x in told.items()}
-            states[part.name] = told["state"]
-            said |= {output: told[latent] for latent, output in part.latents.items()}
+            features, own_masks = (of_all, masks) if part.contrasts else (of_texts, text_masks)
+            of_module = module(*(features.get(name) for name in part.reads), own_masks)._asdict()
+            reading = of_module
+            if part.contrasts:
+                reading = {name: None if x is None else x[:num_texts] for name, x in of_module.items()}
+            of_texts |= {f"{part.name}.{name}": x for name, x in reading.items()}
+            states[part.name] = reading["state"]
+            answers |= {output: reading[latent] for latent, output in part.latents.items()}
             for answer in part.answers:
-                raw = told[answer.read or answer.label]
+                raw = reading[answer.read or answer.label]
                 if answer.pair:
                     readings["utility"][part.name] = raw
-                    readings["preference"][part.name] = _gap(reading[answer.read], num_texts, contrast_rows)
+                    readings["preference"][part.name] = _gap(of_module[answer.read], num_texts, contrast_rows)
                 elif answer.fused:
                     readings.setdefault(answer.label, {})[part.name] = raw
                 else:
-                    said[answer.output_name] = raw
-        fields = answer_fields() | {"utility": "utility"}
-        final = self._fused(states, features["tasks"], readings, of_texts, without)
-        return RedHeartOutput(**said, **{fields[label]: raw for label, raw in final.items()}, readings=readings)
-
-    def _features(self, tokens: torch.Tensor, tasks: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-        """What parts may read of the backbone, by name (model/parts.py)."""
-        own = {f"task.{name}": x for name, x in zip(TASKS4, tasks.unbind(1), strict=True)}
-        basics = {"tokens": tokens, "tasks": tasks, "mask": mask, "bias": attention_bias(mask, tokens.dtype)}
-        return basics | own
+                    answers[answer.output_name] = raw
+        fields = ANSWER_FIELDS | {"utility": "utility"}
+        final = self._fused(states, of_texts["tasks"], readings, text_masks, without)
+        return RedHeartOutput(**answers, **{fields[label]: raw for label, raw in final.items()}, readings=readings)
 
     def _fused(
         self,

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoModel, BitsAndBytesConfig, QuantoConfig
 
+from redheart.config import LossConfig
 from redheart.model.layers import attention_bias
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
+from redheart.tasks import task_losses
 from tests.model.test_model import SMALL, inputs, small
 
 ANSWERS = (
@@ -145,27 +147,47 @@ def saved(tmp_path_factory):
         return directory, (features, mask), network(features, mask)
 
 
-def distance(found, expected, name: str) -> float:
-    return float((found[name].float() - expected[name]).norm() / expected[name].norm())
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_in_8bit": True},
+        {"load_in_4bit": True},
+        {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"quantization_config": QuantoConfig(weights="int8")},
+    ],
+    ids=["8 bits", "4 bits", "bitsandbytes", "as a dictionary", "quanto"],
+)
+def test_quantised_weights_are_refused_by_name(saved, options):
+    """Linear layers alone are quantised, and most weights here are of stacked parts: little would be saved, and nobody would be told."""
+    for kind in (RedHeartModel, AutoModel):
+        with pytest.raises(RedHeartError, match=f"{next(iter(options))}.*dtype=torch.bfloat16"):
+            kind.from_pretrained(saved[0], **options)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_weights_packed_by_bitsandbytes_are_refused_by_name(saved, bits):
-    """It packs nn.Linear alone, and most weights here are of stacked parts: little would be saved, and nobody would be told."""
-    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
-    for options in ({"quantization_config": settings}, {f"load_in_{bits}bit": True}):
-        with pytest.raises(RedHeartError, match=f"load_in_{bits}bit.*dtype=torch.bfloat16"):
-            RedHeartModel.from_pretrained(saved[0], **options)
-
-
-def test_dynamically_quantised_weights_give_the_answers_rounded(saved):
+def test_dynamic_quantisation_finds_nothing_to_quantise(saved):
+    """torch's knows Linear itself and not its heirs: the answers stay what they are."""
     directory, given, expected = saved
     network = RedHeartModel.from_pretrained(directory).eval()
-    quantised = torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
+    untouched = torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
+    assert not [n for n, m in untouched.named_modules() if "quantized" in type(m).__module__]
     with torch.no_grad():
-        found = quantised(*given)
-    for name in ("task_features", "trajectory", "emotion_logits"):
-        assert distance(found, expected, name) < 0.1, name
+        found = untouched(*given)
+    for name in (*ANSWERS, *TOKENS):
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_a_network_that_was_asked_in_inference_mode_can_be_trained_afterwards():
+    """What is made once and kept is made for both."""
+    network, (features, mask, labels) = small(dropout=0.1), inputs()
+    rows, keys = torch.tensor([0, 3]), torch.arange(8)
+    ones = {name: torch.ones_like(value) for name, value in labels.items()}
+    with torch.inference_mode():
+        outputs = network(features, mask, features[rows], mask[rows], rows, keys)
+        task_losses(outputs, labels, ones, LossConfig())
+    outputs = network(features, mask, features[rows], mask[rows], rows, keys)
+    sum(value for value, _ in task_losses(outputs, labels, ones, LossConfig()).values()).backward()
+    assert all(p.grad is not None for p in network.parameters())
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

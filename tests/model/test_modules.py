@@ -338,6 +338,17 @@ def test_the_backbone_compiles_without_graph_breaks():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_the_whole_network_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    network = RedHeartModel(RedHeartConfig(**{**SMALL, "dropout": 0.1})).train()
+    x, mask, rows = torch.randn(3, 5, 768), torch.ones(3, 5, dtype=torch.bool), torch.tensor([0, 2])
+    given = (x, mask, x[:2].flip(-1), mask[:2], rows, torch.arange(3))
+    compiled, plain = torch.compile(network, fullgraph=True, backend="aot_eager")(*given), network(*given)
+    for name, task in TASKS.items():
+        assert torch.allclose(task.raw(compiled), task.raw(plain), atol=1e-5), name
+
+
 def test_meta_build_is_quick_and_of_the_designs_size():
     import time
 

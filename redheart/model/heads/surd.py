@@ -43,9 +43,8 @@ class SurdHead(nn.Module):
         masks: Masks,
     ) -> SurdReading:
         """The other heads' states [B, K]; zeros stand for those of a head that is left out."""
-        x = torch.stack(
-            [feature * 0 if x is None else x for x in (emotion, bentham, regret)] + [feature], 1
-        )  # [B, 4, K]
+        others = [feature * 0 if x is None else x for x in (emotion, bentham, regret)]
+        x = torch.stack([*others, feature], 1)  # [B, 4, K]
         x = self.norm(self.layers(x, None, masks))
         everything, (*sources, own) = x.flatten(1), x.unbind(1)
         mean, product = (sources[0] + sources[1] + sources[2]) / 3, sources[0] * sources[1] * sources[2]

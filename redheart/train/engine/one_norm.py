@@ -32,9 +32,8 @@ class OneNorm:
             )
         else:
             zero.update_offload_overflow_tracker = lambda gradient: None
-            zero.check_overflow = lambda partition_gradients: (
-                None
-            )  # `overflow` is False before it, and the norm decides
+            # `overflow` is False before it, and the norm decides
+            zero.check_overflow = lambda partition_gradients: None
             zero.scaled_global_norm = lambda: self._read(zero.params_in_partition, zero.cpu_offload)
             zero.unscale_and_clip_grads = lambda gradients, norm: self._clip(gradients)
 
@@ -52,9 +51,10 @@ class OneNorm:
                 norms += [zero.norm_for_param_grads[zero.get_param_id(p)] for p in known]
             else:
                 parts = [g for g in zero.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
-                found = list(zip(group, parts, strict=False))  # zeros at the end of a last partition bear no mark
-                owners += [self._owners[id(p)] for p, _ in found]
-                norms += norms_of([g for _, g in found])
+                # zeros at the end of a last partition bear no mark
+                pairs = list(zip(group, parts, strict=False))
+                owners += [self._owners[id(p)] for p, _ in pairs]
+                norms += norms_of([g for _, g in pairs])
         self.module_norms = read_norms(self._modules, owners, norms)
         return self.total
 

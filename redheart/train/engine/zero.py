@@ -151,22 +151,19 @@ class DeepSpeedEngine(Engine):
         finally:
             for module, hooks in hooked.items():
                 module._backward_hooks = hooks
-        if (
-            self._stage == 3
-        ):  # modules none of whose inputs has a gradient stay gathered; DeepSpeed's backward ends so, too
+        if self._stage == 3:
+            # modules none of whose inputs has a gradient stay gathered; DeepSpeed's backward ends so, too
             self._zero.parameter_offload.release_backward_leftovers()
 
     def step(self) -> Update:
         if self._stage == 3 and self.device.type == "cpu":
-            for (
-                parameter
-            ) in self.model.parameters():  # partitioned already; DeepSpeed 0.19.8 would wait for a stream on them
+            # gradients are partitioned already; DeepSpeed 0.19.8 would wait for a stream on them
+            for parameter in self.model.parameters():
                 parameter.grad = None
         self._engine.step()
         applied = self._engine.was_step_applied()
-        if (
-            not applied and self._stage < 3
-        ):  # with the optimizer on the host 0.19.8 keeps them, and adds the next step's
+        if not applied and self._stage < 3:
+            # with the optimizer on the host 0.19.8 keeps the gradients, and adds the next step's
             self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
         return Update(applied, self._norm.module_norms)
 
