@@ -17,7 +17,8 @@ from typing import NamedTuple
 from redheart.memory.states import Traits
 
 WAITS = 1  # of a step, whatever the strategy: norms of all gradients, read together
-UPDATE = 60  # launches of a step for the few flat tensors of the optimizer: norms, clip, AdamW, the 16-bit copy
+# launches of a step for the few flat tensors of the optimizer: norms, clip, AdamW, the 16-bit copy. Assumed, not counted
+UPDATE = 60
 
 
 class Tensor(NamedTuple):

@@ -117,11 +117,3 @@ def fill(stored: Stored, name: str, module: nn.Module) -> None:
     with torch.no_grad():
         for key, tensor in module.state_dict().items():
             tensor.copy_(stored.read(f"{name}.{key}"))
-
-
-def initialise(model: RedHeartModel, path: Path) -> None:
-    """Replaces the weights of a fresh network by those of an export, a checkpoint or a run; each must fit."""
-    assert isinstance(model.config, RedHeartConfig)
-    stored = fitting(model.config, path)
-    for name in model.built:
-        fill(stored, name, model.get_submodule(name))

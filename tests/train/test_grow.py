@@ -18,7 +18,7 @@ from redheart.train import grow as door
 from redheart.train.checkpoint import Progress
 from redheart.train.export import load_model, write_card
 from redheart.train.moments import open_moments
-from redheart.train.stored import initialise, load_stored, open_stored
+from redheart.train.stored import fill, fitting, load_stored, open_stored
 from tests.runs import QUICK, redheart
 
 
@@ -69,6 +69,13 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(export: Path, tm
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "config.json").write_text("{}")
     assert list(tmp_path.iterdir()) == [tmp_path / "none"]
+
+
+def initialise(model: RedHeartModel, path: Path) -> None:
+    """As `train --init` gives a fresh network its weights (train/oom.py)."""
+    stored = fitting(model.config, path)
+    for name in model.built:
+        fill(stored, name, model.get_submodule(name))
 
 
 def test_weights_to_start_from_must_fit(export: Path):
