@@ -284,9 +284,9 @@ class QueryStack(nn.Module):
         super().__init__()
         self.heads, self.sides, n = heads, sides, width
         # of each layer: weight and bias of three norms; biases of reading's query, value and out, of exchange's out, of the MLP
-        ones, zeros = torch.ones(int(n)), torch.zeros(int(n))
-        biases = [*drawn(4, n, fan_in=n).detach(), drawn(n, fan_in=4 * n).detach()]
-        self.vectors = nn.Parameter(torch.stack([ones, zeros, ones, zeros, ones, zeros, *biases]).repeat(layers, 1, 1))
+        norms = torch.stack([torch.ones(int(n)), torch.zeros(int(n))]).repeat(layers, 3, 1)
+        biases = [drawn(layers, 4, n, fan_in=n), drawn(layers, 1, n, fan_in=4 * n)]
+        self.vectors = nn.Parameter(torch.cat([norms, *(x.detach() for x in biases)], 1))
         self.square_weight = drawn(layers, 5, n, n, fan_in=n)  # reading's query, key, value, out; exchange's out
         self.exchange_weight = drawn(layers, 3, n, n, fan_in=n)  # query, value, key
         self.exchange_bias = drawn(layers, 2, n, fan_in=n)  # query, value

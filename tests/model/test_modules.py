@@ -145,6 +145,26 @@ def test_attention_is_torchs():
     assert torch.allclose(attention(x, attention_bias(mask, x.dtype)), expected, atol=1e-12)
 
 
+def test_a_fresh_stack_draws_every_layer_and_every_part_for_itself():
+    """As torch's Linear draws them, no two alike; norms begin as identities."""
+    torch.manual_seed(0)
+    network = RedHeartModel(RedHeartConfig(**{**SMALL, "width": 48, "layers": 3}))
+    stack = network.analyzers["emotion"].layers
+    ones, zeros = stack.vectors[:, :6:2], stack.vectors[:, 1:6:2]
+    assert (ones == 1).all()
+    assert (zeros == 0).all()
+    for parts, fan_in in ((stack.vectors[:, 6:10], 48), (stack.vectors[:, 10:], 192), (stack.square_weight, 48)):
+        flat = parts.detach().flatten(0, 1).flatten(1)
+        assert flat.abs().max() <= fan_in**-0.5
+        assert flat.std() == pytest.approx(fan_in**-0.5 / 3**0.5, rel=0.15)
+        assert len(flat.unique(dim=0)) == len(flat)
+    constant = ("norms", "pooling.value_bias", "observation_weight")  # ones and zeros on purpose
+    for name, parameter in network.named_parameters():  # nor anywhere else
+        if parameter.dim() > 2 and not name.endswith((*constant, "vectors")):
+            rows = parameter.detach().flatten(0, -2)
+            assert len(rows.unique(dim=0)) == len(rows), name
+
+
 @pytest.mark.parametrize("sides", [1, 2])
 def test_a_stack_of_query_layers_is_what_its_layers_are_one_by_one(sides):
     torch.manual_seed(0)
