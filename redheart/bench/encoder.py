@@ -19,6 +19,7 @@ from redheart.config import DataConfig, EncoderConfig
 from redheart.console import console, progress
 from redheart.data.encode import TextEncoder
 from redheart.data.gather import gather
+from redheart.evaluation.answers import Answers, tuned_macro_f1
 from redheart.schema import ETHICS
 
 CANDIDATES = {
@@ -91,19 +92,14 @@ def _logistic(x: np.ndarray, y: np.ndarray, intercept: bool = True) -> Any:
 
 
 def _emotion(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
-    from sklearn.metrics import f1_score, roc_auc_score
+    from sklearn.metrics import roc_auc_score
 
-    x, z = _matrix(train, vectors), _matrix(dev, vectors)
-    scores, areas = [], []
-    for entry in range(7):
-        y, t = (np.array([r["emotion"][entry] for r in part]) > 0.5 for part in (train, dev))
-        model = _logistic(x, y)
-        p, q = model.predict_proba(x)[:, 1], model.predict_proba(z)[:, 1]
-        thresholds = np.linspace(0.05, 0.9, 35)
-        best = thresholds[np.argmax([f1_score(y, p > h) for h in thresholds])]
-        scores.append(f1_score(t, q > best))
-        areas.append(roc_auc_score(t, q))
-    return {"emotion_macro_f1": float(np.mean(scores)), "emotion_macro_auc": float(np.mean(areas))}
+    sides = [(_matrix(part, vectors), np.array([r["emotion"] for r in part], float)) for part in (train, dev)]
+    models = [_logistic(sides[0][0], sides[0][1][:, entry] > 0.5) for entry in range(7)]
+    said = [np.stack([model.predict_proba(x)[:, 1] for model in models], 1) for x, _ in sides]
+    chosen, judged = (Answers(p, labels, np.ones_like(labels)) for p, (_, labels) in zip(said, sides, strict=True))
+    areas = [roc_auc_score(judged.target[:, k] > 0.5, judged.prediction[:, k]) for k in range(7)]
+    return {"emotion_macro_f1": tuned_macro_f1(chosen, judged), "emotion_macro_auc": float(np.mean(areas))}
 
 
 def _vad(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:

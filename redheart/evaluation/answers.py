@@ -20,25 +20,29 @@ from redheart.model.redheart import RedHeartModel
 from redheart.schema import JUDGED_ORIGINS, LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS
 
-THRESHOLDS = np.linspace(0.02, 0.98, 49)
 JUDGES = [ORIGINS.index(o) for o in JUDGED_ORIGINS]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Predictions, labels and label masks of one final answer on one split, [N, size] each; rows with no label are left out.
+    """Predictions, labels and label weights (0: no label) of one final answer on one split, [N, size] each; rows with no label are
+    left out.
 
     `halves` [N] deals the rows in two by the hashes of their ids, for thresholds on the rows they are chosen from.
     """
 
     prediction: np.ndarray
     target: np.ndarray
-    known: np.ndarray
+    weight: np.ndarray
     halves: np.ndarray | None = None
+
+    @property
+    def known(self) -> np.ndarray:
+        return self.weight > 0
 
     def rows(self, chosen: np.ndarray) -> Answers:
         """Those of the rows where `chosen` [N] is true."""
-        return Answers(self.prediction[chosen], self.target[chosen], self.known[chosen])
+        return Answers(self.prediction[chosen], self.target[chosen], self.weight[chosen])
 
 
 def answers(
@@ -53,12 +57,15 @@ def answers(
 
 
 def collect(
-    predict: Callable[[Batch], dict[str, torch.Tensor]], stream: SampleStream, max_rows: int | None = None
+    predict: Callable[[Batch], dict[str, torch.Tensor]],
+    stream: SampleStream,
+    max_rows: int | None = None,
+    batch_size: int = 128,
 ) -> dict[str, Answers]:
-    """The same of anyone who predicts a batch: [B, size] by task."""
+    """The same of anyone who predicts a batch: [B, size] by task, on the CPU."""
     parts: dict[str, list[tuple[np.ndarray, ...]]] = {}
     label_names = list(LABELS)
-    for batch in stream.in_order(128, max_rows=max_rows):
+    for batch in stream.in_order(batch_size, max_rows=max_rows):
         for name, prediction in predict(batch).items():
             task = TASKS[name]
             origin = batch.origins[:, label_names.index(task.label)]
@@ -66,22 +73,28 @@ def collect(
             rows = torch.isin(origin, torch.tensor(JUDGES, dtype=origin.dtype)) & (weight > 0).any(1)
             if task.final and rows.any():
                 check_finite({f"predictions of {name}": prediction[rows]})
-                tensors = (prediction[rows], batch.labels[task.label][rows], weight[rows] > 0)
+                tensors = (prediction[rows], batch.labels[task.label][rows], weight[rows])
                 halves = np.array([zlib.crc32(batch.ids[i].encode()) % 2 for i in rows.nonzero()[:, 0].tolist()])
                 parts.setdefault(name, []).append((*(t.numpy() for t in tensors), halves))
     return {n: Answers(*(np.concatenate(x) for x in zip(*p, strict=True))) for n, p in parts.items()}
 
 
 def thresholds(dev: Answers) -> np.ndarray:
-    """Per entry the threshold of the highest F1 on dev, [size]."""
-    true = (dev.target > 0.5) & dev.known
-    best = np.zeros(dev.target.shape[1])
-    score = np.full(dev.target.shape[1], -1.0)
-    for threshold in THRESHOLDS:
-        positive = (dev.prediction > threshold) & dev.known
-        f1 = 2 * (positive & true).sum(0) / np.maximum(positive.sum(0) + true.sum(0), 1)
-        best, score = np.where(f1 > score, threshold, best), np.maximum(score, f1)
-    return best
+    """Per entry the threshold of the highest F1 on dev, [size]: halfway between the two predictions it parts, 0 where everything is
+    above it. It is found among the ranks, so that a monotone map of the predictions (evaluation/calibration.py) chooses the same texts."""
+    return np.array([_threshold(*entry) for entry in zip(dev.prediction.T, dev.target.T, dev.known.T, strict=True)])
+
+
+def _threshold(prediction: np.ndarray, target: np.ndarray, known: np.ndarray) -> float:
+    order = np.argsort(-prediction[known], kind="stable")
+    said, true = prediction[known][order].astype(float), (target[known] > 0.5)[order]
+    if not len(said):
+        return 0.0
+    below = np.append(said[1:], -said[-1])
+    f1 = 2 * true.cumsum() / (np.arange(1, len(said) + 1) + true.sum())
+    f1[said == below] = -1.0  # equal predictions are not parted
+    best = len(f1) - 1 - int(f1[::-1].argmax())  # of equals the one that says yes more often
+    return float(said[best] + below[best]) / 2
 
 
 def cuts(dev: Answers, held_out: Answers, same_rows: bool) -> np.ndarray:

@@ -105,21 +105,25 @@ def density(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
 class Judgement:
     """How an answer is judged: `entries` [B, n] of its loss from raw answers and targets [B, n], each for itself (or, of a simplex,
     each row of a label for itself); which link makes it a prediction (None: it is a density, no value); which metrics and which
-    baseline judge it. `spread`: raw numbers per entry of the label."""
+    baseline judge it. `spread`: raw numbers per entry of the label. `calibrated`: what a line is fitted to on dev, the raw answer as
+    the logit of a probability or the prediction in the label's units (None: its entries hang together; evaluation/calibration.py)."""
 
     entries: Entries
     link: Link | None
     kind: Literal["multilabel", "binary", "score"]
     spread: int = 1
+    calibrated: Literal["logit", "units"] | None = None
 
 
-PRESENCES = Judgement(focal, SIGMOID, "multilabel")
-PROBABILITIES = Judgement(cross_entropy, SIGMOID, "score")
-PAIR = Judgement(cross_entropy, SIGMOID, "binary")  # -log σ(±(u(text) - u(contrast))): Bradley and Terry (1952)
-RATINGS = Judgement(squared_rating, TANH, "score")
-HEDONIC = Judgement(hedonic, SIGMOID, "score")
-STRENGTH = Judgement(huber_strength, SIGMOID, "score")
-STRENGTHS = Judgement(huber, IDENTITY, "score")
+PRESENCES = Judgement(focal, SIGMOID, "multilabel", calibrated="logit")
+PROBABILITIES = Judgement(cross_entropy, SIGMOID, "score", calibrated="logit")
+PAIR = Judgement(
+    cross_entropy, SIGMOID, "binary", calibrated="logit"
+)  # -log σ(±(u(text) - u(contrast))): Bradley and Terry (1952)
+RATINGS = Judgement(squared_rating, TANH, "score", calibrated="units")
+HEDONIC = Judgement(hedonic, SIGMOID, "score", calibrated="units")
+STRENGTH = Judgement(huber_strength, SIGMOID, "score", calibrated="units")
+STRENGTHS = Judgement(huber, IDENTITY, "score", calibrated="units")
 DECOMPOSITION = Judgement(squared_shares, SHARES, "score")
 DENSITY = Judgement(density, None, "score", spread=len(SUBSETS) * LEVELS)
 

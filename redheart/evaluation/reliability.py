@@ -1,0 +1,110 @@
+"""How far answers can be taken at their word, before and after calibration: expected calibration error, Brier score, diagram.
+
+The expected calibration error of an answer (Naeini, Cooper and Hauskrecht 2015): all labelled entries of it together are dealt into
+15 bins of equal mass by what was predicted, and |mean prediction - mean label| is averaged over the bins, weighted by their entries.
+Of ratings and strengths it is in the label's units, and the Brier score is the mean squared error. Labels of people alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from redheart.evaluation.answers import Answers
+from redheart.evaluation.calibration import Line, as_is, crossed, with_lines
+from redheart.evaluation.curves import figure
+from redheart.schema import LABELS
+from redheart.tasks import TASKS
+
+BINS = 15
+BINNED = f"{BINS} bins of equal mass over all labelled entries of an answer"
+DIAGRAM = "reliability.png"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """`bins` [bins, 3]: mean prediction, mean label, entries."""
+
+    ece: float
+    brier: float
+    mae: float
+    bins: np.ndarray
+
+    def to_json(self) -> dict[str, float]:
+        return {"ece": self.ece, "brier": self.brier, "mae": self.mae}
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Of one answer; `entries`: expected calibration error before and after of every entry with a label."""
+
+    task: str
+    texts: int
+    before: Figures
+    after: Figures
+    entries: Mapping[str, tuple[float, float]]
+
+
+def binned(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """[n], [n] -> [at most BINS, 3]: mean prediction, mean label, how many; equal predictions share a bin."""
+    edges = np.quantile(prediction, np.arange(1, BINS) / BINS)
+    place = np.searchsorted(edges, prediction, side="right")
+    sums = np.stack([np.bincount(place, x, minlength=BINS) for x in (prediction, target, np.ones_like(prediction))], 1)
+    sums = sums[sums[:, 2] > 0]
+    return np.concatenate([sums[:, :2] / sums[:, 2:], sums[:, 2:]], 1)
+
+
+def calibration_error(prediction: np.ndarray, target: np.ndarray) -> float:
+    said, true, count = binned(prediction, target).T
+    return float(count @ np.abs(said - true) / count.sum())
+
+
+def figures(given: Answers) -> Figures:
+    p, t = given.prediction[given.known].astype(float), given.target[given.known].astype(float)
+    return Figures(calibration_error(p, t), float(((p - t) ** 2).mean()), float(np.abs(p - t).mean()), binned(p, t))
+
+
+def reliability(
+    held_out: Mapping[str, Answers], lines: Mapping[str, tuple[Line, ...]], same_rows: bool
+) -> list[Reliability]:
+    """One per answer of `held_out` (scores, calibration.score_split); calibrated by `lines`, or, where they were fitted on these very
+    rows (`same_rows`), each half of the rows by what the other half says."""
+    found = []
+    for name, scored in held_out.items():
+        before = Answers(
+            as_is(name, torch.from_numpy(scored.prediction)).numpy(), scored.target, scored.weight, scored.halves
+        )
+        after = (
+            crossed(name, scored) if same_rows else with_lines(name, lines[name], scored) if name in lines else before
+        )
+        errors = {
+            entry: (_entry_error(before, k), _entry_error(after, k))
+            for k, entry in enumerate(LABELS[TASKS[name].label].names)
+            if scored.known[:, k].any()
+        }
+        found.append(Reliability(name, len(scored.target), figures(before), figures(after), errors))
+    return found
+
+
+def _entry_error(given: Answers, entry: int) -> float:
+    known = given.known[:, entry]
+    return calibration_error(given.prediction[known, entry].astype(float), given.target[known, entry].astype(float))
+
+
+def draw(found: list[Reliability], path: Path) -> None:
+    """A panel per answer: mean label over mean prediction of every bin, before and after; on the diagonal they agree."""
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    picture = figure(3.4 * columns, 3.2 * rows)
+    for number, one in enumerate(found, 1):
+        axes, label = picture.add_subplot(rows, columns, number), LABELS[TASKS[one.task].label]
+        axes.plot([label.low, label.high], [label.low, label.high], color="grey", lw=0.8, ls=":")
+        for side, look, name in ((one.before, "C1.-", "before"), (one.after, "C0.-", "calibrated")):
+            axes.plot(side.bins[:, 0], side.bins[:, 1], look, lw=1.2, label=f"{name}, {side.ece:.3f}")
+        axes.set(title=one.task, xlabel="mean prediction", ylabel="mean label")
+        axes.legend(fontsize=7, title="expected calibration error", title_fontsize=7)
+    picture.savefig(path, dpi=120)
