@@ -211,6 +211,50 @@ def bench_parity(
     )
 
 
+@bench.command("control")
+def bench_control(
+    data: Data,
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory of the runs and results; what is finished there is kept.")
+    ],
+    preset: Preset = "local",
+    set_: Set = None,
+    widths: Annotated[
+        list[int] | None, typer.Option("--widths", min=8, help="Of the controls; may be repeated. [default: 96]")
+    ] = None,
+    equal_size: Annotated[
+        bool, typer.Option("--equal-size/--no-equal-size", help="Also a control of the preset's size.")
+    ] = True,
+    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Of every leg. [default: what --epochs says]")
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", min=1e-6, help="Passes over the training split.")] = 2.0,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Samples of a step, in one piece. [default: the preset's]")
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=1e-9, help="The controls' highest; the preset has its own.")
+    ] = 3e-4,
+    evaluations: Annotated[int, typer.Option("--evaluations", min=1, help="Looks at the dev loss, per run.")] = 8,
+    split: Annotated[str, typer.Option("--split", help="What judges: dev or test.")] = "dev",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Of the preset's leg: another state of the network, beside the same controls."),
+    ] = None,
+    controls_only: Annotated[bool, typer.Option("--controls-only", help="Leave out the preset.")] = False,
+    json_: Json = False,
+) -> None:
+    """What the network is worth beside a plain transformer: same shards, order, batches, losses and steps, several seeds."""
+    from redheart.bench import control as room
+
+    result = room.bench_control(
+        data, out, preset, set_ or (), widths or (96,), equal_size, range(seeds), steps, epochs, batch, learning_rate,
+        evaluations, split, name, not controls_only,
+    )  # fmt: skip
+    _print(room.show, result, json_)
+
+
 @bench.command("transfer")
 def bench_transfer(
     data: Data,

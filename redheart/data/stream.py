@@ -8,7 +8,7 @@ step number.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from redheart.data.collate import collate
 from redheart.data.order import CHUNK, WINDOW_SHARDS, Order, order_of, positions, rank_slice
 from redheart.data.shards import Shard, histogram_arrays, open_shard
 from redheart.data.store import Store
-from redheart.schema import NUM_LABEL_COLUMNS, Batch, RedHeartError
+from redheart.schema import LABELS, NUM_LABEL_COLUMNS, ORIGINS, Batch, RedHeartError
 
 Cursor = tuple[int, int, int, int, int, int]  # the arguments of micro_batches
 
@@ -85,6 +85,16 @@ class SampleStream:
         """(values, weights) by label, float32 [101, size], distributed like the split's labels; from the index alone."""
         values, weights = histogram_arrays(self.index["splits"][self.split]["histograms"])
         return {n: torch.from_numpy(v) for n, v in values.items()}, {n: torch.from_numpy(w) for n, w in weights.items()}
+
+    def entries_by(self, origins: Collection[str]) -> np.ndarray:
+        """Which entries have a label of one of these origins somewhere in the split, bool [NUM_LABEL_COLUMNS]. Opens every shard."""
+        codes = [ORIGINS.index(origin) for origin in origins]
+        found = np.zeros(NUM_LABEL_COLUMNS, bool)
+        for number in range(len(self._entries)):
+            shard = self._shard(number)
+            theirs = np.isin(shard.origins, codes).repeat([label.size for label in LABELS.values()], 1)
+            found |= (theirs & ~np.isnan(shard.values)).any(0)
+        return found
 
     def order(self, seed: int) -> Order:
         if seed not in self._orders:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import forward, predict_all
 from redheart.finite import check_finite
 from redheart.metrics import macro_f1
-from redheart.model.redheart import RedHeartModel
 from redheart.schema import JUDGED_ORIGINS, LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS
 
@@ -44,11 +44,18 @@ class Answers:
         """Those of the rows where `chosen` [N] is true."""
         return Answers(self.prediction[chosen], self.target[chosen], self.weight[chosen])
 
+    def entries(self, columns: np.ndarray) -> Answers:
+        """These entries alone, and of the rows those where one of them is labelled."""
+        rows = self.known[:, columns].any(1)
+        prediction, target, known = (x[rows][:, columns] for x in (self.prediction, self.target, self.known))
+        return Answers(prediction, target, known, None if self.halves is None else self.halves[rows])
+
 
 def answers(
-    model: RedHeartModel, stream: SampleStream, without: Collection[str] = (), max_rows: int | None = None
+    model: nn.Module, stream: SampleStream, without: Collection[str] = (), max_rows: int | None = None
 ) -> dict[str, Answers]:
-    """The network's final answers by task on a split (or `max_rows` rows evenly spread over it), where people labelled them."""
+    """The final answers by task on a split (or `max_rows` rows evenly spread over it), where people labelled them, of a network on
+    the CPU: ours, or one that is called as ours is (evaluate.forward)."""
 
     def predict(batch: Batch) -> dict[str, torch.Tensor]:
         return predict_all(forward(model, batch.to("cpu", torch.float32), without))

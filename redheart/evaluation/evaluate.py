@@ -11,11 +11,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from redheart.config import LossConfig
 from redheart.data.stream import SampleStream
 from redheart.metrics import FIELDS, Tally, empty_tally, not_finite, summarise, tally
-from redheart.model.redheart import RedHeartModel, RedHeartOutput
+from redheart.model.outputs import RedHeartOutput
 from redheart.ranks import sum_over_ranks, together
 from redheart.schema import LABELS, ORIGINS, Batch, RedHeartError
 from redheart.tasks import TASKS, packed_losses
@@ -45,7 +46,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: RedHeartModel,
+    model: nn.Module,
     stream: SampleStream,
     config: LossConfig,
     factors: Mapping[str, float],
@@ -107,7 +108,7 @@ def _batches(
 
 
 @torch.no_grad()
-def forward(model: RedHeartModel, batch: Batch, without: Collection[str] = ()) -> RedHeartOutput:
+def forward(model: nn.Module, batch: Batch, without: Collection[str] = ()) -> RedHeartOutput:
     """The answers for a batch, without dropout and gradients; `without`: modules to do without."""
     contrast = (batch.contrast_features, batch.contrast_mask, batch.contrast_rows)
     return model(batch.features, batch.mask, *contrast, without=without)

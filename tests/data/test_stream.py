@@ -18,7 +18,7 @@ from redheart.data.order import global_batch, rank_slice
 from redheart.data.shards import INDEX
 from redheart.data.stream import SampleStream
 from redheart.files import read_sealed_json, write_sealed_json
-from redheart.schema import RedHeartError
+from redheart.schema import LABEL_COLUMNS, NUM_LABEL_COLUMNS, RedHeartError
 from tests.data.shard_data import write_directory
 
 
@@ -124,6 +124,17 @@ def test_the_label_sample_has_the_weighted_means_of_the_split(truth: tuple[Path,
     assert weights["regret"].sum().item() == pytest.approx(32)
     assert weights["emotion"].sum(0).tolist() == [64, 0, 64, 64, 64, 64, 64]
     assert weights["vad"].sum() == 0
+
+
+def test_entries_by_an_origin_are_those_that_some_row_has_from_it(truth: tuple[Path, list[dict]]):
+    stream = SampleStream(truth[0], "train")
+    emotion, regret = (np.arange(NUM_LABEL_COLUMNS)[LABEL_COLUMNS[label]] for label in ("emotion", "regret"))
+    by_authors, by_llm = stream.entries_by(["human", "author"]), stream.entries_by(["llm"])
+    assert (
+        np.flatnonzero(by_authors).tolist() == np.delete(emotion, 1).tolist()
+    )  # the second entry has a gap everywhere
+    assert np.flatnonzero(by_llm).tolist() == regret.tolist()
+    assert not stream.entries_by(["human", "derived"]).any()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,0 +1,335 @@
+"""What is the network worth beside a plain one? The same shards, order, batches, losses and steps through both, over several seeds.
+
+redheart bench control --data DIR --out DIR --json
+
+Legs: the preset, through `redheart.train`; plain transformers (bench/plain.py) of the asked widths, and one of the preset's size, with
+AdamW at a one-cycle rate. A control answers what people labelled in the training, the dev and the judged split; it learns from
+those labels as the network does, whoever else has labels of the same kind in the data. Each leg keeps its checkpoint of the lowest dev
+loss. All are judged by the labels of people (evaluation/measures.py), with thresholds from dev; `test` only where it is asked for.
+A leg that is finished with a seed is not trained again, and where it was judged not judged again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from redheart.bench.plain import PlainTransformer, num_parameters, train_control, width_of_size
+from redheart.config import RunConfig, load_config
+from redheart.console import console, table
+from redheart.data.shards import content_digest
+from redheart.data.stream import SampleStream
+from redheart.device import has_gpu
+from redheart.evaluation.answers import answers
+from redheart.evaluation.curves import figure
+from redheart.evaluation.evaluate import Evaluation, evaluate
+from redheart.evaluation.measures import Measured, measure, over_seeds, paired
+from redheart.files import read_sealed_json, sha256_of, write_json, write_sealed_json
+from redheart.losses.combine import factors
+from redheart.memory.plan import parameters_of
+from redheart.owned import make_directory
+from redheart.schema import JUDGED_ORIGINS, LABEL_COLUMNS, RedHeartError
+from redheart.tasks import constant_losses, task_weights
+from redheart.train.checkpoint import committed
+from redheart.train.export import load_model, resolve
+from redheart.train.start import steps_of, train, with_edges
+from redheart.version import VERSION
+
+JUDGING_BATCH = 128
+AGAIN = "delete it, and this leg is trained or judged again"
+LIBRARIES = ("torch", "transformers", "deepspeed", "scikit-learn")
+
+Load = Callable[[], nn.Module]  # a trained network, on the CPU
+
+
+def bench_control(
+    data: str,
+    out: Path,
+    preset: str = "local",
+    overrides: Sequence[str] = (),
+    widths: Sequence[int] = (96,),
+    equal_size: bool = True,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int | None = None,
+    epochs: float = 2.0,
+    batch: int | None = None,
+    learning_rate: float = 3e-4,
+    evaluations: int = 8,
+    split: str = "dev",
+    name: str | None = None,
+    with_preset: bool = True,
+) -> dict[str, Any]:
+    """Trains and judges what is not there yet under `out`; results go to `out`/control-SPLIT.json, a picture to control-SPLIT.png.
+
+    `steps`: of every leg, else as many as `epochs` take; `batch`: samples of a step, in one piece, else the preset's; `learning_rate`: the
+    controls' highest (the preset has its own); `name`: what the preset's leg is called, so that another state of the network stands
+    beside the same controls. RedHeartError where `out` holds a leg that was trained with other settings.
+    """
+    if split not in ("dev", "test"):
+        raise RedHeartError(f"--split {split}: choose dev or test")
+    make_directory(out, "--out")
+    config = _config(data, preset, overrides, steps, epochs, batch, evaluations)
+    bench = _Bench(data, out, config, split, learning_rate)
+    legs: dict[str, Callable[[int], Load]] = {}  # each trains what is not there yet
+    sizes: dict[str, dict[str, int | None]] = {}
+    target = parameters_of(config).total
+    if with_preset:
+        legs[name or config.preset] = partial(bench.preset, name or config.preset)
+        sizes[name or config.preset] = {"parameters": target, "width": config.model.width}
+    wanted = [*widths] + [width_of_size(bench.encoder_width, target, bench.labels)] * equal_size
+    for width in dict.fromkeys(wanted):
+        legs[f"control-{width}"] = partial(bench.control, f"control-{width}", width)
+        sizes[f"control-{width}"] = {
+            "parameters": num_parameters(bench.encoder_width, width, bench.labels),
+            "width": width,
+        }
+    found: dict[str, list[dict[str, Any]]] = {leg: [] for leg in legs}
+    for seed in seeds:
+        for leg, trained in legs.items():
+            found[leg].append(bench.judged(leg, seed, trained))
+    first = next(iter(legs))
+    total = config.training.max_steps
+    result = {
+        "preset": config.preset, "data": Path(data).name, "split": split, "steps": total,
+        "batch": config.training.global_batch_size, "learning_rate": learning_rate, "seeds": list(seeds),
+        "legs": {leg: sizes[leg] | _summary(runs) for leg, runs in found.items()},
+        "difference": {leg: _difference(found[first], found[leg]) for leg in legs if leg != first} if with_preset else {},
+        "machine": machine(), "versions": {"redheart": VERSION, **{n: importlib.metadata.version(n) for n in LIBRARIES}},
+    }  # fmt: skip
+    write_json(out / f"control-{split}.json", result)
+    _draw(result, out / f"control-{split}.png")
+    return result
+
+
+def _config(
+    data: str, preset: str, overrides: Sequence[str], steps: int | None, epochs: float, batch: int | None, evaluations: int
+) -> RunConfig:  # fmt: skip
+    """The settings that all legs share: the preset's, with steps, batch and evaluations of the bench."""
+    sizes = [] if batch is None else [f"training.global_batch_size={batch}", f"training.micro_batch_size={batch}"]
+    config = load_config(preset, [*sizes, f"training.epochs={epochs}", *overrides])
+    stream = SampleStream(data, "train", config.data.remote)
+    config = with_edges(config, stream)
+    total = steps or steps_of(config, stream.rows_per_epoch)
+    every = math.ceil(total / evaluations)
+    changes = {"max_steps": total, "evaluate_every": every, "checkpoint_every": every, "keep_checkpoints": 1}
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+class _Bench:
+    """The legs of one bench, each run kept below `out`: LEG-seedN.json of its training, LEG-seedN-SPLIT.json of its judgement."""
+
+    def __init__(self, data: str, out: Path, config: RunConfig, split: str, learning_rate: float):
+        self.data, self.out, self.config, self.split, self.learning_rate = data, out, config, split, learning_rate
+        self.streams = {s: SampleStream(data, s, config.data.remote) for s in ("train", "dev", split)}
+        train_stream = self.streams["train"]
+        self.content = content_digest(train_stream.index)
+        self.encoder_width = int(train_stream.encoder["width"])
+        of_people = {s: stream.entries_by(JUDGED_ORIGINS) for s, stream in self.streams.items()}
+        taught = of_people["train"] & of_people["dev"]  # the controls' answers are the same whichever split judges them
+        self.labels = [label for label, where in LABEL_COLUMNS.items() if taught[where].any()]
+        self.entries = taught & of_people[split]
+        if not self.entries.any():
+            raise RedHeartError(
+                f"no label of people is in train, dev and {split} of {data}: prepare a source whose labels are people's"
+            )
+        scales = constant_losses(*train_stream.label_sample(), config.loss)
+        self.factors = factors(task_weights(config.loss), scales, config.loss.constant_floor)
+
+    def control(self, leg: str, width: int, seed: int) -> Load:
+        """The plain transformer of this width, trained with this seed where it is not yet."""
+        config, path = self._seeded(seed), self.out / f"{leg}-seed{seed}.safetensors"
+        settings = config.model_dump(mode="json", include={"loss", "training"}) | {
+            "width": width, "learning_rate": self.learning_rate, "labels": self.labels,
+            "weight_decay": config.optimizer.weight_decay, "max_grad_norm": config.optimizer.max_grad_norm,
+        }  # fmt: skip
+        if not self._is_finished(leg, seed, settings):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                network = PlainTransformer(self.encoder_width, width, self.labels)
+                streams = self.streams["train"], self.streams["dev"]
+                started = time.perf_counter()
+                best = train_control(network, streams, config, self.factors, self.learning_rate, f"{leg}, seed {seed}")
+                seconds = time.perf_counter() - started
+            save_file(best.weights, path)
+            self._finish(leg, seed, settings, seconds, best.step, sha256_of(path))
+
+        def load() -> nn.Module:
+            facts = path.with_suffix(".json")
+            if not path.is_file() or sha256_of(path) != read_sealed_json(facts, AGAIN)["weights"]:
+                raise RedHeartError(f"{path} is not what was trained: delete {facts}, and this leg is trained again")
+            network = PlainTransformer(self.encoder_width, width, self.labels)
+            network.load_state_dict(load_file(path))
+            return network.eval()
+
+        return load
+
+    def preset(self, leg: str, seed: int) -> Load:
+        """The preset's network, trained with this seed where it is not yet."""
+        config, run = self._seeded(seed), self.out / f"{leg}-seed{seed}"
+        settings = config.model_dump(mode="json")
+        if not self._is_finished(leg, seed, settings):
+            console.print(f"{leg}, seed {seed}")
+            resume = "last" if committed(run) else None
+            done = train(config, self.data, run, resume, overwrite=resume is None)
+            if done.signal:
+                raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")
+            # of a run that was taken up again nobody knows how long it took
+            self._finish(leg, seed, settings, None if resume else done.seconds, done.state.best_step)
+        return lambda: load_model(resolve(run)).model
+
+    def judged(self, leg: str, seed: int, trained: Callable[[int], Load]) -> dict[str, Any]:
+        """What is known of a leg with a seed: seconds and best step of its training, dev losses, metrics on the judged split."""
+        load = trained(seed)
+        path = self.out / f"{leg}-seed{seed}-{self.split}.json"
+        facts = read_sealed_json(self.out / f"{leg}-seed{seed}.json", AGAIN)
+        if path.is_file() and (kept := read_sealed_json(path, AGAIN))["trained"] == facts:
+            return facts | kept
+        network = load()
+        dev = evaluate(network, self.streams["dev"], self.config.loss, self.factors, batch_size=JUDGING_BATCH)
+        measured = self._measure(network)
+        metrics = {name: {"metric": metric, "value": value} for name, (metric, value) in measured.items()}
+        judgement = {"trained": facts, "dev_losses": self._losses(dev), "metrics": metrics}
+        write_sealed_json(path, judgement)
+        return facts | judgement
+
+    def _measure(self, network: nn.Module) -> Measured:
+        dev = answers(network, self.streams["dev"])
+        held_out = dev if self.split == "dev" else answers(network, self.streams[self.split])
+        return measure(dev, held_out, self.entries, same_rows=self.split == "dev")
+
+    def _losses(self, dev: Evaluation) -> dict[str, float]:
+        """By task, of those that a control answers too, and, where the network answers them all, their `total` as training weighs them."""
+        losses = {label: dev.losses[label] for label in self.labels if label in dev.losses}
+        if len(losses) < len(self.labels):  # modules are left out
+            return losses
+        return losses | {"total": sum(self.factors[label] * loss for label, loss in losses.items())}
+
+    def _seeded(self, seed: int) -> RunConfig:
+        return self.config.model_copy(update={"training": self.config.training.model_copy(update={"seed": seed})})
+
+    def _is_finished(self, leg: str, seed: int, settings: dict[str, Any]) -> bool:
+        path = self.out / f"{leg}-seed{seed}.json"
+        if not path.is_file():
+            return False
+        kept = read_sealed_json(path, AGAIN)
+        if (kept["data"], kept["settings"]) != (self.content, settings):
+            raise RedHeartError(
+                f"{path} was made with other data or settings: name another --out, or --name of the leg"
+            )
+        return True
+
+    def _finish(
+        self, leg: str, seed: int, settings: dict[str, Any], seconds: float | None, best: int | None, weights: str = ""
+    ) -> None:
+        training = self.config.training
+        assert training.max_steps is not None
+        rate = None if seconds is None else training.max_steps * training.global_batch_size / seconds
+        facts = {
+            "data": self.content, "settings": settings, "weights": weights,
+            "seconds": seconds, "samples_per_s": rate, "best_step": best,
+        }  # fmt: skip
+        write_sealed_json(self.out / f"{leg}-seed{seed}.json", facts)
+
+
+def machine() -> dict[str, Any]:
+    """What the seconds were measured on; threads are torch's."""
+    return {
+        "card": torch.cuda.get_device_name() if has_gpu() else "cpu", "processor": _processor(),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a leg over its seeds."""
+    summary: dict[str, Any] = {"best_step": [run["best_step"] for run in runs]}
+    for key in ("seconds", "samples_per_s"):
+        known = [run[key] for run in runs if run[key] is not None]
+        summary[key] = over_seeds(known) if known else None
+    losses, values = [run["dev_losses"] for run in runs], _values(runs)
+    summary["dev_loss"] = {task: over_seeds([of[task] for of in losses]) for task in losses[0]}
+    kinds = {name: one["metric"] for name, one in runs[0]["metrics"].items()}
+    summary["metrics"] = {n: {"metric": kind, **over_seeds([of[n] for of in values])} for n, kind in kinds.items()}
+    return summary
+
+
+def _difference(preset: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Preset minus control, seed by seed; above 0 the preset is better."""
+    return {name: over_seeds(values) for name, values in paired(_values(preset), _values(control))}
+
+
+def _values(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    return [{name: one["value"] for name, one in run["metrics"].items()} for run in runs]
+
+
+def show(result: dict[str, Any]) -> None:
+    """A row per measure, a column per leg, and what the preset is ahead of each control; behind it dev losses and cost."""
+    legs, ahead = result["legs"], result["difference"]
+    columns = ("", "metric", *legs, *(f"ahead of {leg}" for leg in ahead))
+    rows: list[tuple[str, ...]] = []
+    for name, metric in _measures(legs).items():
+        cells = [_spread(leg["metrics"].get(name)) for leg in legs.values()]
+        rows.append((name, metric, *cells, *(_interval(of.get(name)) for of in ahead.values())))
+    for task in dict.fromkeys(task for leg in legs.values() for task in leg["dev_loss"]):
+        rows.append(("dev loss", task, *(_spread(leg["dev_loss"].get(task)) for leg in legs.values())))
+    rows.append(("parameters", "", *(f"{leg['parameters']:,}" for leg in legs.values())))
+    for key in ("seconds", "samples_per_s"):
+        rows.append((key, "", *("–" if leg[key] is None else f"{leg[key]['mean']:.4g}" for leg in legs.values())))
+    title = f"{_what(result)}: mean ± sd; 95 % interval"
+    console.print(table(title, columns, [row + ("",) * (len(columns) - len(row)) for row in rows]))
+
+
+def _what(result: dict[str, Any]) -> str:
+    return (
+        f"{result['split']}, {result['steps']} steps of {result['batch']}, seeds {', '.join(map(str, result['seeds']))}"
+    )
+
+
+def _measures(legs: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured of any leg -> its metric."""
+    return {name: of["metric"] for leg in legs.values() for name, of in leg["metrics"].items()}
+
+
+def _spread(of: dict[str, Any] | None) -> str:
+    if of is None:
+        return "–"
+    return f"{of['mean']:.4f}" + ("" if of["sd"] is None else f" ± {of['sd']:.4f}")
+
+
+def _interval(of: dict[str, Any] | None) -> str:
+    if of is None:
+        return "–"
+    return f"{of['mean']:+.4f}" + ("" if of["low"] is None else f" [{of['low']:+.4f} {of['high']:+.4f}]")
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of every measure, a colour per leg, with the standard deviation over seeds."""
+    legs, measures = result["legs"], _measures(result["legs"])
+    picture = figure(max(5.0, 1.2 * len(measures) + 1), 4.5)
+    axes = picture.subplots()
+    width = 0.8 / len(legs)
+    for i, (leg, of) in enumerate(legs.items()):
+        known = [(k, of["metrics"][name]) for k, name in enumerate(measures) if name in of["metrics"]]
+        places = [k + (i - (len(legs) - 1) / 2) * width for k, _ in known]
+        spreads = [one["sd"] or 0.0 for _, one in known]
+        label = f"{leg}, {of['parameters'] / 1e6:.3g}M"
+        axes.bar(places, [one["mean"] for _, one in known], width, yerr=spreads, capsize=2, label=label)
+    axes.set_xticks(range(len(measures)), [f"{name}\n{metric}" for name, metric in measures.items()], fontsize=7)
+    axes.set(title=_what(result), ylabel="mean, and standard deviation over seeds")
+    axes.legend(fontsize=8)
+    picture.savefig(path, dpi=120)
