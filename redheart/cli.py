@@ -21,14 +21,23 @@ from redheart.options import (  # fmt: skip
     Checkpoint,
     Data,
     Device,
+    DryRun,
+    ForcePreprocess,
+    GpuMemory,
+    GrowTo,
     HelpConfig,
     Init,
+    ItsData,
     Json,
     NetworkGbit,
     Preset,
+    Push,
+    ReportFile,
     Resume,
     RunPreset,
+    Samples,
     Set,
+    SkipInvalid,
     Sources,
     StepSeconds,
     Swap,
@@ -58,22 +67,14 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="Directory of the shards.")],
     preset: Preset = "local",
     set_: Set = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Only the first N records, splits in proportion.")
-    ] = None,
-    force_preprocess: Annotated[
-        bool, typer.Option("--force-preprocess", help="Start afresh over earlier work.")
-    ] = False,
-    skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Write invalid records to rejected.jsonl and go on.")
-    ] = False,
+    samples: Samples = None,
+    force_preprocess: ForcePreprocess = False,
+    skip_invalid: SkipInvalid = False,
     dedup: Annotated[
         bool, typer.Option("--dedup", help="Drop rows that nearly repeat a dev or test row (data.dedup; uses FAISS).")
     ] = False,
     augment: Augment = None,
-    push: Annotated[
-        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload to a data set of the hub.")
-    ] = None,
+    push: Push = None,
     json_: Json = False,
 ) -> None:
     """Turn raw records into shards: the LLM scores what is missing, the frozen encoder makes token features. Resumable."""
@@ -149,10 +150,7 @@ def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> No
 def plan(
     preset: Preset = "330m",
     set_: Set = None,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option("--gpu-memory", help="For instance 8GiB. [default: the preset's, or less where less is free]"),
-    ] = None,
+    gpu_memory: GpuMemory = None,
     host_memory: Annotated[str | None, typer.Option("--host-memory", help="For instance 16GiB, of a node.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 1,
@@ -204,9 +202,7 @@ def train(
     resume: Resume = None,
     init: Init = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old run in the run directory.")] = False,
-    no_param_update: Annotated[
-        bool, typer.Option("--no-param-update", help="A dry run: every stage, learning rate 0, no checkpoint.")
-    ] = False,
+    no_param_update: DryRun = False,
     help_config: HelpConfig = False,
     json_: Json = False,
 ) -> None:
@@ -234,11 +230,9 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str | None, typer.Option("--data", help="[default: the data it was trained on]")] = None,
+    data: ItsData = None,
     split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")
-    ] = None,
+    report: ReportFile = None,
     device: Device = "cpu",
     swap: Swap = None,
     all_: All = False,
@@ -253,6 +247,17 @@ def evaluate(
         console.print(one)
     console.print(result.footnote() + (f"\nreport: {path}" if path else ""))
     emit(result.to_json(), json_)
+
+
+@app.command()
+def calibrate(checkpoint: Checkpoint, data: ItsData = None, device: Device = "cpu", json_: Json = False) -> None:
+    """Fit probabilities and thresholds on dev, kept beside the weights; `train` does so at its end."""
+    from redheart.console import console
+    from redheart.train.calibrate import calibrate as run
+
+    made = run(checkpoint, data, device)
+    console.print(made.summary(), markup=False)
+    emit(made.to_json(), json_)
 
 
 @app.command()
@@ -296,10 +301,7 @@ def export(
 @app.command()
 def grow(
     checkpoint: Checkpoint,
-    to: Annotated[
-        str,
-        typer.Option("--to", metavar="PRESET|FILE.yaml", help="The size to grow to: 1b3, base, 330m, or a .yaml file."),
-    ],
+    to: GrowTo,
     out: Annotated[
         Path, typer.Option("--out", help="New directory for the grown model; `train --init` starts from it.")
     ],

@@ -132,6 +132,9 @@ def show_answers(text: str, answers: dict[str, Any]) -> None:
     for name, value in answers.items():
         if name == "untrained":
             continue
+        if isinstance(value, list):
+            rows.append((name, "", ", ".join(value) or "none"))
+            continue
         entries = value.items() if isinstance(value, dict) else [("", value)]
         for entry, v in entries:
             mark = " (not trained)" if marked & {name, f"{name}.{entry}"} else ""

@@ -201,6 +201,17 @@ def write_manifest(directory: Path) -> None:
     write_sealed_json(directory / MANIFEST, {"files": entries})
 
 
+def list_in_manifest(directory: Path, name: str, listed: bool, remedy: str) -> None:
+    """Takes one file of a committed directory into its manifest, as it is now, or out of it; what it says of the others stays."""
+    path = directory / MANIFEST
+    content = read_sealed_json(path, remedy)
+    _entries(content, path, remedy)
+    files = {other: entry for other, entry in content["files"].items() if other != name}
+    if listed:
+        files[name] = {"sha256": sha256_of(directory / name), "bytes": (directory / name).stat().st_size}
+    write_sealed_json(path, {"files": dict(sorted(files.items()))})
+
+
 def verify_manifest(
     directory: Path,
     remedy: str = "choose another checkpoint",

@@ -14,6 +14,7 @@ from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
 from redheart.data.readable import Reader
 from redheart.device import device_of
+from redheart.evaluation.calibration import Calibration, scores
 from redheart.evaluation.evaluate import predict_all
 from redheart.evaluation.trained import Entries, trained_entries
 from redheart.memory.swap import place
@@ -33,6 +34,10 @@ class RedHeartPipeline:
     do not need stays idle, and answers are their own instead of the fused ones. Answers that no label trained (`trained`, by
     label and entry: evaluation/trained.py; None: not known) are left out; with `untrained` they are there too, and their names
     under the key `untrained`.
+
+    `calibration` (evaluation/calibration.py) makes the answers of the whole network probabilities, and values without bias; a utility
+    is then in log-odds: σ of a difference says how likely one text is preferred. Beside a multilabel answer NAME stands
+    `NAME_chosen`, the names of its entries above the thresholds that dev chose. Without it answers are as the network gives them.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class RedHeartPipeline:
         swap: Collection[str] = (),
         trained: Entries | None = None,
         untrained: bool = False,
+        calibration: Calibration | None = None,
     ):
         made_with = model.config.encoder
         if made_with is None or made_with["revision"] != encoder.fingerprint["revision"]:
@@ -54,6 +60,7 @@ class RedHeartPipeline:
         model.set_mode(ExecutionMode.INFERENCE, modules)
         self.reader = Reader(encoder.tokenizer)
         self.swap = place(model, device, swap)
+        self.calibration = None if model.idle else calibration  # it was fitted to the fused answers
 
     @classmethod
     def from_pretrained(
@@ -66,7 +73,12 @@ class RedHeartPipeline:
     ) -> RedHeartPipeline:
         """`path`: an export, a checkpoint, or a run directory (its best checkpoint). Loads the encoder it was trained with."""
         device_of(device)  # before anything is loaded
-        model, settings, progress = load_model(Path(path))
+        model, settings, progress, calibration = load_model(Path(path))
+        if calibration is None:
+            console.print(
+                f"{path} has no calibration: answers are as the network gives them, and no entries are chosen; fit one with "
+                f"`redheart calibrate --checkpoint {path}`"
+            )
         trained = trained_entries(progress.labels, settings.loss) if progress.labels else None
         if trained is None:
             console.print(
@@ -78,7 +90,10 @@ class RedHeartPipeline:
                 f"{path} does not say which encoder it was trained with: export a run of `redheart train`"
             )
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
-        return cls(model, TextEncoder(config, device), modules, device, swap, trained, untrained)
+        made = cls(model, TextEncoder(config, device), modules, device, swap, trained, untrained, calibration)
+        if calibration is not None and made.calibration is None:
+            console.print("the calibration is that of the whole network: answers of these modules alone go without it")
+        return made
 
     @overload
     def __call__(self, text: str) -> dict[str, Any]: ...
@@ -103,8 +118,20 @@ class RedHeartPipeline:
                     f"the network's {SHOWN.get(name, name)} of text {bad[0] + 1} is not a finite number: its training went astray; "
                     "choose an earlier checkpoint"
                 )
+        if self.calibration is not None:
+            found |= self._calibrated(self.calibration, scores(outputs), found)
         answers = [self._answer({n: p[i].tolist() for n, p in found.items()}) for i in range(len(texts))]
         return answers[0] if isinstance(text, str) else answers
+
+    @staticmethod
+    def _calibrated(
+        calibration: Calibration, score: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What of `found` is calibrated, by task [B, size]."""
+        made = {n: calibration.apply(n, s) for n, s in score.items() if n in calibration.answers and n != "preference"}
+        if "preference" in found and (lines := calibration.answers.get("preference")):
+            made["preference"] = found["preference"].double() * lines[0].scale
+        return made
 
     def _tell(self, texts: list[str]) -> None:
         """Says on stderr which texts lose their end, and which the encoder cannot read. Raises for one that is no Unicode."""
@@ -139,6 +166,9 @@ class RedHeartPipeline:
             given = {k: v for k, v, yes in zip(keys, values, known, strict=True) if yes or self.untrained}
             if given:
                 answer[shown] = values[0] if label.scalar else given
+            cut = dict(zip(keys, self.calibration.thresholds(name) if self.calibration else (), strict=False))
+            if any(cut.get(k) is not None for k in given):
+                answer[f"{shown}_chosen"] = [k for k, v in given.items() if (c := cut.get(k)) is not None and v > c]
         return {**answer, "untrained": left} if self.untrained else answer
 
 

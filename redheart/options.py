@@ -59,6 +59,11 @@ HelpConfig = Annotated[
 Data = Annotated[
     str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
 ]
+ItsData = Annotated[str | None, typer.Option("--data", help="[default: the data it was trained on]")]
+ReportFile = Annotated[Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Only the first N records, splits in proportion.")
+]
 Device = Annotated[str, typer.Option("--device", help="Where the network computes: cpu, cuda, cuda:1 …")]
 All = Annotated[bool, typer.Option("--all", help="Also the answers that no label trained, marked.")]
 Swap = Annotated[
@@ -71,6 +76,16 @@ Swap = Annotated[
 ]
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option("--gpu-memory", help="For instance 8GiB. [default: the preset's, or less where less is free]"),
+]
+ForcePreprocess = Annotated[bool, typer.Option("--force-preprocess", help="Start afresh over earlier work.")]
+SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Write invalid records to rejected.jsonl and go on.")]
+GrowTo = Annotated[
+    str,
+    typer.Option("--to", metavar="PRESET|FILE.yaml", help="The size to grow to: 1b3, base, 330m, or a .yaml file."),
 ]
 NetworkGbit = Annotated[
     float | None,
@@ -89,6 +104,10 @@ Sources = Annotated[
         "amazon_counterfactual) and its directory; any NAME and a .json, .jsonl, .csv or .parquet file, or a hub id; "
         "`everyday` alone is the shipped corpus.",
     ),
+]
+Push = Annotated[str | None, typer.Option("--push", metavar="OWNER/NAME", help="Then upload to a data set of the hub.")]
+DryRun = Annotated[
+    bool, typer.Option("--no-param-update", help="A dry run: every stage, learning rate 0, no checkpoint.")
 ]
 Augment = Annotated[
     str | None,

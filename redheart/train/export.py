@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from redheart.config import RunConfig, parse_config, read_config
 from redheart.console import console, quiet_libraries
+from redheart.evaluation.calibration import Calibration, check_belongs
+from redheart.evaluation.calibration import read as read_calibration
+from redheart.evaluation.calibration import write as write_calibration
 from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.files import committed_directory, read_json, write_text
 from redheart.model.build import model_config
@@ -29,6 +32,7 @@ class Trained(NamedTuple):
     model: RedHeartModel
     config: RunConfig
     progress: Progress
+    calibration: Calibration | None = None  # None where it has none, or was not read
 
 
 def resolve(path: Path) -> Path:
@@ -49,9 +53,18 @@ def resolve(path: Path) -> Path:
 
 
 def load_model(path: Path) -> Trained:
-    """The model, in evaluation mode on the CPU in fp32, and where its run stood, from `resolve(path)`."""
-    quiet_libraries()
+    """The model, in evaluation mode on the CPU in fp32, where its run stood, and its calibration, from `resolve(path)`."""
     directory = resolve(path)
+    loaded = load_weights(directory)
+    calibration = read_calibration(directory)
+    if calibration is not None:
+        check_belongs(calibration, loaded.model, directory)
+    return loaded._replace(calibration=calibration)
+
+
+def load_weights(directory: Path) -> Trained:
+    """The same without its calibration, from an export or a checkpoint."""
+    quiet_libraries()
     if (directory / "config.json").is_file():
         verify_export(directory)
         config, progress = read_settings(directory)
@@ -85,9 +98,11 @@ def export(path: Path, out: Path) -> dict[str, Any]:
     if out.exists():
         raise RedHeartError(f"{out} exists already: name another --out")
     check_can_make(out, "--out")
-    model, config, progress = load_model(path)
+    model, config, progress, calibration = load_model(path)
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)
+        if calibration is not None:
+            write_calibration(calibration, temporary)
         write_card(temporary, model, config, progress)
     return parameter_counts(model)
 

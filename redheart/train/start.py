@@ -24,6 +24,7 @@ from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_answers, constant_losses
 from redheart.train import checkpoint
 from redheart.train.agree import agree
+from redheart.train.calibrate import calibrate_best
 from redheart.train.checkpoint import Progress
 from redheart.train.claim import Claim, naming_no_room
 from redheart.train.engine import PlainEngine
@@ -47,6 +48,7 @@ class TrainResult:
     signal: int | None
     memory: dict[str, dict[str, float]]  # planned beside taken: memory/compare.py
     go_on: str  # how to go on with it
+    calibration: Path | None = None  # of its best checkpoint, where it came to its end
 
     def to_json(self) -> dict[str, Any]:
         state = self.state
@@ -57,6 +59,7 @@ class TrainResult:
             "skipped_steps": state.skipped_steps, "signal": self.signal,
             "micro_batch_size": state.micro_batch_size, "out_of_memory": state.out_of_memory,
             "changes": state.changes, "memory": self.memory,
+            "calibration": str(self.calibration) if self.calibration else None,
         }  # fmt: skip
 
 
@@ -157,8 +160,13 @@ def _train(
     seconds = time.perf_counter() - started
     memory = planned_and_taken(planned) if planned and launched_world_size() == 1 else {}
     show_taken(memory)
+    calibration = None
+    if update_parameters and not stop.signal and state.step == total_steps:
+        trainer.engine.close()
+        if launched_rank() == 0:
+            calibration = calibrate_best(run, streams[1], state)
     go_on = command(data, run) if update_parameters else "a dry run keeps no checkpoint: start it again"
-    return TrainResult(run, state, total_steps, seconds, stop.signal, memory, go_on)
+    return TrainResult(run, state, total_steps, seconds, stop.signal, memory, go_on, calibration)
 
 
 def steps_of(config: RunConfig, num_rows: int) -> int:

@@ -40,7 +40,7 @@ def validate(
             raise RedHeartError(f"--report {out} is a directory: name a file in it, such as {out / 'report.md'}")
         check_can_make(out, "--report")
     directory = resolve(checkpoint)
-    model, config, progress = load_model(directory)
+    model, config, progress, _ = load_model(directory)
     data = data or progress.data
     train, dev, held_out = (SampleStream(data, s, config.data.remote) for s in ("train", "dev", split))
     if not held_out.num_rows:
