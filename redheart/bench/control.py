@@ -3,9 +3,10 @@
 redheart bench control --data DIR --out DIR --json
 
 Legs: the preset, through `redheart.train`; plain transformers (bench/plain.py) of the asked widths, and one of the preset's size, with
-AdamW at a one-cycle rate. A control answers what people labelled in the training, the dev and the judged split; it learns from
-those labels as the network does, whoever else has labels of the same kind in the data. Each leg keeps its checkpoint of the lowest dev
-loss. All are judged by the labels of people (evaluation/measures.py), with thresholds from dev; `test` only where it is asked for.
+AdamW at a one-cycle rate. A control answers what people labelled in training and dev split; it learns from these labels as the network
+does, those that an LLM added to them included. Each leg keeps its checkpoint of the lowest dev loss. Seconds are those of training, looks
+at the dev loss included. What people labelled in the judged split too is judged by their labels (evaluation/measures.py), with thresholds
+from dev; `test` only where it is asked for.
 A leg that is finished with a seed is not trained again, and where it was judged not judged again.
 """
 
@@ -326,7 +327,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     for i, (leg, of) in enumerate(legs.items()):
         known = [(k, of["metrics"][name]) for k, name in enumerate(measures) if name in of["metrics"]]
         places = [k + (i - (len(legs) - 1) / 2) * width for k, _ in known]
-        spreads = [one["sd"] or 0.0 for _, one in known]
+        spreads = [one["sd"] for _, one in known] if len(result["seeds"]) > 1 else None
         label = f"{leg}, {of['parameters'] / 1e6:.3g}M"
         axes.bar(places, [one["mean"] for _, one in known], width, yerr=spreads, capsize=2, label=label)
     axes.set_xticks(range(len(measures)), [f"{name}\n{metric}" for name, metric in measures.items()], fontsize=7)
