@@ -210,6 +210,11 @@ def apply(name: str, lines: tuple[Line, ...], score: torch.Tensor) -> torch.Tens
     return torch.where(torch.tensor([bool(x.as_is) for x in lines]), as_is(name, score).double(), moved)
 
 
+def uncalibrated(name: str, scored: Answers) -> Answers:
+    """What the network says, in the label's units."""
+    return replace(scored, prediction=as_is(name, torch.from_numpy(scored.prediction)).numpy())
+
+
 def with_lines(name: str, lines: tuple[Line, ...], scored: Answers) -> Answers:
     """The same answers, calibrated."""
     return replace(scored, prediction=apply(name, lines, torch.from_numpy(scored.prediction)).numpy())

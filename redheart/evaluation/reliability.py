@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from redheart.evaluation.answers import Answers
-from redheart.evaluation.calibration import Line, as_is, crossed, with_lines
+from redheart.evaluation.calibration import Line, crossed, uncalibrated, with_lines
 from redheart.evaluation.curves import figure
 from redheart.schema import LABELS
 from redheart.tasks import TASKS
 
 BINS = 15
 BINNED = f"{BINS} bins of equal mass over all labelled entries of an answer"
+COLUMNS = ("answer", "texts", "ECE ↓", "calibrated", "Brier ↓", "calibrated", "mae ↓", "calibrated")
 DIAGRAM = "reliability.png"
 
 
@@ -47,6 +48,15 @@ class Reliability:
     before: Figures
     after: Figures
     entries: Mapping[str, tuple[float, float]]
+
+    def cells(self) -> list[str]:
+        """Of a row under COLUMNS."""
+        pairs = zip(self.before.to_json().values(), self.after.to_json().values(), strict=True)
+        return [self.task, str(self.texts), *(f"{value:.3f}" for pair in pairs for value in pair)]
+
+    def to_json(self) -> dict[str, Any]:
+        entries = {name: {"before": before, "after": after} for name, (before, after) in self.entries.items()}
+        return {"texts": self.texts, "before": self.before.to_json(), "after": self.after.to_json(), "ece": entries}
 
 
 def binned(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -75,9 +85,7 @@ def reliability(
     rows (`same_rows`), each half of the rows by what the other half says."""
     found = []
     for name, scored in held_out.items():
-        before = Answers(
-            as_is(name, torch.from_numpy(scored.prediction)).numpy(), scored.target, scored.weight, scored.halves
-        )
+        before = uncalibrated(name, scored)
         after = (
             crossed(name, scored) if same_rows else with_lines(name, lines[name], scored) if name in lines else before
         )

@@ -12,11 +12,15 @@ import torch
 from redheart.causality.synergy import Informing
 from redheart.console import table
 from redheart.data.stream import SampleStream
-from redheart.evaluation.answers import collect, tuned_macro_f1
+from redheart.evaluation.answers import Answers, collect, tuned_macro_f1
 from redheart.evaluation.baselines import Predict, baselines, judged, look_up
+from redheart.evaluation.calibration import uncalibrated
 from redheart.evaluation.causes import draw
 from redheart.evaluation.curves import learning_curve
 from redheart.evaluation.evaluate import Evaluation, Row, forward, predict_all
+from redheart.evaluation.reliability import BINNED, DIAGRAM, Reliability
+from redheart.evaluation.reliability import COLUMNS as RELIABILITY_COLUMNS
+from redheart.evaluation.reliability import draw as draw_reliability
 from redheart.files import write_text
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import JUDGED_ORIGINS
@@ -45,9 +49,15 @@ class Line:
 
 
 def compare(
-    result: Evaluation, model: RedHeartModel, train: SampleStream, dev: SampleStream, held_out: SampleStream
+    result: Evaluation,
+    model: RedHeartModel,
+    train: SampleStream,
+    dev: SampleStream,
+    held_out: SampleStream,
+    scored: tuple[Mapping[str, Answers], Mapping[str, Answers]],
 ) -> list[Line]:
-    """The lines of the report: labels of people first. `tuned_f1`: macro-F1 with the thresholds of answers.cuts, for every side."""
+    """The lines of the report: labels of people first. `tuned_f1`: macro-F1 with the thresholds of answers.cuts, for every side;
+    the network's own from what it `scored` on dev and on the held-out split (calibration.score_split)."""
     predict = lambda batch: predict_all(forward(model, batch.to("cpu", torch.float32)))  # noqa: E731
     others: dict[str, Predict] = {**baselines(train)}
     if "regret" in {row[0] for row in result.metrics} and (table_ := look_up(train, predict)):
@@ -60,9 +70,9 @@ def compare(
             values = [metrics.get(k, {}).get(row, {}).get(metric) for k in ("linear", f"constant/{metric}", "look_up")]
             summary = result.metrics[row]
             lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["rows"]), metric, summary[metric], *values))
-    network, linear, constant = (
-        [collect(side, split) for split in (dev, held_out)]
-        for side in (predict, others["linear"], others["constant/macro_f1"])
+    network = [{name: uncalibrated(name, given) for name, given in side.items()} for side in scored]
+    linear, constant = (
+        [collect(side, split) for split in (dev, held_out)] for side in (others["linear"], others["constant/macro_f1"])
     )
     for name, answers in network[1].items():
         has_label = ((answers.target > 0.5) & answers.known).any()
@@ -113,6 +123,8 @@ class Report:
     lines: list[Line]
     dev_losses: list[tuple[str, float, float, float]]
     causes: Informing | None  # what informs the predicted regret; None where there are too few texts
+    reliability: list[Reliability]
+    calibrated_by: str  # which rows the calibration was fitted on
     untrained: list[str] | None = None  # answers, or answers' entries, that no label trained; None: not known
 
     def without_untrained(self) -> Report:
@@ -122,6 +134,7 @@ class Report:
             self,
             lines=[line for line in self.lines if line.task not in gone],
             dev_losses=[row for row in self.dev_losses if row[0] not in gone],
+            reliability=[one for one in self.reliability if one.task not in gone],
             causes=None if gone & {"regret", "emotion", "bentham"} else self.causes,
         )
 
@@ -139,6 +152,9 @@ class Report:
             table("what was learned", LOSS_COLUMNS, self._loss_cells()),
             table(title, COLUMNS, self._line_cells()),
         ]
+        if self.reliability:
+            rows = [one.cells() for one in self.reliability]
+            tables.append(table(f"calibration ({self.calibrated_by})", RELIABILITY_COLUMNS, rows))
         if self.causes is not None:
             tables.append(table(self._causes_title(), CAUSE_COLUMNS, self._cause_cells()))
         return tables
@@ -150,6 +166,9 @@ class Report:
             "split": self.split, "checkpoint": self.facts["checkpoint"], "thresholds_chosen_on": TUNED_ON[self.split == "dev"],
             "untrained": self.untrained, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
             "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
+            "calibration": {
+                "fitted_on": self.calibrated_by, "bins": BINNED, "answers": {one.task: one.to_json() for one in self.reliability},
+            },
             "causes_of_regret": None if self.causes is None else {
                 "shares": self.causes.shares(), "bits": self.causes.mutual_information, "leak": self.causes.leak,
                 "terms": [{"kind": k, "agents": a, "bits": v} for k, a, v in self.causes.rows()],
@@ -157,7 +176,7 @@ class Report:
         }  # fmt: skip
 
     def write(self, path: Path) -> None:
-        """`path` (markdown), with the learning curve beside it where the run has TensorBoard events."""
+        """`path` (markdown), with its pictures beside it; the learning curve where the run has TensorBoard events."""
         curve = learning_curve(path.parent)
         text = [f"# {self.title}", "", *(f"- {k}: {v}" for k, v in self.facts.items()), ""]
         text += [*_markdown(LOSS_COLUMNS, self._loss_cells()), "", f"## {self.split} split", ""]
@@ -168,6 +187,16 @@ class Report:
             f"tuned_f1: macro-F1 with the threshold of every entry chosen on {TUNED_ON[self.split == 'dev']}. look-up: the mean label "
             "of training texts by the level of the predicted regret.",
         ]
+        if self.reliability:
+            text += ["", "## How far answers can be taken at their word", ""]
+            text += [*_markdown(RELIABILITY_COLUMNS, [one.cells() for one in self.reliability]), ""]
+            text += [
+                f"As the network gives them and calibrated ({self.calibrated_by}). ECE: expected calibration error, {BINNED}; of ratings "
+                "and strengths in the label's units, as their Brier score is the mean squared error.",
+                "",
+                f"![mean label over mean prediction]({DIAGRAM})",
+            ]
+            draw_reliability(self.reliability, path.parent / DIAGRAM)
         if self.causes is not None:
             text += ["", f"## {self._causes_title()}", "", *_markdown(CAUSE_COLUMNS, self._cause_cells()), ""]
             draw(self.causes, path.parent / "causes_of_regret.png")

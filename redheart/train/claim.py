@@ -22,7 +22,7 @@ from redheart.train.checkpoint import REBUILD, clear, committed, last
 
 KIND = "run"
 NAMES = ("config.yaml", "ds_config.json", "checkpoints", "tensorboard", REBUILD)
-REPORT = ("report.md", "learning_curve.png", "causes_of_regret.png")  # evaluate's
+REPORT = ("report.md", "learning_curve.png", "reliability.png", "causes_of_regret.png")  # evaluate's
 EARLIER = (*NAMES, *REPORT, "samples-rank*.jsonl", "non_finite_step_*.json", "finished.json")
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from redheart.console import console
 from redheart.data.stream import SampleStream
 from redheart.device import device_of
+from redheart.evaluation.answers import Answers
+from redheart.evaluation.calibration import Calibration, Line, dev_digest, fit, score_split
 from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.evaluate import evaluate
-from redheart.evaluation.report import Report, compare
+from redheart.evaluation.reliability import reliability
+from redheart.evaluation.report import Report, compare, tuned_on_itself
 from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.losses.combine import factors
 from redheart.memory.swap import place
@@ -40,7 +43,7 @@ def validate(
             raise RedHeartError(f"--report {out} is a directory: name a file in it, such as {out / 'report.md'}")
         check_can_make(out, "--report")
     directory = resolve(checkpoint)
-    model, config, progress, _ = load_model(directory)
+    model, config, progress, calibration = load_model(directory)
     data = data or progress.data
     train, dev, held_out = (SampleStream(data, s, config.data.remote) for s in ("train", "dev", split))
     if not held_out.num_rows:
@@ -65,8 +68,14 @@ def validate(
     after = now.losses  # of these very weights: the last look at dev before a checkpoint was written may be steps older
     losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before and TASKS[n].final]
     silent = untrained_names(trained_entries(progress.labels, config.loss)) if progress.labels else None
-    lines, causes = compare(result, model, train, dev, held_out), causes_of_regret(model, held_out)
-    report = Report(f"Red Heart: what {config.preset} learned", facts, split, result, lines, losses, causes, silent)
+    itself = tuned_on_itself(held_out)
+    on_dev = score_split(model, dev, device)
+    scored = on_dev, on_dev if itself else score_split(model, held_out, device)
+    lines, causes = compare(result, model, train, dev, held_out, scored), causes_of_regret(model, held_out)
+    maps, fitted_on = _maps(calibration, dev, on_dev, itself)
+    reliable = reliability(scored[1], maps, itself)
+    title = f"Red Heart: what {config.preset} learned"
+    report = Report(title, facts, split, result, lines, losses, causes, reliable, fitted_on, silent)
     if not untrained:
         report = report.without_untrained()
     if swapped.names:
@@ -78,3 +87,15 @@ def validate(
     if out is not None:
         report.write(out)
     return report, out
+
+
+def _maps(
+    calibration: Calibration | None, dev: SampleStream, on_dev: dict[str, Answers], itself: bool
+) -> tuple[dict[str, tuple[Line, ...]], str]:
+    """(what calibrates the answers on the held-out split, in words on which rows it was fitted)."""
+    if itself:
+        return {}, "each half of dev by what the other half says"
+    if calibration is None:
+        return fit(on_dev), "the checkpoint has none: fitted on dev for this report"
+    same = calibration.dev == dev_digest(dev)
+    return calibration.answers, f"the checkpoint's own, fitted on {'dev' if same else 'other data than this'}"

@@ -12,17 +12,19 @@ import redheart.infer as infer
 from redheart.config import RunConfig, load_config
 from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
 from redheart.data.stream import SampleStream
-from redheart.evaluation.calibration import CALIBRATION, read, score_split, with_lines
+from redheart.evaluation.answers import Answers
+from redheart.evaluation.calibration import CALIBRATION, crossed, read, score_split, uncalibrated, with_lines
 from redheart.evaluation.evaluate import evaluate, predict_all
 from redheart.files import read_sealed_json, verify_manifest, write_sealed_json
 from redheart.infer import RedHeartPipeline
-from redheart.owned import exclusive
+from redheart.owned import exclusive, owned
 from redheart.schema import EMOTIONS, RedHeartError
 from redheart.train import start
 from redheart.train.calibrate import calibrate
 from redheart.train.checkpoint import best, committed, last
 from redheart.train.export import export, load_model, resolve
 from redheart.train.start import train
+from redheart.train.validate import validate
 from tests.test_doors import run as command
 from tests.test_infer import ENCODER, MADE_WITH, SMALL, TOKENS, WIDTH, Encoder, row
 
@@ -254,3 +256,39 @@ def test_other_ranks_have_nothing_to_wait_for(run, data, monkeypatch):
     assert start.calibrate_best(run, dev, loaded.progress) == best(run) / CALIBRATION
     with pytest.raises(AssertionError, match="a collective"):
         evaluate(loaded.model, dev, config(1).loss, dict.fromkeys(loaded.progress.scales, 1.0))
+
+
+def test_the_report_says_how_far_answers_can_be_taken_at_their_word(run, data, tmp_path):
+    """On test by the checkpoint's own calibration, on dev each half by the other; the figures are those of the answers themselves."""
+    loaded = load_model(run)
+    test, dev = (score_split(loaded.model, SampleStream(data, s)) for s in ("test", "dev"))
+    report, path = validate(run, None, "test", None)
+    said = report.to_json()["calibration"]
+    assert said["fitted_on"] == "the checkpoint's own, fitted on dev"
+    assert "15 bins of equal mass" in said["bins"]
+    after = with_lines("emotion", loaded.calibration.answers["emotion"], test["emotion"])
+    assert said["answers"]["emotion"]["after"]["brier"] == pytest.approx(brier_score(after))
+    assert said["answers"]["emotion"]["before"]["brier"] == pytest.approx(
+        brier_score(uncalibrated("emotion", test["emotion"]))
+    )
+    assert set(said["answers"]["emotion"]["ece"]) == set(EMOTIONS)
+    assert (path.parent / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert "![mean label over mean prediction](reliability.png)" in path.read_text()
+    assert "reliability.png" in owned(run, "run")
+
+    report, _ = validate(run, None, "dev", tmp_path / "dev.md")
+    said = report.to_json()["calibration"]
+    assert said["fitted_on"] == "each half of dev by what the other half says"
+    assert said["answers"]["emotion"]["after"]["brier"] == pytest.approx(
+        brier_score(crossed("emotion", dev["emotion"]))
+    )
+
+    (best(run) / CALIBRATION).unlink()
+    report, _ = validate(run, None, "test", tmp_path / "test.md")
+    said = report.to_json()["calibration"]
+    assert said["fitted_on"] == "the checkpoint has none: fitted on dev for this report"
+    assert said["answers"]["emotion"]["after"]["brier"] == pytest.approx(brier_score(after))
+
+
+def brier_score(given: Answers) -> float:
+    return float(np.mean((given.prediction[given.known] - given.target[given.known]) ** 2))
