@@ -27,13 +27,17 @@ Cursor = tuple[int, int, int, int, int, int]  # the arguments of micro_batches
 
 
 class SampleStream:
-    """One split of a data directory or URL. `encoder` is the fingerprint that its features were made with."""
+    """One split of a data directory or URL. `encoder` is the fingerprint that its features were made with.
 
-    def __init__(self, location: str | Path, split: str, remote: RemoteConfig | None = None):
+    `few_shapes`: batches are of one of at most max_tokens / 8 × 2 shapes for each number of rows (see `collate`).
+    """
+
+    def __init__(self, location: str | Path, split: str, remote: RemoteConfig | None = None, few_shapes: bool = False):
         self.split = split
         self.store = Store(location, remote)
         self.index = self.store.index
         self.encoder: dict[str, Any] = self.index["encoder"]
+        self._max_tokens: int | None = self.encoder["max_tokens"] if few_shapes else None
         self._entries = self.store.shards(split)
         self._starts = np.concatenate([[0], np.cumsum([e["rows"] for e in self._entries], dtype=np.int64)])
         self.num_rows = int(self._starts[-1])
@@ -68,6 +72,7 @@ class SampleStream:
             keys,
             [shard.ids[n] for shard, n in rows],
             self.encoder["width"],
+            self._max_tokens,
         )
 
     def rows(self, numbers: np.ndarray) -> list[dict[str, Any]]:
