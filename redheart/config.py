@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from redheart.files import read_text, seal, unseal, write_text
@@ -25,8 +25,6 @@ Strategy = Literal[
 ]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(ge=0)]
-
-
 S = TypeVar("S", bound=BaseModel)
 SEALED = "restore it, or remove its last line if the change is yours"
 
@@ -186,6 +184,12 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step over all ranks and micro-steps")
     micro_batch_size: int = Field(gt=0, description="most samples a rank runs at once")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of matrix products and of the weights they read")
+    # YAML 1.1 reads off as false
+    compile: Annotated[Literal["off", "regional"], BeforeValidator(lambda x: "off" if x is False else x)] = Field(
+        "off",
+        description="regional: torch.compile for the layers of stacks, each shape when it first comes. On a CPU at most "
+        "15 % (`local`) for a minute or two of compilation of each of some 15 shapes; on a GPU unmeasured: `bench gpu` times both",
+    )
     log_every: int = Field(10, gt=0, description="steps between two lines of the log and of TensorBoard")
     evaluate_every: int = Field(100, gt=0, description="steps between two looks at the dev loss")
     evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
@@ -255,7 +259,7 @@ class OnResume(NamedTuple):
 
 _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = (
     ("free", "a name", "preset"),
-    ("free", "the same numbers, computed otherwise", "model.activation_checkpointing memory.swap"),
+    ("free", "the same numbers, computed otherwise", "model.activation_checkpointing memory.swap training.compile"),
     ("free", "the same steps, cut otherwise", "training.micro_batch_size"),
     ("free", "what is seen and kept of the run", """training.log_every training.evaluate_every training.synergy_every
      training.checkpoint_every training.keep_checkpoints training.log_samples"""),

@@ -1,7 +1,8 @@
 """`redheart bench gpu`: real optimizer steps under a memory cap, beside what the planner said of them.
 
 For every cap, preset and number of tokens: the plan's choice and, of every other strategy, the fastest candidate that fits, each
-in a process of its own (bench/gpu_worker.py). Batches are synthetic, of full length, with every label and a contrast text for
+in a process of its own (bench/gpu_worker.py). On a GPU a plan's choice then goes on with training.compile=regional, so that both are
+timed side by side. Batches are synthetic, of full length, with every label and a contrast text for
 every sample. Peaks count from before DeepSpeed starts. The reference is fp32 AdamW (`plain`) on the whole card. A case that
 fails is recorded with its error and the next one follows. OUT/gpu-CARD-CAP.json is written after every case; cases that a
 later run with filters does not repeat stay in it.
@@ -126,7 +127,11 @@ def run_case(case: Case, machine: dict[str, Any], steps: int, timeout_s: int) ->
     """What a case measured, or why it did not end."""
     facts = {k: v for k, v in asdict(case).items() if k != "config"}
     config = _promising(case, machine).model_dump(mode="json")
-    job = {"what": "case", "config": config, "tokens": case.tokens, "steps": steps, "cap_gib": case.cap_gib}
+    # on a CPU the compiled steps would take minutes for what config.py states
+    compiled_too = case.is_chosen and machine["gpu_total_gib"] is not None and not case.strategy.startswith("zero3")
+    job = {
+        "what": "case", "config": config, "tokens": case.tokens, "steps": steps, "cap_gib": case.cap_gib, "compiled_too": compiled_too,
+    }  # fmt: skip
     measured = _process(job, timeout_s)
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result = {"name": case.name, **facts, "when": when, **measured}
@@ -178,6 +183,11 @@ def show(result: dict[str, Any]) -> None:
     for one in result["cases"]:
         if not one["ended"]:
             console.print(f"failed, {one['name']}: {one['error']}")
+        elif compiled := one.get("compiled"):
+            console.print(
+                f"{one['name']}: {compiled['samples_per_s']:.1f} samples/s with training.compile=regional ({compiled['ratio']:.2f}×), "
+                f"after {compiled['seconds']:.0f} s of compiling for this shape"
+            )
     if machine["launch_s"] is not None:
         console.print(
             f"a launch takes {machine['launch_s'] * 1e6:.1f} µs and a wait {machine['wait_s'] * 1e6:.1f} µs "

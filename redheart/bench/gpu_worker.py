@@ -3,8 +3,8 @@
     python -m redheart.bench.gpu_worker JOB.json RESULT.json
 
 JOB is {"what": "machine"} (compiles the kernels, looks at the device, times a matrix product) or {"what": "case", "config",
-"tokens", "steps", "cap_gib"}: `steps` optimizer steps after WARM_UP others. The engine keeps to the config's memory.gpu_memory_gib,
-which `cap_gib` has become (null: no cap).
+"tokens", "steps", "cap_gib", "compiled_too"}: `steps` optimizer steps after WARM_UP others. The engine keeps to the config's
+memory.gpu_memory_gib, which `cap_gib` has become (null: no cap).
 RESULT is what was measured; where a case fails it holds the error and the peaks until then, and the exit code is not 0.
 """
 
@@ -102,11 +102,15 @@ def case(job: dict[str, Any]) -> dict[str, Any]:
     if job["cap_gib"] is not None and not has_gpu():
         raise RedHeartError("without a GPU no memory can be capped: leave --caps out")
     config = parse_config(job["config"])
-    measured = measure_step(config, job["tokens"], WARM_UP + job["steps"])
+    measured = measure_step(config, job["tokens"], WARM_UP + job["steps"], job["compiled_too"])
     timed = measured["step_seconds"][WARM_UP:]
     figures = {name: measured[name] for name in ("predicted", "observed", "ratio", "base_gib", "start_gib", "losses")}
     figures |= {"step_seconds": measured["step_seconds"], "median_step_s": median(timed)}
     figures["samples_per_s"] = config.training.global_batch_size / median(timed)
+    figures["compiled"] = None
+    if (compiled := measured["compiled"]) is not None:
+        speed = config.training.global_batch_size / median(compiled["step_seconds"][WARM_UP:])
+        figures["compiled"] = {**compiled, "samples_per_s": speed, "ratio": speed / figures["samples_per_s"]}
     if has_gpu():  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
         free, total = torch.cuda.mem_get_info()
         figures["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB

@@ -8,6 +8,7 @@ specialisation, and attention across the tasks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from redheart.model.axes import ADDS, COPY, DEPTH, FIXED, READ, Width
-from redheart.model.dropout import SampleDropout
+from redheart.model.dropout import SampleDropout, dropped
 from redheart.model.layers import (
     MLP,
     Attention,
@@ -70,6 +71,7 @@ class EncoderStack(nn.Module):
         }
         self.gradient_checkpointing = False  # Transformers' gradient_checkpointing_enable() sets this and the function
         self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        self.compiled_layer: Callable[..., torch.Tensor] | None = None  # model/regional.py sets it; training uses it
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None, masks: Masks, states: list[torch.Tensor] | None = None
@@ -80,28 +82,35 @@ class EncoderStack(nn.Module):
             self.up_weight, self.up_bias, self.down_weight, self.down_bias,
         )  # fmt: skip
         norms = self.norms.flatten(0, 2).unbind()  # a weight and a bias for both blocks of a layer
-        layer = self._layer
+        layer = self.compiled_layer if self.compiled_layer and self.training else encoder_layer
         if self.gradient_checkpointing and self.training:
             layer = partial(self._gradient_checkpointing_func, layer)
-        for number, weights in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
-            x = layer(number, x, bias, masks, *norms[4 * number : 4 * number + 4], *weights)
+        for i, weights in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
+            attention_mask = None if self.attention_dropout is None else self.attention_dropout.mask(i, masks)
+            drops = attention_mask, self.dropout.mask(i, masks)
+            x = layer(x, bias, self.heads, *drops, *norms[4 * i : 4 * i + 4], *weights)
             if states is not None:
                 states.append(x)
         return x
 
-    def _layer(
-        self, number: int, x: torch.Tensor, bias: torch.Tensor | None, masks: Masks, *weights: torch.Tensor
-    ) -> torch.Tensor:
-        (a, b, c, d), weights = weights[:4], weights[4:]
-        attention_weight, attention_bias, out_weight, out_bias, up_weight, up_bias, down_weight, down_bias = weights
-        shape = x.shape[-1:]
-        projected = F.linear(F.layer_norm(x, shape, a, b), attention_weight, attention_bias)
-        attended = F.linear(attend(projected, self.heads, bias), out_weight, out_bias)
-        if self.attention_dropout is not None:
-            attended = self.attention_dropout.at(number, attended, masks)
-        x = x + attended
-        hidden = F.gelu(F.linear(F.layer_norm(x, shape, c, d), up_weight, up_bias))
-        return x + F.linear(self.dropout.at(number, hidden, masks), down_weight, down_bias)
+
+def encoder_layer(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: int,
+    attention_mask: torch.Tensor | None,
+    hidden_mask: torch.Tensor | None,
+    *weights: torch.Tensor,
+) -> torch.Tensor:
+    """One layer of an EncoderStack; the masks are of what attention adds [B, n] and of the MLP's inside [B, 4·n]."""
+    (a, b, c, d), weights = weights[:4], weights[4:]
+    attention_weight, attention_bias, out_weight, out_bias, up_weight, up_bias, down_weight, down_bias = weights
+    shape = x.shape[-1:]
+    projected = F.linear(F.layer_norm(x, shape, a, b), attention_weight, attention_bias)
+    attended = F.linear(attend(projected, heads, bias), out_weight, out_bias)
+    x = x + dropped(attended, attention_mask)
+    hidden = F.gelu(F.linear(F.layer_norm(x, shape, c, d), up_weight, up_bias))
+    return x + F.linear(dropped(hidden, hidden_mask), down_weight, down_bias)
 
 
 class TaskPooling(nn.Module):

@@ -19,6 +19,11 @@ def mix_bits(x: torch.Tensor) -> torch.Tensor:
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
+def dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x [B, …, width] without the channels that mask [B, width] drops."""
+    return x if mask is None else x * mask.to(x.dtype).view(len(x), *[1] * (x.dim() - 2), x.shape[-1])
+
+
 class SampleDropout(nn.Module):
     """Drops channels of a sample at `count` sites, one after the other along an axis of x where they are more than one.
 
@@ -37,10 +42,13 @@ class SampleDropout(nn.Module):
 
     def at(self, place: int, x: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
         """x [B, …, width] at the site number `place` of this module."""
+        return dropped(x, self.mask(place, masks))
+
+    def mask(self, place: int, masks: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask [B, width] of the site number `place` of this module; None where nothing is dropped."""
         if masks is None or self.p == 0:
-            return x
-        mask = masks.narrow(1, self.column + place * self.width, self.width)
-        return x * mask.to(x.dtype).view(len(x), *[1] * (x.dim() - 2), self.width)
+            return None
+        return masks.narrow(1, self.column + place * self.width, self.width)
 
     def _all(self, x: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         mask = masks.narrow(1, self.column, self.count * self.width)

@@ -6,7 +6,7 @@ A stacked part has its parameters once, with a leading axis, and is one batched 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from redheart.model.axes import COPY, FIXED, READ, Axis, Width, making, reading
-from redheart.model.dropout import SampleDropout
+from redheart.model.dropout import SampleDropout, dropped
 
 Masks = torch.Tensor | None  # [B, columns], see model/dropout.py
 
@@ -300,48 +300,70 @@ class QueryStack(nn.Module):
             **dict.fromkeys(("up_weight", "down_weight"), (FIXED, COPY, READ)),
             "up_bias": (FIXED, COPY),
         }
+        self.compiled_layer: Callable[..., torch.Tensor] | None = None  # model/regional.py sets it; training uses it
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, masks: Masks) -> torch.Tensor:
         """x [B, Q, n] or [Q, n], the same for all; `bias` of the memory as of `attention_bias`."""
-        x, shape = x.to(memory.dtype).expand(len(memory), -1, -1), self.vectors.shape[-1:]
+        x = x.to(memory.dtype).expand(len(memory), -1, -1)
         vectors, squares = self.vectors.flatten(0, 1).unbind(), self.square_weight.flatten(0, 1).unbind()
         exchanges, exchange_biases = self.exchange_weight.flatten(1, 2).unbind(), keyless(self.exchange_bias).unbind()
         up_weights, up_biases, down_weights = self.up_weight.unbind(), self.up_bias.unbind(), self.down_weight.unbind()
+        layer = self.compiled_layer if self.compiled_layer and self.training else query_layer
         for i in range(len(up_weights)):
-            a, b, c, d, e, f, *read_biases, out_bias, down_bias = vectors[11 * i : 11 * i + 11]
-            *read_weights, out_weight = squares[5 * i : 5 * i + 5]
-            read = self._read(F.layer_norm(x, shape, a, b), memory, bias, read_weights, read_biases)
-            x = x + self.read_dropout.at(i, read, masks)
-            heard = self._exchange(F.linear(F.layer_norm(x, shape, c, d), exchanges[i], exchange_biases[i]))
-            x = x + F.linear(heard, out_weight, out_bias)
-            hidden = F.gelu(F.linear(F.layer_norm(x, shape, e, f), up_weights[i], up_biases[i]))
-            x = x + F.linear(self.dropout.at(i, hidden, masks), down_weights[i], down_bias)
+            drops = self.read_dropout.mask(i, masks), self.dropout.mask(i, masks)
+            weights = up_weights[i], up_biases[i], down_weights[i], exchanges[i], exchange_biases[i]
+            own = *weights, *squares[5 * i : 5 * i + 5], *vectors[11 * i : 11 * i + 11]
+            x = layer(x, memory, bias, self.heads, self.sides, *drops, *own)
         return x
 
-    def _read(
-        self,
-        x: torch.Tensor,
-        memory: torch.Tensor,
-        bias: torch.Tensor | None,
-        weights: list[torch.Tensor],
-        biases: list[torch.Tensor],
-    ) -> torch.Tensor:
-        of_query, of_key, of_value, of_out = weights
-        heads, (batch, queries, width) = self.heads, x.shape
-        q = F.linear(x, of_query, biases[0]).view(batch * queries, heads, -1)
-        folded = side_by_side(q, of_key.view(heads, -1, width)).reshape(batch, queries * heads, width)
-        pooled = attend_tokens(folded, memory, bias, width // heads).reshape(batch * queries, heads, width)
-        values = side_by_side(pooled, of_value.view(heads, -1, width).mT, biases[1].view(heads, -1))
-        return F.linear(values.reshape(batch, queries, width), of_out, biases[2])
 
-    def _exchange(self, projected: torch.Tensor) -> torch.Tensor:
-        """projected [B, Q, 3·n] (query, value, key) -> [B, Q, n]"""
-        batch, queries = projected.shape[:2]
-        sides = projected.view(batch, self.sides, queries // self.sides, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
-        if self.sides == 1:
-            q, v, k = sides.unbind()
-        else:
-            query, rest = sides.split([1, 2])
-            q, (v, k) = query.squeeze(0), rest.flip(2).unbind()
-        heard = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-        return heard.transpose(1, 2).reshape(batch, queries, -1)
+def query_layer(
+    x: torch.Tensor,
+    memory: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: int,
+    sides: int,
+    read_mask: torch.Tensor | None,
+    hidden_mask: torch.Tensor | None,
+    *weights: torch.Tensor,
+) -> torch.Tensor:
+    """One layer of a QueryStack; the masks are of what reading adds [B, n] and of the MLP's inside [B, 4·n]."""
+    up_weight, up_bias, down_weight, exchange_weight, exchange_bias, *rest = weights
+    (*read_weights, out_weight), (a, b, c, d, e, f, *read_biases, out_bias, down_bias) = rest[:5], rest[5:]
+    shape = x.shape[-1:]
+    read = _read(F.layer_norm(x, shape, a, b), memory, bias, heads, read_weights, read_biases)
+    x = x + dropped(read, read_mask)
+    heard = _exchange(F.linear(F.layer_norm(x, shape, c, d), exchange_weight, exchange_bias), heads, sides)
+    x = x + F.linear(heard, out_weight, out_bias)
+    hidden = F.gelu(F.linear(F.layer_norm(x, shape, e, f), up_weight, up_bias))
+    return x + F.linear(dropped(hidden, hidden_mask), down_weight, down_bias)
+
+
+def _read(
+    x: torch.Tensor,
+    memory: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: int,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    of_query, of_key, of_value, of_out = weights
+    batch, queries, width = x.shape
+    q = F.linear(x, of_query, biases[0]).view(batch * queries, heads, -1)
+    folded = side_by_side(q, of_key.view(heads, -1, width)).reshape(batch, queries * heads, width)
+    pooled = attend_tokens(folded, memory, bias, width // heads).reshape(batch * queries, heads, width)
+    values = side_by_side(pooled, of_value.view(heads, -1, width).mT, biases[1].view(heads, -1))
+    return F.linear(values.reshape(batch, queries, width), of_out, biases[2])
+
+
+def _exchange(projected: torch.Tensor, heads: int, sides: int) -> torch.Tensor:
+    """projected [B, Q, 3·n] (query, value, key) -> [B, Q, n]"""
+    batch, queries = projected.shape[:2]
+    by_side = projected.view(batch, sides, queries // sides, 3, heads, -1).permute(3, 0, 1, 4, 2, 5)
+    if sides == 1:
+        q, v, k = by_side.unbind()
+    else:
+        query, rest = by_side.split([1, 2])
+        q, (v, k) = query.squeeze(0), rest.flip(2).unbind()
+    heard = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    return heard.transpose(1, 2).reshape(batch, queries, -1)

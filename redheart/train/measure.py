@@ -23,6 +23,7 @@ from redheart.memory.activations import measured
 from redheart.memory.budget import CONTEXT, resident, resident_peak
 from redheart.memory.plan import GIB, Request, parameters_of, predict
 from redheart.model.build import build_model
+from redheart.model.regional import check_compilation, compile_layers, compiler
 from redheart.ranks import launched_world_size
 from redheart.schema import LABELS, Batch
 from redheart.tasks import GATES, TASKS, task_weights
@@ -43,10 +44,11 @@ def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0) -> Batch:
     return Batch(features, mask, others, mask, each, labels, weights, each, origins)
 
 
-def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str, Any]:
+def measure_step(config: RunConfig, tokens: int, num_steps: int = 2, compiled_too: bool = False) -> dict[str, Any]:
     """Runs `num_steps` optimizer steps (the second has everything resident); bytes as GiB, predicted and observed.
 
-    Peaks count from before the engine is made; `start_gib` holds those at the time it was ready.
+    Peaks count from before the engine is made; `start_gib` holds those at the time it was ready. `compiled_too`: then as many steps
+    with training.compile=regional on the same engine: their seconds, the first one's with what compiling took.
     """
     micro, accumulation = stages.split_global_batch(
         config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
@@ -69,6 +71,7 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
     start = peaks()
     steps = run_steps(engine, config, micro, accumulation, tokens, num_steps)
     observed, predicted = peaks(), {"host_peak_gib": planned.host_peak / GIB}
+    compiled = _compiled(engine, config, micro, accumulation, tokens, num_steps) if compiled_too else None
     if on_gpu:
         allocated = planned.gpu_peak - sum(planned.gpu.get(k, 0) for k in ("allocator", "context"))
         predicted |= {"gpu_allocated_gib": allocated / GIB, "gpu_reserved_gib": (planned.gpu_peak - CONTEXT) / GIB}
@@ -84,8 +87,19 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2) -> dict[str
         "start_gib": start,
         "resident_gib": steps.resident_gib,
         "step_seconds": steps.seconds,
+        "compiled": compiled,
         "losses": steps.losses,
     }
+
+
+def _compiled(
+    engine: Engine, config: RunConfig, micro: int, accumulation: int, tokens: int, num_steps: int
+) -> dict[str, Any]:
+    training = config.training.model_copy(update={"compile": "regional"})
+    check_compilation(config.model_copy(update={"training": training}))
+    compile_layers(engine.model)
+    steps = run_steps(engine, config, micro, accumulation, tokens, num_steps)
+    return {"step_seconds": steps.seconds, "losses": steps.losses, **compiler().report()}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from redheart.evaluation.trained import joined, label_weights
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
+from redheart.model.regional import check_compilation, compiler, few_shapes
 from redheart.ranks import barrier, check_launch, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, constant_answers, constant_losses
@@ -99,6 +100,7 @@ def _train(
     config = with_edges(config, streams[0])
     split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     check_names(config, streams[1])
+    check_compilation(config)
     source = checkpoint.find(resume, run) if resume else None
     state = checkpoint.read_progress(source) if source else Progress()
     total_steps = steps_of(config, streams[0].rows_per_epoch)
@@ -157,6 +159,8 @@ def _train(
         barrier()
     if isinstance(trainer.engine, PlainEngine) and trainer.engine.swap.names:
         console.print(str(trainer.engine.swap.report()))
+    if config.training.compile == "regional":
+        console.print(str(compiler()))
     seconds = time.perf_counter() - started
     memory = planned_and_taken(planned) if planned and launched_world_size() == 1 else {}
     show_taken(memory)
@@ -189,7 +193,8 @@ def with_edges(config: RunConfig, train: SampleStream) -> RunConfig:
 
 
 def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, SampleStream]:
-    streams = SampleStream(data, "train", config.data.remote), SampleStream(data, "dev", config.data.remote)
+    train, dev = (SampleStream(data, split, config.data.remote, few_shapes(config)) for split in ("train", "dev"))
+    streams = train, dev
     if not streams[0].num_rows:
         raise RedHeartError(f"{data} has no training rows: prepare more samples, or give some of them split 'train'")
     if not streams[0].index["splits"]["train"]["histograms"]:
@@ -207,6 +212,7 @@ def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps
         f"{config.training.precision}"
         + (f", ablation without {', '.join(config.model.ablate)}" if config.model.ablate else "")
         + (f", resumed at step {state.step}" if state.step else "")
+        + (", each shape of a micro-batch is compiled when it first comes" if config.training.compile != "off" else "")
     )
     if config.training.precision == "bf16" and not bf16_is_fast(compute_device()):
         console.print(

@@ -117,6 +117,25 @@ def test_the_cap_is_the_promise_that_the_engine_keeps(preset: str, tmp_path: Pat
     assert promised == [(8.0, 8.0), (4.0, 4.0), (None, 80.0)]  # the reference has the whole card
 
 
+def test_the_plans_choice_is_timed_compiled_as_well(preset: str, tmp_path: Path, monkeypatch, capfd):
+    asked = []
+
+    def answer(job):
+        asked.append((job["config"]["memory"]["strategy"], job["compiled_too"]))
+        compiled = {"samples_per_s": 14.0, "ratio": 1.4, "seconds": 77.0} if job["compiled_too"] else None
+        return {"ended": True, "samples_per_s": 10.0, "observed": {}, "losses": [1.0], "compiled": compiled}
+
+    result = fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB"])
+    (chosen,) = (c["strategy"] for c in result["cases"] if c["is_chosen"])
+    assert not chosen.startswith("zero3")
+    assert len(asked) > 1
+    assert [strategy for strategy, compiled_too in asked if compiled_too] == [chosen]
+    gpu.show(result)
+    assert "14.0 samples/s with training.compile=regional (1.40×), after 77 s" in " ".join(
+        capfd.readouterr().err.split()
+    )
+
+
 def test_the_plans_choices_alone(preset: str, tmp_path: Path, monkeypatch):
     def answer(job):
         return {"ended": True, "samples_per_s": 10.0, "observed": {}, "losses": [1.0]}
@@ -154,7 +173,7 @@ def test_the_target_counts_cases_inside_its_memory():
 
 def test_a_process_that_fails_tells_why(preset: str):
     config = load_config(preset).model_dump(mode="json")
-    job = {"what": "case", "config": config, "tokens": 8, "steps": 1, "cap_gib": 8.0}
+    job = {"what": "case", "config": config, "tokens": 8, "steps": 1, "cap_gib": 8.0, "compiled_too": False}
     seen = gpu._process(job, 400)
     assert not seen["ended"]
     assert seen["error"].startswith("RedHeartError: without a GPU no memory can be capped")

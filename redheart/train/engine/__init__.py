@@ -15,6 +15,7 @@ import torch
 
 from redheart.config import RunConfig
 from redheart.memory.budget import limit_gpu
+from redheart.model.regional import check_compilation, compile_layers
 from redheart.ranks import is_out_of_memory
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import Build, Engine, Update, free_memory, parameter_groups
@@ -39,11 +40,16 @@ __all__ = [
 def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
     """The engine that `memory.strategy` names, around the network that `build` makes (model/build.py).
 
-    On a GPU it stays within memory.gpu_memory_gib. Raises RedHeartError where its weights and states do not fit.
+    On a GPU it stays within memory.gpu_memory_gib. Raises RedHeartError where its weights and states do not fit, and where
+    training.compile asks for what cannot be done.
     """
+    check_compilation(config)
     limit_gpu(config)
     try:
-        return _engine(build, config, accumulation, micro_batch_size)
+        engine = _engine(build, config, accumulation, micro_batch_size)
+        if config.training.compile == "regional":
+            compile_layers(engine.model)
+        return engine
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
