@@ -63,9 +63,12 @@ class Compiler:
     """The compiled layers of this process, for any network of it, and what making them has taken so far."""
 
     def __init__(self) -> None:
-        os.environ.setdefault(CACHE, str(cache_directory() / "inductor"))
-        writable(Path(os.environ[CACHE]), CACHE)
         from torch._dynamo import callback, config
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        if os.environ.get(CACHE) in (None, default_cache_dir()):  # torch writes its own default there
+            os.environ[CACHE] = str(cache_directory() / "inductor")
+        writable(Path(os.environ[CACHE]), CACHE)
 
         # beyond torch's own limit a further shape would run uncompiled without a word
         config.recompile_limit, config.fail_on_recompile_limit_hit = MOST_GRAPHS, True

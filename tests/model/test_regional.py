@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from redheart.config import RunConfig, load_config
 from redheart.losses.combine import factors
@@ -59,6 +60,16 @@ def test_every_layer_of_every_stack_is_the_compiled_one_in_training_alone():
     model.eval()
     torch.testing.assert_close(model(torch.ones(2, 4, 8)).emotion_logits, answers.emotion_logits)
     assert len(calls) == layers
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_what_is_compiled_is_kept_in_our_cache_or_where_the_user_says(tmp_path, monkeypatch, by_user: bool):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(regional.CACHE, str(tmp_path / "mine") if by_user else default_cache_dir())
+    told = str(regional.Compiler())
+    wanted = tmp_path / ("mine" if by_user else "redheart/inductor")
+    assert wanted.is_dir()
+    assert told.endswith(f"kept in {wanted}")
 
 
 def gradients(model: RedHeartModel, config: RunConfig) -> list[torch.Tensor]:
