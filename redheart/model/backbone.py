@@ -1,7 +1,7 @@
 """The shared reader: token features of the frozen encoder -> contextual tokens and one feature for each task.
 
 features [B, T, E], mask [B, T]  ->  tokens [B, T, D], task features [B, 4, K] (order: schema.TASKS4).
-Input projection, pre-LN encoder layers (Xiong et al. 2020) with SDPA, then per task attention pooling, a residual
+Input projection and its norm, pre-LN encoder layers (Xiong et al. 2020) with SDPA, then per task attention pooling, a residual
 specialisation, and attention across the tasks.
 """
 
@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from redheart.model.axes import ADDS, COPY, DEPTH, FIXED, READ, Width
-from redheart.model.dropout import SampleDropout, dropped
 from redheart.model.layers import (
-    MLP,
     Attention,
+    Linear,
     Masks,
     Norm,
     Residual,
@@ -34,6 +33,8 @@ from redheart.model.layers import (
 from redheart.schema import TASKS4
 
 MAX_POSITIONS = 512
+# of the tokens' own scale: the encoder's features know their order already, and larger positions drown what tells texts apart
+POSITION_SCALE = 0.3
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
@@ -46,10 +47,11 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
 class EncoderStack(nn.Module):
     """Pre-LN encoder layers: x + Attention(LN(x)), then x + MLP(LN(x)); tokens [B, T, n]. Layers are stacked in each parameter.
 
-    Gradient checkpointing recomputes each layer in the backward pass. `drops_attention`: what attention adds passes a dropout.
+    Gradient checkpointing recomputes each layer in the backward pass. No dropout here: one mask for all tokens of a text (see
+    model/dropout.py) hides a channel from every layer that could restore it, and costs more than it regularises.
     """
 
-    def __init__(self, layers: int, width: Width, heads: int, dropout: float, drops_attention: bool = True):
+    def __init__(self, layers: int, width: Width, heads: int):
         super().__init__()
         self.heads, n = heads, width
         self.norms = nn.Parameter(torch.stack([torch.ones(int(n)), torch.zeros(int(n))]).repeat(layers, 2, 1, 1))
@@ -58,8 +60,6 @@ class EncoderStack(nn.Module):
         self.out_weight, self.out_bias = drawn(layers, n, n, fan_in=n), drawn(layers, n, fan_in=n)
         self.up_weight, self.up_bias = drawn(layers, 4 * n, n, fan_in=n), drawn(layers, 4 * n, fan_in=n)
         self.down_weight, self.down_bias = drawn(layers, n, 4 * n, fan_in=4 * n), drawn(layers, n, fan_in=4 * n)
-        self.attention_dropout = SampleDropout(n, dropout, layers) if drops_attention else None
-        self.dropout = SampleDropout(4 * n, dropout, layers)
         self.axes = {
             "norms": (DEPTH, FIXED, FIXED, COPY),
             "attention_weight": (DEPTH, FIXED, COPY, READ),
@@ -74,7 +74,7 @@ class EncoderStack(nn.Module):
         self.compiled_layer: Callable[..., torch.Tensor] | None = None  # model/regional.py sets it; training uses it
 
     def forward(
-        self, x: torch.Tensor, bias: torch.Tensor | None, masks: Masks, states: list[torch.Tensor] | None = None
+        self, x: torch.Tensor, bias: torch.Tensor | None, states: list[torch.Tensor] | None = None
     ) -> torch.Tensor:
         """`states`, where given, is appended what leaves each layer."""
         parameters = (
@@ -86,31 +86,21 @@ class EncoderStack(nn.Module):
         if self.gradient_checkpointing and self.training:
             layer = partial(self._gradient_checkpointing_func, layer)
         for i, weights in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
-            attention_mask = None if self.attention_dropout is None else self.attention_dropout.mask(i, masks)
-            drops = attention_mask, self.dropout.mask(i, masks)
-            x = layer(x, bias, self.heads, *drops, *norms[4 * i : 4 * i + 4], *weights)
+            x = layer(x, bias, self.heads, *norms[4 * i : 4 * i + 4], *weights)
             if states is not None:
                 states.append(x)
         return x
 
 
-def encoder_layer(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    heads: int,
-    attention_mask: torch.Tensor | None,
-    hidden_mask: torch.Tensor | None,
-    *weights: torch.Tensor,
-) -> torch.Tensor:
-    """One layer of an EncoderStack; the masks are of what attention adds [B, n] and of the MLP's inside [B, 4·n]."""
+def encoder_layer(x: torch.Tensor, bias: torch.Tensor | None, heads: int, *weights: torch.Tensor) -> torch.Tensor:
+    """One layer of an EncoderStack."""
     (a, b, c, d), weights = weights[:4], weights[4:]
     attention_weight, attention_bias, out_weight, out_bias, up_weight, up_bias, down_weight, down_bias = weights
     shape = x.shape[-1:]
     projected = F.linear(F.layer_norm(x, shape, a, b), attention_weight, attention_bias)
-    attended = F.linear(attend(projected, heads, bias), out_weight, out_bias)
-    x = x + dropped(attended, attention_mask)
+    x = x + F.linear(attend(projected, heads, bias), out_weight, out_bias)
     hidden = F.gelu(F.linear(F.layer_norm(x, shape, c, d), up_weight, up_bias))
-    return x + F.linear(dropped(hidden, hidden_mask), down_weight, down_bias)
+    return x + F.linear(hidden, down_weight, down_bias)
 
 
 class TaskPooling(nn.Module):
@@ -158,10 +148,14 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.input_norm = Norm(encoder_width)
-        self.input = MLP(encoder_width, width, width, dropout=dropout)
-        self.register_buffer("positions", sinusoids(MAX_POSITIONS, int(width)), persistent=True)
+        self.input = Linear(encoder_width, width)
+        self.refine = Linear(width, width)
+        for parameter in self.refine.parameters():  # at first the features pass nearly as they are
+            parameter.detach().mul_(0.1)
+        self.token_norm = Norm(width)
+        self.register_buffer("positions", POSITION_SCALE * sinusoids(MAX_POSITIONS, int(width)), persistent=True)
         self.axes = {"positions": (FIXED, COPY)}
-        self.layers = EncoderStack(layers, width, heads, dropout)
+        self.layers = EncoderStack(layers, width, heads)
         self.norm = Norm(width)
         self.pooling = TaskPooling(width, task_width, task_heads)
         self.specialise = Residual(task_width, task_width, dropout=dropout, count=len(TASKS4))
@@ -175,10 +169,11 @@ class Backbone(nn.Module):
         """`bias` as of layers.attention_bias. `states`, where given, is appended what enters the first layer and what leaves each."""
         if features.shape[1] > MAX_POSITIONS:
             raise ValueError(f"at most {MAX_POSITIONS} tokens: got {features.shape[1]}")
-        x = self.input(self.input_norm(features), masks)
+        x = self.input(self.input_norm(features))
+        x = self.token_norm(x + self.refine(F.gelu(x)))
         x = x + self.positions[: x.shape[1]].to(x.dtype)
         if states is not None:
             states.append(x)
-        tokens = self.norm(self.layers(x, bias, masks, states))
+        tokens = self.norm(self.layers(x, bias, states))
         tasks = self.specialise(self.pooling(tokens, bias), masks)
         return tokens, self.output_norm(tasks + self.cross(self.cross_norm(tasks)))

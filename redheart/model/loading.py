@@ -16,7 +16,7 @@ from redheart.files import MANIFEST, verify_manifest
 from redheart.schema import RedHeartError
 
 Shape = tuple[int, ...]
-LAYOUT = 2  # of the network's tensors; 1 had one for each of its equal parts
+LAYOUT = 3  # of the network's tensors; 1 had one for each of its equal parts, 2 no norm of the tokens and no fine emotions in their head
 OLD_TENSOR = "backbone.layers.0."  # what the names of such tensors begin with
 LOADED = "_is_hf_initialized"  # how Transformers marks a tensor that needs no initialisation
 CARD = "README.md"  # the only file of an export that is the user's to change

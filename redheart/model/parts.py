@@ -208,6 +208,7 @@ PARTS: tuple[Part, ...] = (
         of_task,
         (  # emotions start at zero: the focal loss makes little of what is wrong at first
             Answer("emotion", PRESENCES, "emotion_logits"),
+            Answer("emotion_fine", PRESENCES, "fine_logits", prior=Prior("fine.bias")),
             Answer("culture", PROBABILITIES, "culture_logits", prior=Prior("culture_out.bias")),
         ),
         latents={"gate_logits": "expert_gate_logits"},
@@ -252,7 +253,7 @@ PARTS: tuple[Part, ...] = (
         of_tokens,
         (
             Answer("emotion", PRESENCES, "emotion_logits"),
-            Answer("emotion_fine", PRESENCES, "fine_logits"),
+            Answer("emotion_fine", PRESENCES, "fine_logits", prior=Prior("fine.linears.1.bias")),
             Answer(
                 "vad", RATINGS, "vad_raw", "vad_raw", prior=Prior("vad.linears.1.bias", lambda raw: raw / VAD_SCALE)
             ),

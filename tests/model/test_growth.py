@@ -52,7 +52,7 @@ def moved(model: RedHeartModel) -> RedHeartModel:
 def test_the_grown_network_is_the_same_function(target):
     model = moved(small())
     differences = relative_differences(outputs_of(model), outputs_of(grow(model, sizes(target))))
-    assert len(differences) == 40
+    assert len(differences) == 41
     assert {"readings.preference.analyzers.bentham", "trajectory", "task_features", "utility_difference"} <= set(
         differences
     )

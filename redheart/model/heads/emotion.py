@@ -1,4 +1,5 @@
-"""The emotion head: its feature [B, K] -> emotion logits [B, 7], culture logits [B, 3] (jeong 정, han 한, chemyeon 체면).
+"""The emotion head: its feature [B, K] -> emotion logits [B, 7], those of 28 finer ones, culture logits [B, 3] (jeong 정, han 한,
+chemyeon 체면).
 
 Six branches (base, mixture of experts, valence, basic, nuance, culture) are read by attention. The hierarchy refines:
 valence feeds basic, basic feeds nuance. Latents: the branches and the expert gate; the emotion loss reaches them all.
@@ -14,11 +15,12 @@ from torch import nn
 from redheart.model.axes import Width
 from redheart.model.layers import MLP, BranchAttention, Linear, Masks, Norm, Residual, ResidualChain
 from redheart.model.moe import DenseMixture
-from redheart.schema import CULTURE, EMOTIONS
+from redheart.schema import CULTURE, EMOTIONS, EMOTIONS_FINE
 
 
 class EmotionReading(NamedTuple):
     emotion_logits: torch.Tensor  # [B, 7]
+    fine_logits: torch.Tensor  # [B, 28]
     culture_logits: torch.Tensor  # [B, 3]
     gate_logits: torch.Tensor | None  # [B, experts]; None with a single expert
     state: torch.Tensor  # [B, K]
@@ -34,6 +36,7 @@ class EmotionHead(nn.Module):
         self.branches = BranchAttention(width, heads, 2 * width, dropout)
         self.norm = Norm(width)
         self.emotion = MLP(width, 3 * width, len(EMOTIONS), dropout=dropout)
+        self.fine = Linear(width, len(EMOTIONS_FINE))
         self.culture_out = Linear(width + width, len(CULTURE))
 
     def forward(self, feature: torch.Tensor, masks: Masks) -> EmotionReading:
@@ -44,4 +47,4 @@ class EmotionHead(nn.Module):
         branches = torch.stack([base, mixture, *hierarchy, culture], 1)
         state = self.norm(self.branches(feature, branches, masks))
         culture_logits = self.culture_out(torch.cat([state, culture], -1))
-        return EmotionReading(self.emotion(state, masks), culture_logits, gate_logits, state)
+        return EmotionReading(self.emotion(state, masks), self.fine(state), culture_logits, gate_logits, state)

@@ -26,7 +26,7 @@ class SurdReading(NamedTuple):
 class SurdHead(nn.Module):
     def __init__(self, width: Width, heads: int, dropout: float):
         super().__init__()
-        self.layers = EncoderStack(2, width, heads, dropout, drops_attention=False)
+        self.layers = EncoderStack(2, width, heads)
         self.norm = Norm(width)
         pair, everything = width + width, width + width + width + width
         self.common = MLP(pair, 5 * width // 2, width, dropout=dropout, count=2)  # redundant and synergistic
@@ -45,7 +45,7 @@ class SurdHead(nn.Module):
         """The other heads' states [B, K]; zeros stand for those of a head that is left out."""
         others = [feature * 0 if x is None else x for x in (emotion, bentham, regret)]
         x = torch.stack([*others, feature], 1)  # [B, 4, K]
-        x = self.norm(self.layers(x, None, masks))
+        x = self.norm(self.layers(x, None))
         everything, (*sources, own) = x.flatten(1), x.unbind(1)
         mean, product = (sources[0] + sources[1] + sources[2]) / 3, sources[0] * sources[1] * sources[2]
         common = torch.stack([torch.cat([mean, own], -1), torch.cat([product, own], -1)], 1)
