@@ -237,7 +237,7 @@ def _contradiction() -> str | None:
         ("RANK", 0, None),
         ("LOCAL_RANK", 0, None),
         ("WORLD_SIZE", 1, None),
-        ("MASTER_PORT", 1, 65535),
+        ("MASTER_PORT", 0 if _number("WORLD_SIZE", 1) == 1 else 1, 65535),
     ):
         value = _number(name, least)
         if value < least or (most is not None and value > most):

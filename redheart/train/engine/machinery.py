@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 from datetime import timedelta
 from functools import cache
@@ -29,16 +28,8 @@ def import_machinery() -> tuple[Any, Any]:
     """accelerate and deepspeed, told about the device and about a run without a launcher before they look around."""
     tell_deepspeed()
     if not is_launched():  # a world of one, whatever an earlier launch left behind
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        world = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        # port 0: the store takes one that is free as it opens; one chosen here could be another's by then
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(world)
     # DeepSpeed compiles its kernels with ninja, which lies beside this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
