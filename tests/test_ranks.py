@@ -31,7 +31,8 @@ def test_a_whole_launch_is_believed(monkeypatch):
     {"RANK": "1.0"}, {"LOCAL_RANK": "a"}, {"MASTER_PORT": "http"}, {"RANK": "-1"},
     *({k: v for k, v in WHOLE.items() if k != name} for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")),
     *({**WHOLE, name: ""} for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")),
-    {**WHOLE, "RANK": "2"}, {**WHOLE, "LOCAL_RANK": "7"}, {**WHOLE, "MASTER_PORT": "99999"}, {**WHOLE, "MASTER_PORT": "0"}, {**WHOLE, "WORLD_SIZE": "two"},
+    {**WHOLE, "RANK": "2"}, {**WHOLE, "LOCAL_RANK": "7"}, {**WHOLE, "MASTER_PORT": "99999"}, {**WHOLE, "WORLD_SIZE": "two"},
+    {**WHOLE, "MASTER_PORT": "0"},
     {"OMPI_COMM_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "8"}, {"PMI_SIZE": "3", "MASTER_ADDR": "a"},
 ])  # fmt: skip
 def test_half_a_launch_is_refused_by_name_and_counts_as_one_process(monkeypatch, variables):
