@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from redheart.files import read_text, seal, unseal, write_text
-from redheart.schema import RedHeartError
+from redheart.schema import GOOD_LAYERS, PACKAGED, RedHeartError
 
 Strategy = Literal[
     "plain", "gpu_8bit", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit"
@@ -59,8 +59,8 @@ class ModelConfig(Section):
 class EncoderConfig(Section):
     """The frozen encoder whose token states are the network's input."""
 
-    name: str = Field("package:minilm", description="`package:minilm`, a directory, or a hub id")
-    layers: tuple[int, ...] = Field((4, 6), min_length=1, description="hidden layers concatenated; 0 is the embedding")
+    name: str = Field("package:minilm", description=f"{', '.join(PACKAGED)}, a directory, or a hub id")
+    layers: tuple[int, ...] = Field((4, 6), min_length=1, description=f"hidden layers concatenated; {GOOD_LAYERS}")
     max_tokens: int = Field(64, ge=4, le=512, description="longer texts are cut here; prepare says how many")
     batch_size: int = Field(32, gt=0, description="texts the encoder reads at once")
     device: str = Field("auto", description="where it computes: `auto` (a GPU where there is one), cpu, cuda or cuda:1")

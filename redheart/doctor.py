@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from redheart.data.pretrained import PACKAGES, package_directory
+from redheart.data.pretrained import OPTIONAL, package_directory
 from redheart.device import has_gpu
-from redheart.schema import RedHeartError
+from redheart.schema import PACKAGED, RedHeartError
 
 LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "bitsandbytes", "pyarrow", "pydantic")
 
@@ -36,11 +36,11 @@ def examine() -> list[Finding]:
             found.append(Finding(library, True, importlib.metadata.version(library)))
         except importlib.metadata.PackageNotFoundError:
             found.append(Finding(library, False, "missing: bash launch/setup_env.sh"))
-    for name in PACKAGES:
+    for name in PACKAGED:
         try:
             found.append(Finding(name, True, str(package_directory(name))))
         except RedHeartError as error:
-            found.append(Finding(name, False, str(error)))
+            found.append(Finding(name, name in OPTIONAL, f"{'optional: ' * (name in OPTIONAL)}{error}"))
     import torch
 
     gpu = torch.cuda.get_device_name() if has_gpu() else "none: training runs on the CPU"

@@ -8,7 +8,7 @@ Shape legend, used in every room:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,24 @@ NUM_LABEL_COLUMNS = _end
 ORIGINS = ("human", "author", "llm", "derived")
 JUDGED_ORIGINS = ("human", "author")  # labels that may judge the model; the others only help to train
 SPLITS = ("train", "dev", "test")
+
+
+class Packaged(NamedTuple):
+    """An encoder that comes as Python packages: the hidden layers that dev splits chose of it, its weights' licence."""
+
+    layers: tuple[int, ...]
+    licence: str
+
+
+PACKAGED = {  # found by data/pretrained.py
+    "package:minilm": Packaged((4, 6), "Apache-2.0"),
+    "package:smollm2": Packaged((20,), "Apache-2.0"),
+    "package:mpnet": Packaged((6, 9), "Apache-2.0"),
+}
+GOOD_LAYERS = "0 is the embedding; best by dev: " + ", ".join(
+    f"{name} {list(packaged.layers)}" for name, packaged in PACKAGED.items()
+)
+
 TASKS4 = ("emotion", "bentham", "regret", "surd")  # the backbone makes one feature for each
 
 

@@ -59,7 +59,7 @@ def bench_encoder(
     dev_texts: Annotated[int, typer.Option("--dev-texts", min=100, help="Most dev texts of a task.")] = 1500,
     json_: Json = False,
 ) -> None:
-    """Both packaged encoders under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
+    """The packaged encoders that are installed under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
     from redheart.bench import encoder as room
 
     _print(_figures("encoder"), room.bench_encoder(train_texts, dev_texts), json_)

@@ -19,19 +19,22 @@ from redheart.config import DataConfig, EncoderConfig
 from redheart.console import console, progress
 from redheart.data.encode import TextEncoder
 from redheart.data.gather import gather
+from redheart.data.pretrained import OPTIONAL, package_directory
 from redheart.evaluation.answers import Answers, tuned_macro_f1
-from redheart.schema import ETHICS
+from redheart.schema import ETHICS, PACKAGED, RedHeartError
 
 CANDIDATES = {
-    "minilm-4+6": EncoderConfig(name="package:minilm", layers=(4, 6)),
-    "smollm2-20": EncoderConfig(name="package:smollm2", layers=(20,)),
+    f"{name.removeprefix('package:')}-{'+'.join(map(str, packaged.layers))}": EncoderConfig(
+        name=name, layers=packaged.layers
+    )
+    for name, packaged in PACKAGED.items()
 }
 SOURCES = ("goemotions", "emobank", "ethics")
 Records = Sequence[dict[str, Any]]
 
 
 def bench_encoder(max_train: int = 4000, max_dev: int = 1500) -> dict[str, Any]:
-    """Dev metrics of every probe for each packaged encoder, at most so many texts a task, the same for both; texts per second."""
+    """Dev metrics of every probe for each installed packaged encoder, at most so many texts a task; texts per second."""
     records = gather(corpora(*SOURCES), DataConfig(), False).records
     tasks = {name: _split(records, labelled, max_train, max_dev) for name, labelled in TASKS.items()}
     result: dict[str, Any] = {
@@ -40,6 +43,13 @@ def bench_encoder(max_train: int = 4000, max_dev: int = 1500) -> dict[str, Any]:
         "texts": {n: [len(a), len(b)] for n, (a, b) in tasks.items()},
     }
     for name, config in CANDIDATES.items():
+        try:
+            package_directory(config.name)
+        except RedHeartError as error:
+            if config.name not in OPTIONAL:
+                raise
+            console.print(f"{name} is left out: {error}")
+            continue
         encoder, started = TextEncoder(config), time.perf_counter()
         texts = list(dict.fromkeys(t for pair in tasks.values() for part in pair for r in part for t in _texts(r)))
         console.print(f"{name}: {len(texts)} texts")

@@ -11,7 +11,7 @@ import yaml
 from redheart.console import console
 from redheart.data.shards import content_digest
 from redheart.data.store import Store
-from redheart.schema import SPLITS, RedHeartError
+from redheart.schema import PACKAGED, SPLITS, RedHeartError
 
 
 def dataset_card(index: Mapping[str, Any]) -> str:
@@ -42,6 +42,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
     ]
     rows = ", ".join(f"{v['rows']} {s}" for s, v in splits.items())
     leaks = index["report"].get("duplicates")
+    licence = f", {PACKAGED[encoder['name']].licence}" if encoder["name"] in PACKAGED else ""
     return "\n".join(
         [
             "---",
@@ -50,7 +51,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             "# Prepared samples for Red Heart",
             "",
             f"{rows}. Token features of `{encoder['name']}` (hidden layers {encoder['layers']}, {encoder['width']} wide, at most "
-            f"{encoder['max_tokens']} tokens, {encoder['revision']}), float16, without padding.",
+            f"{encoder['max_tokens']} tokens, {encoder['revision']}{licence}), float16, without padding.",
             f"Scores of origin `llm` come from `{labeler['name']}`." if labeler else "No label comes from an LLM.",
             *([_without(leaks)] if leaks else []),
             "",

