@@ -17,7 +17,9 @@ PARTS = ["setup", "tests", "bench", "more"]
 
 
 def check(*words: str, timeout: int = 60, **variables: str) -> subprocess.CompletedProcess[str]:
-    known = {k: v for k, v in os.environ.items() if k not in ("OUT", "PYTHON", "REDHEART_GPU_STAND_IN")}
+    # the last: the tests that the script runs are no worker's of this run
+    ours = ("OUT", "PYTHON", "REDHEART_GPU_STAND_IN", "PYTEST_XDIST_WORKER")
+    known = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         ["bash", str(SCRIPT), *words], text=True, capture_output=True, timeout=timeout, env={**known, **variables}
     )
@@ -143,7 +145,10 @@ def test_all_of_it_with_the_cpu_as_the_gpu(tmp_path: Path):
     assert [p["outcome"] for p in results(tmp_path)["parts"]] == ["ok"] * 4
     tests = json.loads((tmp_path / "tests.json").read_text())
     assert tests["stand_in"]
-    assert {t["outcome"] for t in tests["tests"]} == {"passed"}
+    others = {t["test"]: t["outcome"] for t in tests["tests"] if t["outcome"] != "passed"}
+    assert others == {
+        "test_a_launch_and_a_wait_cost_what_the_plan_assumes_within_an_order": "skipped"
+    }  # prices of a card
     assert sum("test_a_step_on_the_gpu_is_the_cpus" in t["test"] for t in tests["tests"]) == 14
     bench = json.loads((tmp_path / "gpu-cpu-uncapped.json").read_text())
     assert {c["strategy"] for c in bench["cases"]} >= {"plain", "zero2_offload_8bit"}
