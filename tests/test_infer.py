@@ -15,15 +15,15 @@ import redheart.infer as infer
 import redheart.train.start as start
 from redheart.config import LossConfig, load_config
 from redheart.data.pretrained import encoder_path
-from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
+from redheart.data.shards import INDEX, SplitsWriter
 from redheart.evaluation.trained import joined, label_weights, trained_entries, untrained_names
-from redheart.files import write_sealed_json
 from redheart.infer import RedHeartPipeline
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
 from redheart.train.export import export, load_model
 from redheart.train.start import train
 from redheart.train.validate import validate
+from tests.data.shard_data import write_index
 
 WIDTH, TOKENS = 8, 6
 MADE_WITH = {"name": "random", "revision": "r", "layers": [1], "width": WIDTH, "max_tokens": TOKENS}
@@ -88,14 +88,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for first, split in ((10, "dev"), (20, "test")):
         rows = [row(n, split, emotion=emotion(n), regret=(n % 4) / 4) for n in range(first, first + 4)]
         writer.write(f"{split}-00000.arrow", rows, 1)
-    index = {
-        "version": FORMAT_VERSION,
-        "plan": "p",
-        "encoder": MADE_WITH,
-        "sources": {},
-        "levels": {"regret": [1 / 3, 2 / 3]},
-    }
-    write_sealed_json(out / INDEX, {**index, "splits": writer.finish()})
+    write_index(out, writer.finish(), MADE_WITH, levels={"regret": [1 / 3, 2 / 3]})
     return out
 
 

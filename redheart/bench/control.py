@@ -38,6 +38,7 @@ from redheart.evaluation.evaluate import Evaluation, evaluate
 from redheart.evaluation.measures import Measured, measure, over_seeds, paired
 from redheart.files import read_sealed_json, sha256_of, write_json, write_sealed_json
 from redheart.losses.combine import factors
+from redheart.memory.activations import code_digest
 from redheart.memory.plan import parameters_of
 from redheart.owned import make_directory
 from redheart.schema import JUDGED_ORIGINS, LABEL_COLUMNS, RedHeartError
@@ -178,7 +179,7 @@ class _Bench:
     def preset(self, leg: str, seed: int) -> Load:
         """The preset's network, trained with this seed where it is not yet."""
         config, run = self._seeded(seed), self.out / f"{leg}-seed{seed}"
-        settings = config.model_dump(mode="json")
+        settings = config.model_dump(mode="json") | {"code": code_digest()}  # a change of the network is another leg
         if not self._is_finished(leg, seed, settings):
             console.print(f"{leg}, seed {seed}")
             resume = "last" if committed(run) else None
@@ -226,7 +227,7 @@ class _Bench:
         kept = read_sealed_json(path, AGAIN)
         if (kept["data"], kept["settings"]) != (self.content, settings):
             raise RedHeartError(
-                f"{path} was made with other data or settings: name another --out, or --name of the leg"
+                f"{path} was made with other data, settings or code of the network: name another --out, or --name of the leg"
             )
         return True
 

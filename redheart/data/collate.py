@@ -10,9 +10,8 @@ import torch
 from redheart.schema import LABELS, NUM_LABEL_COLUMNS, Batch
 
 _SIZES = [label.size for label in LABELS.values()]
-EIGHT = (
-    8  # tokens: the step by which lengths differ where shapes are few; what tensor cores and fused attention want, too
-)
+# tokens: the step by which lengths differ where shapes are few; what tensor cores and fused attention want, too
+EIGHT = 8
 _OWNER = np.repeat(np.arange(len(LABELS)), _SIZES)  # the label of each column
 
 

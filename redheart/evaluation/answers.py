@@ -47,8 +47,8 @@ class Answers:
     def entries(self, columns: np.ndarray) -> Answers:
         """These entries alone, and of the rows those where one of them is labelled."""
         rows = self.known[:, columns].any(1)
-        prediction, target, known = (x[rows][:, columns] for x in (self.prediction, self.target, self.known))
-        return Answers(prediction, target, known, None if self.halves is None else self.halves[rows])
+        prediction, target, weight = (x[rows][:, columns] for x in (self.prediction, self.target, self.weight))
+        return Answers(prediction, target, weight, None if self.halves is None else self.halves[rows])
 
 
 def answers(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from redheart.console import progress
 from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import Answers, collect, thresholds
 from redheart.evaluation.evaluate import forward
@@ -105,10 +106,13 @@ def score_split(
 ) -> dict[str, Answers]:
     """The network's scores by task, with the labels of people, on a split. No collective."""
 
-    def of_batch(batch: Batch) -> dict[str, torch.Tensor]:
-        return scores(forward(model, batch.to(device, torch.float32)))
+    with progress(f"answers on {stream.split}", stream.num_rows) as (bar, task):
 
-    return collect(of_batch, stream, batch_size=batch_size)
+        def of_batch(batch: Batch) -> dict[str, torch.Tensor]:
+            bar.update(task, advance=len(batch))
+            return scores(forward(model, batch.to(device, torch.float32)))
+
+        return collect(of_batch, stream, batch_size=batch_size)
 
 
 def fit(scored: Mapping[str, Answers]) -> dict[str, tuple[Line, ...]]:

@@ -186,12 +186,12 @@ def _cache_file(
     model = config.model.model_dump()
     del model["activation_checkpointing"]
     setting = [tokens, checkpointing, str(dtype), autocast, sizes, PAIR_SHARE]
-    key = [CACHE_VERSION, model, *setting, torch.__version__, _code()]
+    key = [CACHE_VERSION, model, *setting, torch.__version__, code_digest()]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return cache_directory() / "activations" / f"{name}.json"
 
 
-def _code() -> str:
+def code_digest() -> str:
     """Digest of every source that decides what a micro-step computes."""
     package = Path(__file__).parents[1]
     rooms = ("model", "signals", "losses")

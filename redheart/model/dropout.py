@@ -1,7 +1,8 @@
 """Exact dropout: which channels of a sample are dropped is a pure function of (sample position, site, channel).
 
-So a run does not depend on its world size, its micro-batch or on when it was interrupted. One mask for all tokens of a sample
-is the variational dropout of Gal and Ghahramani (2016). All masks of a pass come from one hash; no two sites share one.
+So a run does not depend on its world size, its micro-batch or on when it was interrupted. What a site gives of a sample, be it one
+vector, several queries or all tokens, has one mask (the variational dropout of Gal and Ghahramani 2016); encoder layers have no
+site, since there it slows learning (model/backbone.py). All masks of a pass come from one hash; no two sites share one.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class DropoutMasks:
         column = 0
         for module in model.modules():
             if isinstance(module, SampleDropout):
+                assert not self._sites or self._p == module.p, "one share for all sites"
                 module.site, module.column, self._p = len(self._sites), column, module.p
                 self._sites += [(len(self._sites) + i, module.width) for i in range(module.count)]
                 column += module.count * module.width

@@ -193,8 +193,8 @@ def with_edges(config: RunConfig, train: SampleStream) -> RunConfig:
 
 
 def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, SampleStream]:
-    train, dev = (SampleStream(data, split, config.data.remote, few_shapes(config)) for split in ("train", "dev"))
-    streams = train, dev
+    few = few_shapes(config)
+    streams = SampleStream(data, "train", config.data.remote, few), SampleStream(data, "dev", config.data.remote, few)
     if not streams[0].num_rows:
         raise RedHeartError(f"{data} has no training rows: prepare more samples, or give some of them split 'train'")
     if not streams[0].index["splits"]["train"]["histograms"]:

@@ -11,12 +11,13 @@ import torch
 from redheart.bench.control import _Bench, _config, bench_control
 from redheart.bench.plain import PlainTransformer, num_parameters, train_control, width_of_size
 from redheart.cli import main
-from redheart.data.shards import FORMAT_VERSION, INDEX, label_histograms, open_shard, write_shard
+from redheart.data.shards import label_histograms, open_shard, write_shard
 from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import answers, thresholds
 from redheart.evaluation.evaluate import evaluate, forward
-from redheart.files import read_sealed_json, read_sealed_lines, write_sealed_json
+from redheart.files import read_sealed_json, read_sealed_lines
 from redheart.schema import EMOTIONS, LABELS, Batch, RedHeartError
+from tests.data.shard_data import write_index
 
 E = 8
 ROWS = {"train": 192, "dev": 64, "test": 64}
@@ -69,8 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         histograms = label_histograms((s.values, s.weights) for s in opened)
         splits[split] = {"rows": count, "shards": shards, "histograms": histograms}
     encoder = {"name": "package:minilm", "layers": [4, 6], "max_tokens": 64, "width": E}
-    index = {"version": FORMAT_VERSION, "plan": "p", "splits": splits, "encoder": encoder, "sources": {}}
-    write_sealed_json(out / INDEX, {**index, "levels": {"regret": [1 / 3, 2 / 3]}, "chunk": 8})
+    write_index(out, splits, encoder, levels={"regret": [1 / 3, 2 / 3]}, chunk=8)
     return out
 
 
@@ -203,7 +203,7 @@ def test_a_whole_bench_and_what_is_kept_of_it(data: Path, tmp_path: Path):
     assert set(files(out).items()) > set(before.items())  # nothing is trained again to be judged on test
     assert "counterfactual" not in judged["legs"][small]["metrics"]
     assert judged["legs"][small]["metrics"]["emotion"]["sd"] is None
-    with pytest.raises(RedHeartError, match=r"local-seed0\.json was made with other data or settings"):
+    with pytest.raises(RedHeartError, match=r"local-seed0\.json was made with other data, settings or code"):
         bench_control(str(data), out, **only | {"overrides": [*TINY, "model.dropout=0.3"]})
     (out / "control-16-seed0.safetensors").write_bytes(b"")
     (out / "control-16-seed0-dev.json").unlink()

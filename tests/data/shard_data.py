@@ -38,17 +38,14 @@ def write_directory(directory: Path, sizes: list[int], repeats: list[int] | None
         start += size
     opened = [open_shard(directory / s["file"], WIDTH) for s in shards]
     split = {"rows": len(rows), "shards": shards, "histograms": label_histograms((s.values, s.weights) for s in opened)}
-    encoder = {"name": "random", "width": WIDTH}
-    index = {
-        "version": FORMAT_VERSION,
-        "plan": "p",
-        "splits": {"train": split},
-        "encoder": encoder,
-        "sources": {},
-        **settings,
-    }
-    write_sealed_json(directory / INDEX, index)
+    write_index(directory, {"train": split}, {"name": "random", "width": WIDTH}, **settings)
     return rows
+
+
+def write_index(directory: Path, splits: dict, encoder: dict, **more: object) -> None:
+    """The index of a data directory, sealed."""
+    index = {"version": FORMAT_VERSION, "plan": "p", "splits": splits, "encoder": encoder, "sources": {}, **more}
+    write_sealed_json(directory / INDEX, index)
 
 
 def read_and_log(directory: str, log: str, rank: int, world_size: int, start: int, steps: int, batch: int) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from redheart.data.shards import FORMAT_VERSION, INDEX, label_histograms, open_shard, write_shard
-from redheart.files import read_pointer, write_sealed_json
+from redheart.data.shards import label_histograms, open_shard, write_shard
+from redheart.files import read_pointer
 from redheart.train.checkpoint import committed
-from tests.data.shard_data import MAX_TOKENS, WIDTH, make_row
+from tests.data.shard_data import MAX_TOKENS, WIDTH, make_row, write_index
 from tests.launch.nodes import INTERFACE, Nodes, why_not
 from tests.runs import BIN, ROOT, losses, redheart
 
@@ -57,9 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "histograms": label_histograms([(opened.values, opened.weights)]),
         }
     encoder = {"name": "random", "revision": "", "layers": [0], "width": WIDTH, "max_tokens": MAX_TOKENS}
-    index = {"version": FORMAT_VERSION, "plan": "p", "splits": splits, "encoder": encoder, "sources": {}}
-    index["levels"] = {"regret": [0.3, 0.6]}
-    write_sealed_json(directory / INDEX, index)
+    write_index(directory, splits, encoder, levels={"regret": [0.3, 0.6]})
     return directory
 
 

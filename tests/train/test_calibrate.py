@@ -10,12 +10,12 @@ import torch
 
 import redheart.infer as infer
 from redheart.config import RunConfig, load_config
-from redheart.data.shards import FORMAT_VERSION, INDEX, SplitsWriter
+from redheart.data.shards import SplitsWriter
 from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import Answers
 from redheart.evaluation.calibration import CALIBRATION, crossed, read, score_split, uncalibrated, with_lines
 from redheart.evaluation.evaluate import evaluate, predict_all
-from redheart.files import read_sealed_json, verify_manifest, write_sealed_json
+from redheart.files import read_sealed_json, verify_manifest
 from redheart.infer import RedHeartPipeline
 from redheart.owned import exclusive, owned
 from redheart.schema import EMOTIONS, RedHeartError
@@ -25,6 +25,7 @@ from redheart.train.checkpoint import best, committed, last
 from redheart.train.export import export, load_model, resolve
 from redheart.train.start import train
 from redheart.train.validate import validate
+from tests.data.shard_data import write_index
 from tests.test_doors import run as command
 from tests.test_infer import ENCODER, MADE_WITH, SMALL, TOKENS, WIDTH, Encoder, row
 
@@ -56,14 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k, split in enumerate(("train", "dev", "test")):
         rows = [told(n, split) for n in range(1000 * k, 1000 * k + ROWS)]
         writer.write(f"{split}-00000.arrow", rows, 1)
-    index = {
-        "version": FORMAT_VERSION,
-        "plan": "p",
-        "encoder": MADE_WITH,
-        "sources": {},
-        "levels": {"regret": [0.3, 0.6]},
-    }
-    write_sealed_json(out / INDEX, {**index, "splits": writer.finish()})
+    write_index(out, writer.finish(), MADE_WITH, levels={"regret": [0.3, 0.6]})
     return out
 
 
