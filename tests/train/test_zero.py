@@ -27,8 +27,9 @@ def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
     one = run(1, strategy=strategy, steps=6, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
     two = run(2, strategy=strategy, steps=6, load=str(tmp_path / "b"), save=str(tmp_path / "c"))
     assert one["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-5)
-    # blocks of 8 bits begin elsewhere, and the steps drift apart
-    assert one["losses"] + two["losses"] == pytest.approx(whole["losses"][2:], rel=1e-2)
+    assert one["losses"] == pytest.approx(whole["losses"][2:8], rel=1e-3)
+    # twice blocks of 8 bits began elsewhere, and the steps drift apart
+    assert two["losses"] == pytest.approx(whole["losses"][8:], rel=1e-2)
     assert not list(tmp_path.glob("*.universal"))
 
 
