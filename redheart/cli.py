@@ -43,6 +43,7 @@ from redheart.options import (  # fmt: skip
     Swap,
     Version,
 )
+from redheart.ranks import leaving
 from redheart.schema import RedHeartError
 
 app = typer.Typer(
@@ -352,13 +353,8 @@ def doctor(
 
     findings = examine()
     if not json_:
-        console.print(
-            table(
-                "this machine",
-                ("what", "", "detail"),
-                [(f.name, "ok" if f.ok else "MISSING", f.detail) for f in findings],
-            )
-        )
+        rows = [(f.name, "ok" if f.ok else "MISSING", f.detail) for f in findings]
+        console.print(table("this machine", ("what", "", "detail"), rows))
     emit([asdict(f) for f in findings], json_)
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
@@ -390,7 +386,8 @@ def main() -> None:
     arguments = _with_optional_path(sys.argv[1:], "--resume", "last")
     debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
     try:
-        app(arguments)
+        with leaving():
+            app(arguments)
     except Exception as error:
         room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
         if debug or not (isinstance(error, RedHeartError) or room or path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,6 +41,28 @@ def barrier() -> None:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+def leave() -> None:
+    """Ends the process group, where there is one: the last thing of a process in which nothing failed, since NCCL waits here for
+    what other ranks still have to answer."""
+    if "torch.distributed" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Around a command, which says by SystemExit how it ended: where it ended well, the process leaves its group."""
+    try:
+        yield
+    except SystemExit as end:
+        if not end.code:
+            leave()
+        raise
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

@@ -1,5 +1,8 @@
 """How many processes a launch has: only a whole set of variables says so; half a set is named, or can only mean one process."""
 
+import subprocess
+import sys
+
 import pytest
 
 from redheart.ranks import LAUNCH, STARTERS, check_launch, is_launched, launched_rank, launched_world_size
@@ -102,3 +105,20 @@ def test_what_would_turn_deepspeed_off_is_refused_by_name(monkeypatch, name):
     monkeypatch.setenv(name, "true")
     with pytest.raises(RedHeartError, match=f"{name}=true turns DeepSpeed off.*unset {name}"):
         check_accelerate()
+
+
+@pytest.mark.parametrize(("code", "left"), [(0, True), (1, False)])
+def test_a_command_that_ends_well_leaves_its_group(code: int, left: bool):
+    """A failed one goes as it is: the other ranks would not answer."""
+    program = f"""
+import torch.distributed as dist
+from redheart.ranks import leaving
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+try:
+    with leaving():
+        raise SystemExit({code})
+except SystemExit as end:
+    print(end.code, not dist.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(code), str(left)]

@@ -127,6 +127,9 @@ def bench_gpu(
         "tests/benchmarks/results"
     ),
     chosen_only: Annotated[bool, typer.Option("--chosen-only", help="Of each plan only its own choice.")] = False,
+    seconds: Annotated[
+        int | None, typer.Option("--seconds", min=1, help="For all of it: cases for which no time is left are named.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Real steps of every strategy that fits a memory cap: peaks beside the plan's, samples and FLOPs per second.
@@ -137,7 +140,7 @@ def bench_gpu(
 
     result = room.bench_gpu(
         presets or ("330m", "1b3"), tokens or (64, 128), caps or ("8GiB", "4GiB"), strategies or (), steps, timeout, out,
-        chosen_only,
+        chosen_only, seconds,
     )  # fmt: skip
     _print(room.show, result, json_)
     if not result["ok"]:

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,10 +69,12 @@ def bench_gpu(
     timeout_s: int = 900,
     out: Path = Path("tests/benchmarks/results"),
     chosen_only: bool = False,
+    seconds: int | None = None,
 ) -> dict[str, Any]:
     """Runs what the filters leave (`strategies` empty: all), and writes OUT/gpu-CARD-CAP.json. `ok`: every choice of the planner ran.
 
-    `chosen_only`: of each plan its own choice among the strategies, and no reference.
+    `chosen_only`: of each plan its own choice among the strategies, and no reference. `seconds`: a case starts only where as long as
+    the longest one so far is left of them; the plans' choices and the reference come first.
 
     Raises RedHeartError for an unknown preset, strategy or size; nothing that happens to a case raises.
     """
@@ -86,6 +89,7 @@ def bench_gpu(
     total = machine["gpu_total_gib"]
     if total is None:
         console.print("no GPU here: no cap can be set; memory is the process's on the host, and the device is the CPU")
+    end = None if seconds is None else time.monotonic() + seconds
     cases: list[Case] = []
     skipped: list[dict[str, Any]] = []
     for cap in [None] if total is None else sizes:
@@ -100,15 +104,33 @@ def bench_gpu(
         reference, absent = _cases(offered, configs[0], None, ("plain",), is_reference=True)
         cases += reference
         skipped += absent
+    cases.sort(key=lambda c: not (c.is_chosen or c.is_reference))
     results: list[dict[str, Any]] = []
+    longest = 0.0
     for number, case in enumerate(cases, 1):
+        began = time.monotonic()
+        if end is not None and began + longest > end:
+            why = f"no time was left of {seconds} s (--seconds)"
+            skipped.append(
+                {
+                    "preset": case.preset,
+                    "tokens": case.tokens,
+                    "cap_gib": case.cap_gib,
+                    "strategy": case.strategy,
+                    "why": why,
+                }
+            )
+            continue
         where = "no cap" if case.cap_gib is None else f"{case.cap_gib:g} GiB"
         load = f"micro-batch {case.micro_batch_size} × {case.gradient_accumulation_steps}"
         console.print(f"{number} of {len(cases)}: {case.name}, {where}, {load} …")
         results.append(run_case(case, machine, steps, timeout_s))
+        longest = max(longest, time.monotonic() - began)
         if not results[-1]["ended"]:
             console.print(f"  failed: {results[-1]['error']}")
-        _keep(out, machine, case.cap_gib, results[-1], skipped)
+        _keep(out, machine, case.cap_gib, results[-1:], skipped)
+    for cap in dict.fromkeys(r["cap_gib"] for r in results):  # with what came to be left out since
+        _keep(out, machine, cap, (), skipped)
     return {
         "machine": machine,
         "warm_up_steps": WARM_UP,
@@ -181,9 +203,10 @@ def show(result: dict[str, Any]) -> None:
         where = "no cap" if one["cap_gib"] is None else f"{one['cap_gib']:g} GiB"
         console.print(f"not run, {one['preset']} T={one['tokens']} {one['strategy']}, {where}: {one['why']}")
     for one in result["cases"]:
-        if not one["ended"]:
-            console.print(f"failed, {one['name']}: {one['error']}")
-        elif compiled := one.get("compiled"):
+        compiled = one.get("compiled") or {}
+        if error := one.get("error") or compiled.get("error"):
+            console.print(f"failed, {one['name']}{', compiled' if compiled else ''}: {error}")
+        elif compiled:
             console.print(
                 f"{one['name']}: {compiled['samples_per_s']:.1f} samples/s with training.compile=regional ({compiled['ratio']:.2f}×), "
                 f"after {compiled['seconds']:.0f} s of compiling for this shape"
@@ -275,7 +298,10 @@ def _process(job: dict[str, Any], timeout_s: int | None) -> dict[str, Any]:
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
             )
         except subprocess.TimeoutExpired:
-            return {"ended": False, "error": f"not at its end after {timeout_s} s (--timeout)", "observed": None}
+            late = {"error": f"not at its end after {timeout_s} s (--timeout)"}
+            if answer.is_file():  # steps were measured: compiled ones were not
+                return {**read_json(answer, "run the bench again"), "compiled": late}
+            return {"ended": False, "observed": None, **late}
         result = read_json(answer, "run the bench again") if answer.is_file() else {"ended": False, "observed": None}
         if done.returncode == 0:
             return result
@@ -289,11 +315,16 @@ def _path(out: Path, machine: dict[str, Any], cap: float | None) -> Path:
 
 
 def _keep(
-    out: Path, machine: dict[str, Any], cap: float | None, result: dict[str, Any], skipped: list[dict[str, Any]]
+    out: Path,
+    machine: dict[str, Any],
+    cap: float | None,
+    results: Sequence[dict[str, Any]],
+    skipped: list[dict[str, Any]],
 ) -> None:
-    """Puts a case into its card's and cap's file, in place of an earlier one of the same name."""
+    """Puts cases into their card's and cap's file, in place of earlier ones of the same names."""
     path = _path(out, machine, cap)
     known = read_sealed_json(path, "delete it")["cases"] if path.is_file() else []
-    cases = [c for c in known if c["name"] != result["name"]] + [{**result, "versions": machine["versions"]}]
+    names = {r["name"] for r in results}
+    cases = [c for c in known if c["name"] not in names] + [{**r, "versions": machine["versions"]} for r in results]
     absent = [s for s in skipped if s["cap_gib"] == cap]
     write_sealed_json(path, {"machine": machine, "cap_gib": cap, "cases": cases, "not_fitting": absent})

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ from redheart.device import bf16_is_fast, compute_device, has_gpu
 from redheart.files import read_json, write_json
 from redheart.memory.budget import free_host_gib
 from redheart.memory.plan import GIB
+from redheart.ranks import leave
 from redheart.schema import RedHeartError
 from redheart.train.engine import compile_kernels
 from redheart.train.measure import measure_step, peaks
@@ -31,6 +33,9 @@ from redheart.version import VERSION
 
 WARM_UP = 2  # steps before the timed ones: the first makes the optimizer's states
 EDGE_GPU, EDGE_CPU = 8192, 512  # of the matrix product
+FIGURES = (
+    "predicted", "observed", "ratio", "base_gib", "start_gib", "resident_gib", "losses", "step_seconds", "compiled",
+)  # fmt: skip
 LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers")
 
 
@@ -40,10 +45,14 @@ def main() -> None:
         write_json(result, machine())
         return
     try:
-        write_json(result, {"ended": True, **case(job)})
+        case(job, lambda figures: write_json(result, {"ended": True, **figures}))
+        leave()
     except Exception as error:
-        text = " ".join(str(error).split())
-        write_json(result, {"ended": False, "error": f"{type(error).__name__}: {text}", "observed": peaks()})
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if result.is_file():  # steps were measured: what failed are the compiled ones
+            write_json(result, {**read_json(result, "run the bench again"), "compiled": {"error": text}})
+            return
+        write_json(result, {"ended": False, "error": text, "observed": peaks()})
         raise
 
 
@@ -97,24 +106,30 @@ def prices(launches: int = 2000, waits: int = 200) -> dict[str, float]:
     return {"launch_s": launch, "wait_s": median(seconds(waits, True) for _ in range(5)) - launch}
 
 
-def case(job: dict[str, Any]) -> dict[str, Any]:
-    """The figures of measure_step, and the speed of the steps after the warm-up."""
+def case(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+    """Reports the figures of measure_step and the speed of the steps after the warm-up; once more when compiled steps followed."""
     if job["cap_gib"] is not None and not has_gpu():
         raise RedHeartError("without a GPU no memory can be capped: leave --caps out")
     config = parse_config(job["config"])
-    measured = measure_step(config, job["tokens"], WARM_UP + job["steps"], job["compiled_too"])
-    timed = measured["step_seconds"][WARM_UP:]
-    figures = {name: measured[name] for name in ("predicted", "observed", "ratio", "base_gib", "start_gib", "losses")}
-    figures |= {"step_seconds": measured["step_seconds"], "median_step_s": median(timed)}
-    figures["samples_per_s"] = config.training.global_batch_size / median(timed)
-    figures["compiled"] = None
-    if (compiled := measured["compiled"]) is not None:
-        speed = config.training.global_batch_size / median(compiled["step_seconds"][WARM_UP:])
-        figures["compiled"] = {**compiled, "samples_per_s": speed, "ratio": speed / figures["samples_per_s"]}
-    if has_gpu():  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
-        free, total = torch.cuda.mem_get_info()
-        figures["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
-    return figures
+    samples = config.training.global_batch_size
+
+    def figures(measured: dict[str, Any]) -> dict[str, Any]:
+        found = {name: measured[name] for name in FIGURES}
+        step = median(measured["step_seconds"][WARM_UP:])
+        found |= {"median_step_s": step, "samples_per_s": samples / step}
+        if has_gpu():  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
+            free, total = torch.cuda.mem_get_info()
+            found["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
+        if (compiled := measured["compiled"]) is not None:
+            speed = samples / median(compiled["step_seconds"][WARM_UP:])
+            found["compiled"] = {**compiled, "samples_per_s": speed, "ratio": speed / found["samples_per_s"]}
+        return found
+
+    def first(measured: dict[str, Any]) -> None:
+        report(figures(measured))
+
+    measured = measure_step(config, job["tokens"], WARM_UP + job["steps"], first if job["compiled_too"] else None)
+    report(figures(measured))
 
 
 if __name__ == "__main__":

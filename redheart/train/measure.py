@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,11 +45,14 @@ def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0) -> Batch:
     return Batch(features, mask, others, mask, each, labels, weights, each, origins)
 
 
-def measure_step(config: RunConfig, tokens: int, num_steps: int = 2, compiled_too: bool = False) -> dict[str, Any]:
+def measure_step(
+    config: RunConfig, tokens: int, num_steps: int = 2, before_compiling: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Runs `num_steps` optimizer steps (the second has everything resident); bytes as GiB, predicted and observed.
 
-    Peaks count from before the engine is made; `start_gib` holds those at the time it was ready. `compiled_too`: then as many steps
-    with training.compile=regional on the same engine: their seconds, the first one's with what compiling took.
+    Peaks count from before the engine is made; `start_gib` holds those at the time it was ready. `before_compiling` is given what was
+    measured, and then follow as many steps with training.compile=regional on the same engine: `compiled` holds their seconds, the
+    first one's with what compiling took.
     """
     micro, accumulation = stages.split_global_batch(
         config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
@@ -71,11 +75,10 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2, compiled_to
     start = peaks()
     steps = run_steps(engine, config, micro, accumulation, tokens, num_steps)
     observed, predicted = peaks(), {"host_peak_gib": planned.host_peak / GIB}
-    compiled = _compiled(engine, config, micro, accumulation, tokens, num_steps) if compiled_too else None
     if on_gpu:
         allocated = planned.gpu_peak - sum(planned.gpu.get(k, 0) for k in ("allocator", "context"))
         predicted |= {"gpu_allocated_gib": allocated / GIB, "gpu_reserved_gib": (planned.gpu_peak - CONTEXT) / GIB}
-    return {
+    result = {
         "preset": config.preset,
         "tokens": tokens,
         "precision": config.training.precision,
@@ -87,9 +90,13 @@ def measure_step(config: RunConfig, tokens: int, num_steps: int = 2, compiled_to
         "start_gib": start,
         "resident_gib": steps.resident_gib,
         "step_seconds": steps.seconds,
-        "compiled": compiled,
         "losses": steps.losses,
+        "compiled": None,
     }
+    if before_compiling is not None:
+        before_compiling(result)
+        result["compiled"] = _compiled(engine, config, micro, accumulation, tokens, num_steps)
+    return result
 
 
 def _compiled(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from redheart.bench import gpu
+from redheart.bench import gpu, gpu_worker
 from redheart.bench.gpu_worker import matmul
 from redheart.cli import app
 from redheart.config import dump_config, load_config
@@ -147,6 +147,23 @@ def test_the_plans_choices_alone(preset: str, tmp_path: Path, monkeypatch):
     ]
 
 
+def test_cases_for_which_no_time_is_left_are_named(preset: str, tmp_path: Path, monkeypatch):
+    """Each takes 40 s of 100: the plan's choice and the reference come first, and two more would be one too many."""
+    clock = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+
+    def answer(job):
+        clock[0] += 40
+        return {"ended": True, "samples_per_s": 10.0, "observed": {}, "losses": [1.0], "compiled": None}
+
+    told = fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB"], seconds=100)
+    assert [(c["is_chosen"], c["is_reference"]) for c in told["cases"]] == [(True, False), (False, True)]
+    late = [s for s in told["not_fitting"] if "no time was left of 100 s" in s["why"]]
+    assert late
+    written = json.loads((tmp_path / "gpu-nvidia-h100-80gb-hbm3-8gib.json").read_text(encoding="utf-8"))
+    assert {s["strategy"] for s in late} <= {s["strategy"] for s in written["not_fitting"]}
+
+
 def test_the_command_fails_with_the_plans_own_choice(preset: str, tmp_path: Path, monkeypatch):
     def answer(job):
         return {"ended": False, "error": "no", "observed": None}
@@ -180,6 +197,44 @@ def test_a_process_that_fails_tells_why(preset: str):
     assert seen["observed"]["host_peak_gib"] > 0
     assert "Traceback" in seen["output"]
     assert "(--timeout)" in gpu._process(job, 1)["error"]
+
+
+@pytest.mark.parametrize("failing", ["while it compiles", "before"])
+def test_what_was_measured_before_compiling_stays(failing: str, preset: str, tmp_path: Path, monkeypatch):
+    measured = {name: [1.0, 1.0, 0.5, 0.5] for name in gpu_worker.FIGURES} | {"compiled": None}
+
+    def measure_step(config, tokens, num_steps, before_compiling):
+        if failing == "while it compiles":
+            before_compiling(measured)
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(gpu_worker, "measure_step", measure_step)
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    config = load_config(preset).model_dump(mode="json")
+    one = {"what": "case", "config": config, "tokens": 8, "steps": 2, "cap_gib": None, "compiled_too": True}
+    job.write_text(json.dumps(one), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["gpu_worker", str(job), str(result)])
+    if failing == "before":
+        with pytest.raises(RuntimeError, match="no compiler"):
+            gpu_worker.main()
+        told = json.loads(result.read_text(encoding="utf-8"))
+        assert (told["ended"], told["error"]) == (False, "RuntimeError: no compiler here")
+        return
+    gpu_worker.main()
+    told = json.loads(result.read_text(encoding="utf-8"))
+    assert (told["ended"], told["samples_per_s"]) == (True, 16.0)
+    assert told["compiled"] == {"error": "RuntimeError: no compiler here"}
+
+
+def test_a_case_that_compiles_for_too_long_keeps_what_was_measured(preset: str, tmp_path: Path, monkeypatch):
+    def run(command, **_):
+        Path(command[-1]).write_text('{"ended": true, "samples_per_s": 3.0}', encoding="utf-8")
+        raise subprocess.TimeoutExpired(command, 7)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    told = gpu._process({"what": "case"}, 7)
+    assert (told["ended"], told["samples_per_s"]) == (True, 3.0)
+    assert "after 7 s" in told["compiled"]["error"]
 
 
 def test_unknown_strategies_are_refused():

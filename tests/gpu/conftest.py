@@ -41,14 +41,14 @@ def begin(job: str, on: str, **wanted: Any) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]", timeout: int = 240) -> Any:
-    """The job's last line, read as JSON."""
+    """The job's last line that is JSON: libraries still say goodbye after it."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
     assert process.returncode == 0, output[-4000:]
-    return json.loads(output.strip().splitlines()[-1])
+    return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith('{"')))
 
 
 def work(job: str, on: str = "gpu", **wanted: Any) -> Any:
@@ -59,6 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("gpu")
+            if precision := getattr(item, "callspec", None) and item.callspec.params.get("both"):
+                item.add_marker(
+                    pytest.mark.xdist_group(precision)
+                )  # steps that these tests share; all others go where there is room
 
 
 @pytest.fixture(scope="session", autouse=True)

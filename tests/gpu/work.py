@@ -1,6 +1,6 @@
 """What the tests of this folder run in processes of their own, on the GPU where one is visible, else on the CPU.
 
-    python -m tests.gpu.work JOB '{…}'        prints JSON in its last line
+    python -m tests.gpu.work JOB '{…}'        prints JSON in its last line that begins with a brace
 
 Neither `datasets` nor pyarrow is needed, but for `predict`.
 """
@@ -21,7 +21,7 @@ from redheart.memory.budget import CONTEXT, limit_gpu
 from redheart.memory.swap import GIB, place
 from redheart.model.build import build_model
 from redheart.model.select import MODULES, ExecutionMode
-from redheart.ranks import is_out_of_memory
+from redheart.ranks import is_out_of_memory, leave
 from redheart.schema import RedHeartError
 from redheart.tasks import task_weights
 from redheart.train.engine import Engine, consolidated_weights, make_engine
@@ -217,3 +217,4 @@ JOBS = {f.__name__: f for f in (one_step, resume, peak, promise, swap, predict, 
 
 if __name__ == "__main__":
     print("\n" + json.dumps(JOBS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    leave()

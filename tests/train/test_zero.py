@@ -7,9 +7,24 @@ from typing import Any
 import pytest
 import torch
 
+from redheart.config import load_config
+from redheart.model.build import build_model
 from redheart.model.select import MODULES
 from redheart.train.engine import consolidated_weights
+from redheart.train.engine.zero import place_buffers
 from tests.runs import distance, forked
+from tests.train.tiny import SETTINGS
+
+
+def test_buffers_follow_where_the_engine_computes():
+    """ZeRO-3 places parameters alone: what is no parameter would stay on the host beside a GPU."""
+    model = build_model(load_config("local", SETTINGS), None)
+    names = [n for n, _ in model.named_buffers()]
+    assert names
+    place_buffers(model, torch.device("meta"))
+    assert {b.device.type for _, b in model.named_buffers()} == {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model.state_dict().keys() == build_model(load_config("local", SETTINGS), None).state_dict().keys()
 
 
 def run(ranks: int, **wanted: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redheart.config import RunConfig
 from redheart.device import has_gpu, tell_deepspeed
@@ -18,6 +18,9 @@ from redheart.optim.building import build_root
 from redheart.ranks import is_launched
 from redheart.schema import RedHeartError
 from redheart.signals.native import library as signals_kernels
+
+if TYPE_CHECKING:
+    import torch
 
 START_S = 600  # how long processes wait for each other to start: nodes read and compile at their own pace
 OTHERS = {"ACCELERATE_USE_CPU": "--cpu", "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm"}
@@ -60,8 +63,8 @@ def _cpu_info() -> dict[str, Any]:
     return found
 
 
-def limit_waiting(seconds: float) -> None:
-    """Collectives of every process group wait so long for the other ranks. Call it once all groups exist.
+def settle_groups(seconds: float, device: torch.device) -> None:
+    """Collectives of every process group wait so long for the other ranks, on this device. Call it once all groups exist.
 
     DeepSpeed reduces in a clone of the world group, which torch gives its own default (30 minutes under gloo), whatever the
     first group was told.
@@ -70,6 +73,10 @@ def limit_waiting(seconds: float) -> None:
 
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if (
+            device.type == "cuda"
+        ):  # else a barrier guesses by the rank, and says so; DeepSpeed binds no group of a single rank
+            group.bound_device_id = device
 
 
 def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int, world_size: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from redheart.train.engine.base import (
     parameter_groups,
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
-from redheart.train.engine.machinery import START_S, check_accelerate, deepspeed_config, import_machinery, limit_waiting
+from redheart.train.engine.machinery import START_S, check_accelerate, deepspeed_config, import_machinery, settle_groups
 from redheart.train.engine.moments import Read, adopt, partitions
 from redheart.train.engine.one_norm import OneNorm
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
@@ -83,6 +83,7 @@ class DeepSpeedEngine(Engine):
         if self._stage == 3 and num_parameters < SMALL:
             for where in (settings, plugin.deepspeed_config):
                 where["zero_optimization"]["stage3_max_reuse_distance"] = 0
+        place_buffers(model, self.device)
         self._names = {id(p): n for n, p in model.named_parameters()}
         optimizer = self._optimizer(model, config)
         self._engine, _ = self._accelerator.prepare(model, optimizer)
@@ -97,7 +98,7 @@ class DeepSpeedEngine(Engine):
         self.model = self._engine.module
         owners = {i: module_of(name) for i, name in self._names.items()}
         self._norm = OneNorm(self._zero, self._stage, self.model.built, owners, config.optimizer.max_grad_norm)
-        limit_waiting(config.training.collective_timeout_s)
+        settle_groups(config.training.collective_timeout_s, self.device)
         del model, optimizer
         free_memory()
 
@@ -225,6 +226,13 @@ class DeepSpeedEngine(Engine):
             adam.ds_opt_adam.adam_update(
                 adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], p, g, m, v
             )
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Moves what is no parameter: where ZeRO-3 has partitioned the parameters, DeepSpeed 0.19.8 leaves buffers where they were made."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
