@@ -72,6 +72,7 @@ CODE
 tests() {
   local workers=()
   # the checks spend their time starting processes; on a small machine these would get into each other's way
+  export OMP_NUM_THREADS=$(($(nproc) / 8 + 1)) # each starts two or three at once: with all cores for every one they stood in line for minutes
   if [ "$(nproc)" -ge 8 ] && "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6 --dist loadgroup); fi
   REDHEART_GPU_RESULTS="$out/tests.json" "$python" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/gpu
 }

@@ -46,8 +46,8 @@ DEFAULTS = {
 }  # fmt: skip
 # what each preset says itself, in the order of its file
 SAID = {
-    "330m": (768, 12, 512, 8, 4, 64, 16, 200, 200, "zero2_offload_8bit"),
-    "1b3": (1536, 24, 1024, 16, True, 4, 64, 8, 200, 200, "zero2_offload_8bit", 32),
+    "330m": (768, 12, 512, 8, 4, 64, 64, 200, 200, "zero2_offload_8bit"),
+    "1b3": (1536, 24, 1024, 16, True, 4, 64, 64, 200, 200, "zero2_offload_8bit", 32),
     "base": (192, 6, 128, 4, 3e-4, 6, 32, 32, "fp32", 200, 200),
     "local": (96, 3, 64, 2, 5e-4, 40, 16, 16, "fp32", 5, 20, 40),
 }

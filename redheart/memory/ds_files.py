@@ -33,8 +33,8 @@ def ds_settings(file: str) -> dict[str, Any]:
     traits = TRAITS[FILES[file]]
     settings: dict[str, Any] = {
         "train_batch_size": 64,
-        "train_micro_batch_size_per_gpu": 16,
-        "gradient_accumulation_steps": 4,
+        "train_micro_batch_size_per_gpu": 64,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
     }
