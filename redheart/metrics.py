@@ -30,6 +30,15 @@ def tally(prediction: torch.Tensor, target: torch.Tensor, labelled: torch.Tensor
     return torch.stack([*sums, (known & ~finite).double().sum(0), rows])
 
 
+def pair_tally(prediction: torch.Tensor, target: torch.Tensor, labelled: torch.Tensor) -> Tally:
+    """The tally of answers about two texts: every row once as it is and once with its texts the other way round, each counting half.
+
+    So nothing depends on the order in which a data set lists the two, and who always says the same is right half of the time.
+    """
+    both, true = (torch.cat([x, 1 - x]) for x in (prediction, target))
+    return tally(both, true, torch.cat([labelled, labelled])) / 2
+
+
 def not_finite(sums: Tally) -> int:
     """How many labelled entries of a tally had a prediction or a label that is NaN or infinite."""
     return int(sums[FIELDS.index("bad")].sum())

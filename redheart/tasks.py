@@ -70,8 +70,14 @@ class Task:
         return weighted(self.judged.entries(raw, target, config), weight)
 
     def constant(self, target: torch.Tensor, weight: torch.Tensor, config: LossConfig) -> torch.Tensor:
-        """The raw answer of the predictor with the least loss of all that always say the same, for labels and weights [N, size]."""
+        """The raw answer of the predictor with the least loss of all that always say the same, for labels and weights [N, size].
+
+        Of two texts it says that neither is better: any other answer would be the opposite of itself for the same two the other way
+        round, and data that always name the better text first would make it look like knowledge (and its loss like 0).
+        """
         link = self.judged.link
+        if self.kind == "binary":
+            return torch.zeros_like(target)
         if link is None:
             levels = level_of(target, config.regret_edges) == torch.arange(LEVELS, device=target.device)
             share = (levels * weight).sum(0) / weight.sum().clamp(min=1e-12)

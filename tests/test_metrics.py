@@ -7,7 +7,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
 
 from redheart.evaluation.answers import Answers, metric, sums
-from redheart.metrics import FIELDS, not_finite, summarise, tally
+from redheart.metrics import FIELDS, not_finite, pair_tally, summarise, tally
 
 P = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
 T = (P + 0.6 * torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) - 0.3).clamp(0, 1)
@@ -75,3 +75,20 @@ def test_macro_f1_is_one_definition_for_sums_and_for_rows():
     assert metric("multilabel", sums("multilabel", given, np.full(3, 0.5)).sum(0)) == pytest.approx(expected)
     none = summarise(tally(P, torch.zeros_like(T), ALL))
     assert "macro_f1" not in none
+
+
+def test_the_order_of_two_texts_changes_no_figure_of_a_pair():
+    """However a data set lists them: even the better one always first, where who always says "the first" would be right every time."""
+    p, t, known = P[:, :1], (T[:, :1] > 0.5).float(), ALL[:, :1].clone()
+    known[::3] = 0
+    told = summarise(pair_tally(p, t, known))
+    for turned in (torch.arange(50) % 2 == 0, t[:, 0] < 0.5):
+        turn = turned[:, None]
+        other = summarise(pair_tally(torch.where(turn, 1 - p, p), torch.where(turn, 1 - t, t), known))
+        assert other == pytest.approx(told, rel=1e-6)
+    assert told["accuracy"] == pytest.approx(summarise(tally(p, t, known))["accuracy"])
+    assert told["count"] == told["rows"] == known.sum().item()
+    first = summarise(pair_tally(torch.ones(50, 1), torch.ones(50, 1), ALL[:, :1]))
+    neither = summarise(pair_tally(torch.full((50, 1), 0.5), torch.ones(50, 1), ALL[:, :1]))
+    assert (first["accuracy"], neither["accuracy"]) == (1.0, 0.5)
+    assert not_finite(pair_tally(torch.full((50, 1), torch.nan), t, ALL[:, :1])) == 50

@@ -1,5 +1,7 @@
 """TASKS: every answer has its label and loss; taking a task's labels away takes exactly its loss away."""
 
+import math
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def dense_grid(name: str, target: torch.Tensor, weight: torch.Tensor, config: Lo
 
 @pytest.mark.parametrize("positives", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("name", ["emotion", "regret", "bentham", "preference", "culture", "regret_views"])
+@pytest.mark.parametrize("name", ["emotion", "regret", "bentham", "culture", "regret_views"])
 def test_no_constant_has_a_lower_loss_than_the_constant_predictor(name: str, soft: bool, positives: float):
     generator, size = torch.Generator().manual_seed(0), LABELS[name].size
     target = (torch.rand(5, 200, size, generator=generator) < positives).double()
@@ -83,6 +85,17 @@ def test_no_constant_has_a_lower_loss_than_the_constant_predictor(name: str, sof
         assert value / count <= least * (1 + 1e-6) + 1e-9
         if config is CONFIG:  # a focus below 1 has a kink at every label, between which a grid may lie
             assert value / count == pytest.approx(least, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [1.0, 0.0, 0.7])
+def test_pairs_that_always_name_the_better_text_first_teach_a_constant_nothing(first: float):
+    """Its loss is that of a coin, whatever the order in which a data set lists the two texts."""
+    labels = {n: torch.full((40, lab.size), 0.4) for n, lab in LABELS.items()}
+    labels["preference"] = (torch.arange(40) < 40 * first).float()[:, None]
+    weights = {n: torch.ones(40, lab.size) for n, lab in LABELS.items()}
+    told = constant_losses(labels, weights, CONFIG)
+    assert [told[n] for n, t in TASKS.items() if t.label == "preference"] == pytest.approx([math.log(2)] * 3)
+    assert constant_answers(labels, weights, CONFIG)["preference"].tolist() == [0.0]
 
 
 def test_the_constant_of_a_rare_emotion_is_no_longer_its_mean():

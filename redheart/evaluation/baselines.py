@@ -139,7 +139,8 @@ CONSTANTS: dict[str, Best] = {"mae": median, "accuracy": majority, "macro_f1": a
 def _constant(task: Task, data: Pooled, column: int, best: Best = mean) -> Predictor:
     target, weight = data.labels[task.label][:, column], data.weights[task.label][:, column]
     known = weight > 0
-    value = best(target[known], weight[known]) if known.any() else 0.5
+    # of two texts: neither
+    value = best(target[known], weight[known]) if known.any() and task.kind != "binary" else 0.5
     return lambda x: np.full(len(x), value)
 
 
@@ -173,14 +174,15 @@ def _linear(task: Task, data: Pooled, column: int) -> Predictor:
     known = known[:: max(1, len(known) // MAX_FIT)]
     x = (data.differences if task.kind == "binary" else data.features)[known]
     y, weight = data.labels[task.label][known, column], weight[known]
-    classes = task.kind in ("binary", "multilabel")
+    pair, classes = task.kind == "binary", task.kind in ("binary", "multilabel")
+    if pair:  # either way round: a data set may always name the better text first
+        x, y, weight = np.concatenate([x, -x]), np.concatenate([y, 1 - y]), np.concatenate([weight, weight]) / 2
     if len(y) < 2 or len(np.unique(y > 0.5 if classes else y)) < 2:
         return _constant(task, data, column)
     if not classes:
         ridge = make_pipeline(StandardScaler(), RidgeCV(ALPHAS)).fit(x, y, ridgecv__sample_weight=weight)
         low, high = LABELS[task.label].low, LABELS[task.label].high
         return lambda z: np.clip(ridge.predict(z), low, high)
-    pair = task.kind == "binary"
     model = make_pipeline(
         StandardScaler(with_mean=not pair), LogisticRegression(C=0.01, max_iter=2000, fit_intercept=not pair)
     ).fit(x, y > 0.5, logisticregression__sample_weight=weight)

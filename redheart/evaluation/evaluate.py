@@ -15,7 +15,7 @@ from torch import nn
 
 from redheart.config import LossConfig
 from redheart.data.stream import SampleStream
-from redheart.metrics import FIELDS, Tally, empty_tally, not_finite, summarise, tally
+from redheart.metrics import FIELDS, Tally, empty_tally, not_finite, pair_tally, summarise, tally
 from redheart.model.outputs import RedHeartOutput
 from redheart.ranks import sum_over_ranks, together
 from redheart.schema import LABELS, ORIGINS, Batch, RedHeartError
@@ -129,7 +129,8 @@ def add_tallies(tallies: dict[Row, Tally], predictions: Mapping[str, torch.Tenso
             rows = columns[task.label] == code
             if rows.any():
                 labelled = batch.weights[task.label] * rows[:, None]
-                tallies[name, origin] += tally(prediction, batch.labels[task.label], labelled)
+                count = pair_tally if task.kind == "binary" else tally
+                tallies[name, origin] += count(prediction, batch.labels[task.label], labelled)
 
 
 def _rows() -> list[Row]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
-from redheart.evaluation.baselines import CONSTANTS, look_up, mean
+from redheart.evaluation.baselines import CONSTANTS, Pooled, _constant, _linear, look_up, mean
+from redheart.tasks import TASKS
 
 RNG = np.random.default_rng(0)
 SCORES = {  # by metric: of a constant c, the higher the better
@@ -46,3 +47,19 @@ def test_the_look_up_is_the_mean_label_of_the_predicted_level():
     assert torch.allclose(said[[0, 2]], surd[1:3].double().mean(0).expand(2, -1))
     batch.weights["surd"] = torch.zeros(4, 4)
     assert look_up(train, lambda regret: {"regret": regret}) is None
+
+
+@pytest.mark.parametrize("order", ["better first", "by a coin"])
+def test_lines_between_texts_need_no_order_of_them(order: str):
+    """Pairs that always name the better text first are as good to learn from, and a constant has half of them right."""
+    direction = RNG.normal(size=8)
+    difference = RNG.normal(size=(400, 8))
+    difference *= np.sign(difference @ direction)[:, None]
+    turned = np.where(RNG.random(400) < 0.5, -1.0, 1.0) if order == "by a coin" else np.ones(400)
+    x, y = difference * turned[:, None], (turned > 0).astype(float)[:, None]
+    data = Pooled(x, x, {"preference": y}, {"preference": np.ones((400, 1))})
+    task = TASKS["preference"]
+    p = _linear(task, data, 0)(difference)
+    assert (p > 0.5).mean() > 0.95
+    assert _linear(task, data, 0)(-difference) == pytest.approx(1 - p)
+    assert set(_constant(task, data, 0, CONSTANTS["accuracy"])(x)) == {0.5}
