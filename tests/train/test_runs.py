@@ -14,6 +14,7 @@ from redheart.config import load_config
 from redheart.files import read_pointer
 from redheart.model.build import build_model
 from redheart.model.select import MODULES
+from redheart.owned import exclusive
 from tests.runs import (
     BIN,
     distance,
@@ -69,6 +70,27 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, w
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[k], got[k]) for k in expected)
     assert losses(run) == losses(whole_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_a_launch_into_a_run_that_trains_already_ends_at_once_on_every_rank(
+    launcher: str, data: Path, whole_run: Path, tmp_path: Path
+):
+    """The rank that finds out says so; its launcher ends the other, which would wait for it."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    command = {
+        "accelerate": [*ACCELERATE, "--num_processes", "2", "-m", "redheart"],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29571", "--module", "redheart"],
+    }[launcher]
+    with exclusive(tmp_path / "run", "training"):
+        before = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "run").rglob("*"))}
+        done = redheart("train", "--data", data, "--out", tmp_path / "run", "--resume", launcher=command, timeout=120)
+        assert {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "run").rglob("*"))} == before
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "is training in" in said, said[-3000:]
+    assert "redheart: " in said
 
 
 def test_8_bit_adam_under_zero_resumes_bitwise_and_learns(data: Path, tmp_path: Path):
