@@ -16,7 +16,7 @@ fi
 ruff check redheart tests setup.py
 ruff format --check redheart tests setup.py
 mypy redheart
-shellcheck -x launch/*.sh launch/multinode/*.sh launch/multinode/*.sbatch .ci/run
+shellcheck -x launch/*.sh launch/multinode/*.sh launch/multinode/*.sbatch tests/benchmarks/*.sh .ci/run
 workers=$(nproc)  # tests that start two processes each: more than four at once help no more
 export OMP_NUM_THREADS=1
 pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal -m "not slow and not gpu and not multinode"

@@ -212,9 +212,10 @@ def show(result: dict[str, Any]) -> None:
                 f"after {compiled['seconds']:.0f} s of compiling for this shape"
             )
     if machine["launch_s"] is not None:
+        prices = {name: f"{machine[name] * 1e6:.1f} µs" for name in ("operation_s", "launch_s", "wait_s")}
         console.print(
-            f"a launch takes {machine['launch_s'] * 1e6:.1f} µs and a wait {machine['wait_s'] * 1e6:.1f} µs "
-            f"(the plan assumes {Card.kernel_s * 1e6:g} and {Card.wait_s * 1e6:g})"
+            f"the host takes {prices['operation_s']} for an operation of the network, {prices['launch_s']} for a bare launch and "
+            f"{prices['wait_s']} for a wait (the plan assumes {Card.operation_s * 1e6:g}, and {Card.wait_s * 1e6:g} for a wait)"
         )
     goal = result["target"]
     outcome = {None: "not measured here", True: "met", False: "missed"}[goal["met"]]

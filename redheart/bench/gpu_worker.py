@@ -19,16 +19,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
-from redheart.config import parse_config
+from redheart.config import load_config, parse_config
 from redheart.device import bf16_is_fast, compute_device, has_gpu
 from redheart.files import read_json, write_json
+from redheart.memory.activations import measured
 from redheart.memory.budget import free_host_gib
 from redheart.memory.plan import GIB
+from redheart.model.build import build_model
 from redheart.ranks import leave
 from redheart.schema import RedHeartError
+from redheart.tasks import GATES, TASKS
+from redheart.train import stages
 from redheart.train.engine import compile_kernels
-from redheart.train.measure import measure_step, peaks
+from redheart.train.measure import measure_step, peaks, synthetic_batch
 from redheart.version import VERSION
 
 WARM_UP = 2  # steps before the timed ones: the first makes the optimizer's states
@@ -66,7 +71,7 @@ def machine() -> dict[str, Any]:
         "host_free_gib": free_host_gib(),
         "threads": torch.get_num_threads(),
         "matmul": matmul(EDGE_GPU if on_gpu else EDGE_CPU),
-        **(prices() if on_gpu else {"launch_s": None, "wait_s": None}),
+        **(prices() if on_gpu else {"launch_s": None, "wait_s": None, "operation_s": None}),
         "versions": {"redheart": VERSION, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
     }
 
@@ -89,7 +94,7 @@ def matmul(edge: int, repeats: int = 20) -> dict[str, Any]:
 
 def prices(launches: int = 2000, waits: int = 200) -> dict[str, float]:
     """Seconds of the host to launch a small kernel, and those that reading one number of the device costs beyond the launch of
-    what made it: what `plan` assumes as kernel_s and wait_s."""
+    what made it (what `plan` assumes as wait_s); and those of one operation of the network (operation_s)."""
     x = torch.zeros(16, device=compute_device())
 
     def seconds(count: int, wait: bool) -> float:
@@ -103,7 +108,30 @@ def prices(launches: int = 2000, waits: int = 200) -> dict[str, float]:
 
     seconds(100, True)  # kernels loaded, memory reserved
     launch = median(seconds(launches, False) for _ in range(5))
-    return {"launch_s": launch, "wait_s": median(seconds(waits, True) for _ in range(5)) - launch}
+    wait = median(seconds(waits, True) for _ in range(5)) - launch
+    return {"launch_s": launch, "wait_s": wait, "operation_s": operation()}
+
+
+def operation(repeats: int = 5) -> float:
+    """Seconds per operation of a micro-step of preset `local` with two short texts, where arithmetic is next to nothing: what the
+    host does for each of them, views, autograd and Python included."""
+    config, device, rows, tokens = load_config("local", ["memory.strategy=plain"]), compute_device(), 2, 8
+    operations = measured(config, rows, tokens, False, True).kernels
+    model = build_model(config, None)
+    nn.Module.to(model, device)
+    batch = synthetic_batch(rows, tokens, config.model.encoder_width)
+    window = stages.open_window([batch], False)
+    scale = dict.fromkeys((*TASKS, *GATES), 1.0)
+    seconds = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        on_device = batch.to(device, torch.float32)
+        loss, _ = stages.compute(stages.forward(model, on_device), on_device, window.counts, scale, 1, config.loss)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[2:]) / operations
 
 
 def case(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
@@ -113,23 +141,22 @@ def case(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
     config = parse_config(job["config"])
     samples = config.training.global_batch_size
 
-    def figures(measured: dict[str, Any]) -> dict[str, Any]:
-        found = {name: measured[name] for name in FIGURES}
-        step = median(measured["step_seconds"][WARM_UP:])
+    def figures(told: dict[str, Any]) -> dict[str, Any]:
+        found = {name: told[name] for name in FIGURES}
+        step = median(told["step_seconds"][WARM_UP:])
         found |= {"median_step_s": step, "samples_per_s": samples / step}
         if has_gpu():  # of a card that nobody else uses: the context, and what nccl and cuBLAS take themselves
             free, total = torch.cuda.mem_get_info()
             found["gpu_outside_allocator_gib"] = (total - free - torch.cuda.memory_reserved()) / GIB
-        if (compiled := measured["compiled"]) is not None:
+        if (compiled := told["compiled"]) is not None:
             speed = samples / median(compiled["step_seconds"][WARM_UP:])
             found["compiled"] = {**compiled, "samples_per_s": speed, "ratio": speed / found["samples_per_s"]}
         return found
 
-    def first(measured: dict[str, Any]) -> None:
-        report(figures(measured))
+    def first(told: dict[str, Any]) -> None:
+        report(figures(told))
 
-    measured = measure_step(config, job["tokens"], WARM_UP + job["steps"], first if job["compiled_too"] else None)
-    report(figures(measured))
+    report(figures(measure_step(config, job["tokens"], WARM_UP + job["steps"], first if job["compiled_too"] else None)))
 
 
 if __name__ == "__main__":

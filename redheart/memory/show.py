@@ -35,7 +35,7 @@ def show_plan(plan: Plan, budget: Budget) -> None:
     speed = (
         f"{card.cpu_flops / 1e9:.0f} GFLOP/s (fp32) on the CPU"
         if plan.gpu_memory is None
-        else f"{card.flops / 1e12:.0f} TFLOP/s in bf16, {card.kernel_s * 1e6:.0f} µs a launch, {card.wait_s * 1e6:.0f} µs a wait"
+        else f"{card.flops / 1e12:.0f} TFLOP/s in bf16, {card.operation_s * 1e6:.0f} µs an operation, {card.wait_s * 1e6:.0f} µs a wait"
     )
     console.print(
         f"{plan.flops_per_sample / 1e9:.1f} GFLOP a sample of {plan.tokens} tokens; times assume {speed}, {card.pcie_bytes / 1e9:.0f} GB/s "

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from redheart.bench import gpu, gpu_worker
-from redheart.bench.gpu_worker import matmul
+from redheart.bench.gpu_worker import matmul, operation
 from redheart.cli import app
 from redheart.config import dump_config, load_config
 from redheart.schema import RedHeartError
@@ -29,6 +29,7 @@ MACHINE = {
     "matmul": {"tflop_per_s": 2.0, "edge": 8, "precision": "bfloat16"},
     "versions": {"torch": "0"},
     "launch_s": 5e-6,
+    "operation_s": 3e-5,
     "wait_s": 2e-5,
 }
 
@@ -47,7 +48,7 @@ def test_it_runs_to_its_end_on_the_cpu(preset: str, tmp_path: Path):
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout.splitlines()[-1])
     assert {c["strategy"] for c in told["cases"]} == {"plain", "zero2_offload_8bit"}
-    assert (told["machine"]["launch_s"], told["machine"]["wait_s"]) == (None, None)  # prices of a card
+    assert {told["machine"][price] for price in ("launch_s", "wait_s", "operation_s")} == {None}  # of a card
     peak = told["machine"]["matmul"]["tflop_per_s"]
     for case in told["cases"]:
         assert case["ended"], case
@@ -240,6 +241,10 @@ def test_a_case_that_compiles_for_too_long_keeps_what_was_measured(preset: str, 
 def test_unknown_strategies_are_refused():
     with pytest.raises(RedHeartError, match="choose from plain, gpu_8bit"):
         gpu.bench_gpu(strategies=["zero4"])
+
+
+def test_an_operation_of_the_network_has_a_price():
+    assert 1e-6 < operation(repeats=2) < 2e-3
 
 
 def test_the_matrix_product_is_timed(monkeypatch: pytest.MonkeyPatch):

@@ -149,7 +149,7 @@ def test_all_of_it_with_the_cpu_as_the_gpu(tmp_path: Path):
     assert tests["stand_in"]
     others = {t["test"]: t["outcome"] for t in tests["tests"] if t["outcome"] != "passed"}
     assert others == {
-        "test_a_launch_and_a_wait_cost_what_the_plan_assumes_within_an_order": "skipped"
+        "test_an_operation_and_a_wait_cost_what_the_plan_assumes_within_an_order": "skipped"
     }  # prices of a card
     assert sum("test_a_step_on_the_gpu_is_the_cpus" in t["test"] for t in tests["tests"]) == 14
     bench = json.loads((tmp_path / "gpu-cpu-uncapped.json").read_text())

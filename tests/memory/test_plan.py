@@ -34,7 +34,9 @@ def known_activations(monkeypatch):
 
         def at(n):
             peak = int(factor * (fixed + slope * n))
-            return MicroStep(peak, peak + 600 * MB, peak, 200_000 * n, int(flops * n), 10_500)
+            return MicroStep(
+                peak, peak + 600 * MB, peak, 200_000 * n, int(flops * n), 13_000 if checkpointing else 10_500
+            )
 
         return Activations(at(4), at(12), (4, 12))
 
@@ -158,7 +160,7 @@ def test_a_step_counts_the_launches_and_waits_of_every_tensor():
     """By hand, after DeepSpeed 0.19.8: with offload and 16-bit sums a gradient takes 4 launches a micro-step (into the bucket; up, added,
     down) and 3 a step (norm, cast, to the host), and the host reads all norms at once."""
     tensors = PARAMETERS.count
-    card = Card(kernel_s=1e-6, wait_s=1e-3)
+    card = Card(operation_s=1e-6, wait_s=1e-3)
     times = predicted("zero2_offload_8bit", 4, card=card).times_s
     assert times["launches"] == pytest.approx((4 * (10_500 + 4 * tensors) + 3 * tensors + UPDATE) * 1e-6)
     assert times["waits"] == pytest.approx(WAITS * 1e-3)

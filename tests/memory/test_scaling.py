@@ -31,7 +31,7 @@ def plan_of(strategy="zero2_offload_8bit", micro=16, nodes=1, gpus=1, card=None)
     """A plan with one candidate whose micro-step is a line written down."""
     card = card or Card()
     accumulation = 512 // nodes // gpus // micro
-    times = {"compute": accumulation * micro * FLOPS / card.flops, "launches": accumulation * 10_000 * card.kernel_s}
+    times = {"compute": accumulation * micro * FLOPS / card.flops, "launches": accumulation * 10_000 * card.operation_s}
     step = MicroStep(0, 0, 0, 0, int(micro * FLOPS), 10_000)
     one = Candidate(strategy, micro, accumulation, False, step, {}, {}, GIB, GIB, times, 1.0, True)
     return Plan("330m", 64, 8 * GIB, 32 * GIB, nodes, gpus, int(FLOPS), card, [one])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -100,15 +102,17 @@ def ds_config_path(strategy: str) -> Path:
 
 
 def compile_kernels() -> None:
-    """Compiles (once, then cached) the kernels that training here needs: DeepSpeed's and our own."""
+    """Compiles (once, then cached) the kernels that training here needs, DeepSpeed's and our own, side by side."""
     import_machinery()
     build_root()
     from deepspeed.accelerator import get_accelerator
 
-    names = ["CPUAdamBuilder"] if has_gpu() else ["CPUAdamBuilder", "ShareMemCommBuilder"]
-    with contextlib.redirect_stdout(sys.stderr):
-        for name in names:
-            get_accelerator().create_op_builder(name).load(verbose=False)
-        adam8bit_kernel()
-        if not has_gpu():
-            signals_kernels()
+    def of_deepspeed(name: str) -> Callable[[], Any]:
+        return lambda: get_accelerator().create_op_builder(name).load(verbose=False)
+
+    builds: list[Callable[[], Any]] = [of_deepspeed("CPUAdamBuilder"), adam8bit_kernel]
+    if not has_gpu():
+        builds += [of_deepspeed("ShareMemCommBuilder"), signals_kernels]
+    with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor() as pool:  # the threads wait for compilers
+        for build in [pool.submit(build) for build in builds]:
+            build.result()
