@@ -96,7 +96,9 @@ def test_a_case_that_fails_is_recorded_and_the_next_one_runs(preset: str, tmp_pa
     assert "2 GiB" in failed[0]["error"]
     assert result["ok"] == (not failed[0]["is_chosen"])
     gpu.show(result)
-    assert "a launch takes 5.0 µs and a wait 20.0 µs (the plan assumes 6 and 15)" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "30.0 µs for an operation of the network, 5.0 µs for a bare launch and 20.0 µs for a wait" in said
+    assert "(the plan assumes 40, and 15 for a wait)" in said
     assert {p.name for p in tmp_path.glob("gpu-*.json")} == {
         "gpu-nvidia-h100-80gb-hbm3-8gib.json",
         "gpu-nvidia-h100-80gb-hbm3-uncapped.json",
