@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What a preset knows beside plain transformers: prepares the corpora that people labelled, trains and judges everything over several seeds.
-#   bash tests/benchmarks/quality.sh CORPORA OUT [options of `redheart bench control`]
+#   bash tests/benchmarks/quality.sh OUT [options of `redheart bench control`]
 #
-# CORPORA holds goemotions/, emobank/ and ethics/ as published (redheart prepare --help). OUT gets data/ and control/, with the table as
-# control/control-dev.json and .png: metrics with their spread over seeds, seconds, machine, versions. A second call goes on where the
+# REDHEART_DATA [default: ../shared/data beside this checkout] holds goemotions/, emobank/ and ethics/ as published. OUT gets data/ and
+# control/, with the table as control/control-dev.json and .png: metrics with their spread over seeds, seconds, machine, versions. A second call goes on where the
 # first one stopped. --split test scores the test rows: once, when dev has chosen.
 # Two passes of preset local over all of it take some hours of two cores. SAMPLES=30000 and, say, --steps 340 --batch 64 are a first look.
 set -euo pipefail
@@ -11,15 +11,16 @@ set -euo pipefail
 case "${1:-}" in
   -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
-[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
-corpora=$1 out=$2
-shift 2
+[ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+out=$1
+shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+corpora=${REDHEART_DATA:-$root/../shared/data}
 bash "$root/launch/setup_env.sh"
 export PATH="$root/red_heart_env/bin:$PATH"
 sources=()
 for name in goemotions emobank ethics; do
-  [ -d "$corpora/$name" ] || { echo "quality: $corpora/$name is not there" >&2; exit 1; }
+  [ -d "$corpora/$name" ] || { echo "quality: $corpora/$name is not there: set REDHEART_DATA" >&2; exit 1; }
   sources+=(--source "$name=$corpora/$name")
 done
 redheart prepare "${sources[@]}" ${SAMPLES:+--samples "$SAMPLES"} --skip-invalid --set data.labeler.max_texts=0 --out "$out/data"
