@@ -3,9 +3,9 @@
 #   bash tests/benchmarks/quality.sh OUT [options of `redheart bench control`]
 #
 # REDHEART_DATA [default: ../shared/data beside this checkout] holds goemotions/, emobank/ and ethics/ as published. OUT gets data/ and
-# control/, with the table as control/control-dev.json and .png: metrics with their spread over seeds, seconds, machine, versions. A second call goes on where the
-# first one stopped. --split test scores the test rows: once, when dev has chosen.
-# Two passes of preset local over all of it take some hours of two cores. SAMPLES=30000 and, say, --steps 340 --batch 64 are a first look.
+# control/, with the table as control/control-dev.json and .png: metrics with their spread over seeds, seconds, machine, versions.
+# A second call goes on where the first one stopped. --split test scores the test rows: once, when dev has chosen.
+# The whole of it takes hours; SAMPLES=30000 and, say, --steps 340 --batch 64 are a first look.
 set -euo pipefail
 
 case "${1:-}" in
