@@ -134,7 +134,7 @@ def bench_gpu(
 ) -> None:
     """Real steps of every strategy that fits a memory cap: peaks beside the plan's, samples and FLOPs per second.
 
-    Exit code 1 where the plan's own choice did not run. Without a GPU it runs on the CPU, uncapped.
+    Exit code 1 where a plan's own choice failed. Without a GPU it runs on the CPU, uncapped.
     """
     from redheart.bench import gpu as room
 

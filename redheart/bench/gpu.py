@@ -71,7 +71,7 @@ def bench_gpu(
     chosen_only: bool = False,
     seconds: int | None = None,
 ) -> dict[str, Any]:
-    """Runs what the filters leave (`strategies` empty: all), and writes OUT/gpu-CARD-CAP.json. `ok`: every choice of the planner ran.
+    """Runs what the filters leave (`strategies` empty: all), and writes OUT/gpu-CARD-CAP.json. `ok`: no choice of the planner failed.
 
     `chosen_only`: of each plan its own choice among the strategies, and no reference. `seconds`: a case starts only where as long as
     the longest one so far is left of them; the plans' choices and the reference come first.
@@ -111,15 +111,7 @@ def bench_gpu(
         began = time.monotonic()
         if end is not None and began + longest > end:
             why = f"no time was left of {seconds} s (--seconds)"
-            skipped.append(
-                {
-                    "preset": case.preset,
-                    "tokens": case.tokens,
-                    "cap_gib": case.cap_gib,
-                    "strategy": case.strategy,
-                    "why": why,
-                }
-            )
+            skipped.append(_left_out(case.preset, case.tokens, case.cap_gib, case.strategy, why))
             continue
         where = "no cap" if case.cap_gib is None else f"{case.cap_gib:g} GiB"
         load = f"micro-batch {case.micro_batch_size} × {case.gradient_accumulation_steps}"
@@ -267,10 +259,13 @@ def _cases(
         if candidates:
             least = min(candidates, key=lambda c: (c.gpu_peak, c.host_peak))
             why = f"the smallest needs {least.gpu_peak / GIB:.2f} GiB on the GPU and {least.host_peak / GIB:.2f} GiB on the host"
-        case = {"preset": config.preset, "tokens": offered.tokens, "cap_gib": cap, "strategy": strategy, "why": why}
-        absent.append(case)
+        absent.append(_left_out(config.preset, offered.tokens, cap, strategy, why))
     picked.sort(key=lambda c: c is not best)
     return [_case(c, offered, config, cap, c is best and not is_reference, is_reference) for c in picked], absent
+
+
+def _left_out(preset: str, tokens: int, cap: float | None, strategy: Strategy, why: str) -> dict[str, Any]:
+    return {"preset": preset, "tokens": tokens, "cap_gib": cap, "strategy": strategy, "why": why}
 
 
 def _case(

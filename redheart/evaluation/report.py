@@ -183,7 +183,8 @@ class Report:
         text += [*_markdown(COLUMNS, self._line_cells()), "", self.footnote(), ""]
         text += [
             "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels.",
-            "constant: what is best for the metric if one says the same of every text: the training median, the majority, always yes. "
+            "constant: what is best for the metric if one says the same of every text: the training median, the majority, always yes; of "
+            "two texts, neither. "
             f"tuned_f1: macro-F1 with the threshold of every entry chosen on {TUNED_ON[self.split == 'dev']}. look-up: the mean label "
             "of training texts by the level of the predicted regret.",
         ]

@@ -41,8 +41,8 @@ class Card:
 
     flops: float = 20e12  # FLOP/s in bf16 matrix products of this size
     fp32_flops: float = 10e12  # the same in fp32: TF32 stays off, too few bits for the Kalman filter's covariances
-    # s of the host for one operation of the network, its views, autograd and hooks included (`bench gpu`: operation_s): 43e-6 in a step
-    # of 330m on an H100's host, where a bare launch takes 7e-6
+    # s of the host for one operation of the network, its views, autograd and hooks included (`bench gpu`: operation_s). On an H100's host
+    # micro-steps of 330m took 55e-6 for each that is counted here, copies of gradients included, which have a price of their own
     operation_s: float = 40e-6
     wait_s: float = 15e-6  # s in which nothing is launched when the host waits for the GPU (`bench gpu`: wait_s)
     gpu_bytes: float = 250e9  # B/s of the card's memory

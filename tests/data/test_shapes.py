@@ -68,9 +68,8 @@ def test_the_same_step_in_one_of_few_shapes(config, lengths, dropout, dtype, mos
     for given, wanted in zip(step(config, padded, dtype, dropout), step(config, plain, dtype, dropout), strict=True):
         assert given.keys() == wanted.keys()
         for name, value in wanted.items():
-            if dtype == torch.float32 and isinstance(
-                value, torch.Tensor
-            ):  # single elements depend on the processor's order of summing
+            # single elements depend on the order in which a processor sums
+            if dtype == torch.float32 and isinstance(value, torch.Tensor):
                 size, apart = (float(x.double().norm()) for x in (value, given[name] - value))
                 assert apart <= most * size + most / 10 * value.numel() ** 0.5, name
                 continue

@@ -59,10 +59,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("gpu")
+            # the tests of one precision share its steps; all others go where there is room
             if precision := getattr(item, "callspec", None) and item.callspec.params.get("both"):
-                item.add_marker(
-                    pytest.mark.xdist_group(precision)
-                )  # steps that these tests share; all others go where there is room
+                item.add_marker(pytest.mark.xdist_group(precision))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -75,9 +75,8 @@ def settle_groups(seconds: float, device: torch.device) -> None:
 
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-        if (
-            device.type == "cuda"
-        ):  # else a barrier guesses by the rank, and says so; DeepSpeed binds no group of a single rank
+        # without it a barrier guesses by the rank, and says so; DeepSpeed binds no group of a single rank
+        if device.type == "cuda":
             group.bound_device_id = device
 
 
