@@ -217,7 +217,7 @@ def train(
     result = start(config, data, run, resume, overwrite, not no_param_update, init)
     state = result.state
     console.print(
-        f"{'stopped' if result.signal else 'finished'} at step {state.step} of {result.total_steps} after {result.seconds:.0f} s; "
+        f"{result.end} at step {state.step} of {result.total_steps} after {result.seconds:.0f} s; "
         f"dev loss {_number(state.initial_dev_loss)} → {_number(state.last_dev_loss)}, best {_number(state.best_value)} "
         f"at step {state.best_step}; everything is in {result.run}"
     )

@@ -193,6 +193,9 @@ class TrainingConfig(Section):
     log_every: int = Field(10, gt=0, description="steps between two lines of the log and of TensorBoard")
     evaluate_every: int = Field(100, gt=0, description="steps between two looks at the dev loss")
     evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
+    patience: int | None = Field(
+        None, gt=0, description="looks at dev in a row without a new best that end the run; null: none"
+    )
     synergy_every: int = Field(
         100, gt=0, description="steps between two looks at gradients' angles and regret's causes"
     )
@@ -263,7 +266,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
     ("free", "the same steps, cut otherwise", "training.micro_batch_size"),
     ("free", "what is seen and kept of the run", """training.log_every training.evaluate_every training.synergy_every
      training.checkpoint_every training.keep_checkpoints training.log_samples"""),
-    ("free", "when it gives up", "training.max_bad_steps training.collective_timeout_s"),
+    ("free", "when it gives up", "training.patience training.max_bad_steps training.collective_timeout_s"),
     ("free", "what the plan may take", "memory.gpu_memory_gib memory.host_memory_gib"),
     ("free", "where what computes stands", "data.encoder.device"),
     ("free", "how data is fetched", "data.remote.attempts data.remote.timeout_s data.remote.cache_gib"),

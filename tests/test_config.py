@@ -41,7 +41,8 @@ DEFAULTS = {
              "regret_edges": (1 / 3, 2 / 3), "constant_floor": 0.01},
     "loss.shares": {"heads": 0.7, "analyzers": 0.3, "aux": 1.0},
     "training": {"seed": 0, "max_steps": None, "precision": "bf16", "log_every": 10, "evaluate_rows": 2048, "synergy_every": 100,
-                 "keep_checkpoints": 2, "best_metric": "loss", "log_samples": False, "max_bad_steps": 3, "collective_timeout_s": 600},
+                 "keep_checkpoints": 2, "best_metric": "loss", "log_samples": False, "patience": None, "max_bad_steps": 3,
+                 "collective_timeout_s": 600},
     "memory": {"strategy": "zero2_offload", "gpu_memory_gib": 8.0, "host_memory_gib": 16.0, "swap": ()},
 }  # fmt: skip
 # what each preset says itself, in the order of its file

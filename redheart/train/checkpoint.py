@@ -68,6 +68,7 @@ class Progress:
     dev_losses: dict[str, float] = field(default_factory=dict)  # per task, at the last evaluation
     best_value: float | None = None
     best_step: int | None = None
+    looks_since_best: int = 0  # evaluations without a better value
     last_loss: float | None = None
     last_dev_loss: float | None = None
     skipped_steps: int = 0
@@ -88,9 +89,14 @@ class Progress:
     def improves(self, value: float) -> bool:
         """Whether `value` (lower is better) is the best so far; it is kept if so. What is not finite never is."""
         if not math.isfinite(value) or (self.best_value is not None and value >= self.best_value):
+            self.looks_since_best += 1
             return False
-        self.best_value, self.best_step = value, self.step
+        self.best_value, self.best_step, self.looks_since_best = value, self.step, 0
         return True
+
+    def ended(self, total_steps: int, patience: int | None) -> bool:
+        """Whether the run is at its last step, or its last `patience` evaluations brought nothing better (Prechelt 1998)."""
+        return self.step >= total_steps or (patience is not None and self.looks_since_best >= patience)
 
     def note(self) -> str:
         """The last losses, for the progress bar."""

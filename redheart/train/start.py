@@ -51,6 +51,13 @@ class TrainResult:
     go_on: str  # how to go on with it
     calibration: Path | None = None  # of its best checkpoint, where it came to its end
 
+    @property
+    def end(self) -> str:
+        """In words, how it ended."""
+        if self.signal or self.state.step >= self.total_steps:
+            return "stopped" if self.signal else "finished"
+        return f"nothing better on dev in {self.state.looks_since_best} looks (training.patience): finished"
+
     def to_json(self) -> dict[str, Any]:
         state = self.state
         return {
@@ -165,7 +172,7 @@ def _train(
     memory = planned_and_taken(planned) if planned and launched_world_size() == 1 else {}
     show_taken(memory)
     calibration = None
-    if update_parameters and not stop.signal and state.step == total_steps:
+    if update_parameters and not stop.signal and state.ended(total_steps, config.training.patience):
         trainer.engine.close()
         if launched_rank() == 0:
             calibration = calibrate_best(run, streams[1], state)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ def every(step: int, n: int) -> bool:
 
 
 class Trainer:
-    """Trains `engine` on a data directory from `state.step` to `total_steps`; see train/start.py for how one is made."""
+    """Trains `engine` on a data directory from `state.step` to `total_steps` or its patience's end; see train/start.py."""
 
     def __init__(
         self,
@@ -62,12 +63,13 @@ class Trainer:
     def run(self) -> StopRequest:
         """Runs to the end, or to a signal; the last thing it does is a checkpoint."""
         state, settings = self.state, self.config.training
+        ended = partial(state.ended, self.total_steps, settings.patience if self.update_parameters else None)
         with StopRequest().listening() as stop, progress("training", self.total_steps, state.step) as (bar, task):
             if not state.step and state.initial_dev_loss is None and self.dev_stream.num_rows:
                 self._fitting(self._evaluate)
                 state.initial_dev_loss, state.initial_dev_losses = state.last_dev_loss, state.dev_losses
             self.board.restart_clock()
-            while not (over := over_host_memory(self.config, state.step)) and state.step < self.total_steps:
+            while not (over := over_host_memory(self.config, state.step)) and not ended():
                 if not self._fitting(lambda: self._step(stop.wanted)):
                     break
                 state.step += 1
@@ -82,7 +84,7 @@ class Trainer:
             if self.update_parameters and self.saved != state.step:
                 self._save()
         self.board.close()
-        if over and state.step < self.total_steps:
+        if over and not ended():
             raise RedHeartError(over)
         return stop
 
@@ -124,10 +126,9 @@ class Trainer:
         return True
 
     def _batches(self, step: int) -> list[Batch]:
-        settings, engine, micro = self.config.training, self.engine, self.state.micro_batch_size
-        return self.train_stream.window(
-            step, settings.seed, settings.global_batch_size, micro, engine.rank, engine.world_size
-        )
+        settings, ranks = self.config.training, (self.engine.rank, self.engine.world_size)
+        micro = self.state.micro_batch_size
+        return self.train_stream.window(step, settings.seed, settings.global_batch_size, micro, *ranks)
 
     def _evaluate(self) -> Evaluation:
         engine, settings = self.engine, self.config.training

@@ -156,6 +156,22 @@ def test_the_dev_loss_falls(whole_run: Path):
     assert dev[20] < 0.9 * dev[0]
 
 
+def test_a_run_that_gets_no_better_ends_early_and_goes_on_where_it_is_told_to(data: Path, tmp_path: Path):
+    out, spoilt = (
+        tmp_path / "spoilt",
+        ("--set", "optimizer.learning_rate=1.0", "--set", "training.evaluate_every=1", "--json"),
+    )
+    told = json.loads(train(data, out, 20, *spoilt, "--set", "training.patience=2").stdout)
+    assert told["steps"] == told["best_step"] + 2 < 20
+    assert told["calibration"]  # it has come to its end
+    assert read_pointer(out / "checkpoints" / "best") == out / "checkpoints" / f"step-{told['best_step']:08d}"
+    more = ("train", "--data", data, "--out", out, "--resume", "--json")
+    again = json.loads(redheart(*more).stdout)
+    assert again["steps"] == told["steps"]
+    longer = redheart(*more, "--set", "training.patience=3")
+    assert json.loads(longer.stdout)["steps"] == told["steps"] + 1
+
+
 def test_a_dry_run_changes_no_parameter_and_saves_nothing(data: Path, tmp_path: Path):
     result = train(data, tmp_path / "dry", 3, "--no-param-update", "--json")
     told = json.loads(result.stdout)
