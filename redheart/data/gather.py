@@ -222,7 +222,7 @@ def _open(spec: str, config: DataConfig) -> _Opened:
     if known is not None and (not given or path.is_dir()):
         if columns:
             raise RedHeartError(f"data.columns.{name}: {name} has a converter: name the source otherwise to map it")
-        rows = known.read(path if given else everyday.path())
+        rows = known.read(path if given else everyday.folder())
         return _Opened(
             name,
             path.name if given else "shipped with redheart",

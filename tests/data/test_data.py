@@ -1,6 +1,9 @@
 """Records, order, shards and derived labels: what is written is what is read, each sample once, mistakes named."""
 
 import json
+import re
+import runpy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from redheart.data.gather import take
 from redheart.data.prepare import prepare
 from redheart.data.sources import everyday
 from redheart.data.sources.records import InvalidRecord, parse_record, read_records
+from redheart.schema import LABELS
 
 
 def parsed(**fields: object) -> dict:
@@ -60,7 +64,8 @@ def test_what_breaks_the_schema_is_named(fields: dict, words: str):
 
 
 def test_the_shipped_corpus_keeps_its_promises():
-    records = [parse_record(raw, str(n), "everyday") for n, raw in read_records(everyday.path(), "everyday")]
+    by_hand = everyday.folder() / "everyday.json"
+    records = [parse_record(raw, str(n), "everyday") for n, raw in read_records(by_hand, "everyday")]
     assert len(records) >= 320
     assert len({r["id"] for r in records}) == len(records)
     pairs = [r for r in records if r["contrast_text"] is not None]
@@ -74,6 +79,35 @@ def test_the_shipped_corpus_keeps_its_promises():
     strongest = np.bincount([int(np.argmax(r["emotion"])) for r in records], minlength=7) / len(records)
     assert strongest.min() > 0.05
     assert all(sum(r["culture"][k] >= 0.6 for r in records) >= 20 for k in range(3))
+
+
+def test_texts_by_rule_are_what_the_script_beside_them_writes_and_share_nothing_over_the_splits():
+    corpus = everyday.folder()
+    script = runpy.run_path(str(corpus / "situations.py"))
+    assert (corpus / "situations.json").read_text(encoding="utf-8") == script["content"]()
+    records = [parse_record(raw, place, "everyday") for place, raw in everyday.read(corpus)]
+    assert len({r["id"] for r in records}) == len(records)
+    count = Counter(r["split"] for r in records)
+    assert count["dev"] >= 200
+    assert count["test"] >= 200
+    made = records[360:]
+    assert all(
+        r[name] is not None for r in made for name in LABELS if name not in ("emotion_fine", "surd", "preference")
+    )
+    assert all(r["label_origin"]["regret"] == "author" for r in made)
+    sentences: dict[str, set[str]] = {}
+    for r in made:
+        alike = re.sub(r"\b(her|his|my|she|he|i)\b", "_", f"{r['text']} {r['contrast_text'] or ''}".lower())
+        sentences.setdefault(r["split"], set()).update(x for x in re.split(r"\. ?", alike) if x)
+    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        assert not sentences[one] & sentences[other]
+    pairs = [r["preference"] for r in made if r["preference"] is not None]
+    assert len(pairs) > 500
+    assert 0.45 < np.mean(pairs) < 0.55
+    for split in ("dev", "test"):  # enough of every kind to judge by
+        rows = [r for r in made if r["split"] == split]
+        assert min(sum(r["emotion"][k] > 0.5 for r in rows) for k in range(7)) >= 5
+        assert min(sum(r["regret"] > 0.5 for r in rows), sum(r["counterfactual"] for r in rows)) >= 20
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 10_000])

@@ -30,7 +30,7 @@ class Source:
 _ALL = (
     Source(
         "everyday", everyday.read, "MIT (written for Red Heart)",
-        "emotion, culture, regret, acceptability, preference", published=False,
+        "emotion, vad, culture, bentham, ethics, acceptability, regret, regret_views, counterfactual, preference", published=False,
     ),
     Source("goemotions", goemotions.read, "Apache-2.0", "emotion, emotion_fine, regret"),
     Source("emobank", emobank.read, "CC BY-SA 4.0", "vad"),

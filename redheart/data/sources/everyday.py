@@ -1,7 +1,8 @@
-"""The corpus that ships with the package: 360 short English texts written and labelled for this project (MIT).
+"""The corpus that ships with the package: 2,000 short English texts written and labelled for this project (MIT).
 
-Everyday decisions, conflicts, promises and losses, many on jeong 정, han 한 and chemyeon 체면; 101 are pairs. Emotion, culture,
-regret, acceptability and preference are labelled by the author; the hedonic values are left to the LLM.
+everyday.json: 360 texts by hand, of decisions, conflicts, promises and losses, many on jeong 정, han 한 and chemyeon 체면; 101 are
+pairs. Emotion, culture, regret, acceptability and preference are labelled; the hedonic values are left to the LLM.
+situations.json: 1,640 texts put together by the rules of corpus/situations.py, with the labels that follow from the rules.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from redheart.data.sources.records import read_records
 from redheart.data.sources.rows import Row
 
 NAME = "everyday"
+FILES = ("everyday.json", "situations.json")
 
 
-def path() -> Path:
-    return Path(str(resources.files("redheart.data").joinpath("corpus", "everyday.json")))
+def folder() -> Path:
+    return Path(str(resources.files("redheart.data").joinpath("corpus")))
 
 
-def read(file: Path) -> Iterator[Row]:
-    for number, raw in read_records(file, NAME):
-        yield f"{file.name}: record {number}", raw
+def read(corpus: Path) -> Iterator[Row]:
+    for name in FILES:
+        for number, raw in read_records(corpus / name, NAME):
+            yield f"{name}: record {number}", raw
