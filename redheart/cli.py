@@ -18,6 +18,7 @@ from redheart.files import no_room
 from redheart.options import (  # fmt: skip
     All,
     Augment,
+    Brief,
     Checkpoint,
     Data,
     Device,
@@ -237,6 +238,7 @@ def evaluate(
     device: Device = "cpu",
     swap: Swap = None,
     all_: All = False,
+    brief: Brief = False,
     json_: Json = False,
 ) -> None:
     """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
@@ -244,9 +246,9 @@ def evaluate(
     from redheart.train.validate import validate
 
     result, path = validate(checkpoint, data, split, report, device, swap, all_)
-    for one in result.terminal_tables():
+    for one in [] if brief else [*result.terminal_tables(), result.footnote()]:
         console.print(one)
-    console.print(result.footnote() + (f"\nreport: {path}" if path else ""))
+    console.print("\n".join([*result.verdict.lines(), *([f"report: {path}"] if path else [])]))
     emit(result.to_json(), json_)
 
 
@@ -268,6 +270,7 @@ def predict(
     device: Device = "cpu",
     swap: Swap = None,
     all_: All = False,
+    brief: Brief = False,
     json_: Json = False,
 ) -> None:
     """Read texts and answer for each of them."""
@@ -280,7 +283,7 @@ def predict(
         console.print(str(pipeline.swap.report()))
     if not json_:
         for one, answer in zip(text, answers, strict=True):
-            show_answers(one, answer)
+            show_answers(one, answer, brief)
     emit([{"text": t, **a} for t, a in zip(text, answers, strict=True)], json_)
 
 

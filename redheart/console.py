@@ -125,8 +125,17 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def show_answers(text: str, answers: dict[str, Any]) -> None:
-    """What the network says of a text, as a table on stdout; those that it names under `untrained` are marked so."""
+def show_answers(text: str, answers: dict[str, Any], brief: bool = False) -> None:
+    """What the network says of a text on stdout: a table, in which answers that it names under `untrained` are marked so, or, in
+    brief, the strongest emotions and the answers that are one number."""
+    out = LiteralConsole()
+    out.print(text, soft_wrap=True)  # whole, whatever the table's width
+    if brief:
+        strongest = sorted(answers.get("emotion", {}).items(), key=lambda entry: -entry[1])[:3]
+        numbers = [(name, v) for name, v in answers.items() if isinstance(v, float)]
+        for line in (strongest, numbers):
+            out.print("  " + ", ".join(f"{name} {v:.2f}" for name, v in line), soft_wrap=True)
+        return
     rows: list[tuple[str, str, str]] = []
     marked = set(answers.get("untrained", ()))
     for name, value in answers.items():
@@ -139,6 +148,4 @@ def show_answers(text: str, answers: dict[str, Any]) -> None:
         for entry, v in entries:
             mark = " (not trained)" if marked & {name, f"{name}.{entry}"} else ""
             rows.append((name, entry, f"{v:.3f}{mark}"))
-    out = LiteralConsole()
-    out.print(text, soft_wrap=True)  # whole, whatever the table's width
     out.print(table("", ("answer", "entry", "value"), rows))

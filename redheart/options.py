@@ -66,6 +66,7 @@ Samples = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="Where the network computes: cpu, cuda, cuda:1 …")]
 All = Annotated[bool, typer.Option("--all", help="Also the answers that no label trained, marked.")]
+Brief = Annotated[bool, typer.Option("--brief", help="Only what is needed at a glance.")]
 Swap = Annotated[
     list[str] | None,
     typer.Option(

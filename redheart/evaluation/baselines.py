@@ -133,7 +133,7 @@ def always(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 # of a constant there is no correlation
-CONSTANTS: dict[str, Best] = {"mae": median, "accuracy": majority, "macro_f1": always}
+CONSTANTS: dict[str, Best] = {"mse": mean, "mae": median, "accuracy": majority, "macro_f1": always}
 
 
 def _constant(task: Task, data: Pooled, column: int, best: Best = mean) -> Predictor:

@@ -78,17 +78,29 @@ def figures(given: Answers) -> Figures:
     return Figures(calibration_error(p, t), float(((p - t) ** 2).mean()), float(np.abs(p - t).mean()), binned(p, t))
 
 
+def calibrated(
+    held_out: Mapping[str, Answers], lines: Mapping[str, tuple[Line, ...]], same_rows: bool
+) -> dict[str, Answers]:
+    """Scores (calibration.score_split) -> answers calibrated by `lines`, or, where they were fitted on these very rows (`same_rows`),
+    of each half of the rows by what the other half says."""
+    return {
+        name: crossed(name, scored)
+        if same_rows
+        else with_lines(name, lines[name], scored)
+        if name in lines
+        else uncalibrated(name, scored)
+        for name, scored in held_out.items()
+    }
+
+
 def reliability(
     held_out: Mapping[str, Answers], lines: Mapping[str, tuple[Line, ...]], same_rows: bool
 ) -> list[Reliability]:
-    """One per answer of `held_out` (scores, calibration.score_split); calibrated by `lines`, or, where they were fitted on these very
-    rows (`same_rows`), each half of the rows by what the other half says."""
+    """One per answer of `held_out`, before and after `calibrated`."""
     found = []
-    for name, scored in held_out.items():
+    for name, after in calibrated(held_out, lines, same_rows).items():
+        scored = held_out[name]
         before = uncalibrated(name, scored)
-        after = (
-            crossed(name, scored) if same_rows else with_lines(name, lines[name], scored) if name in lines else before
-        )
         errors = {
             entry: (_entry_error(before, k), _entry_error(after, k))
             for k, entry in enumerate(LABELS[TASKS[name].label].names)

@@ -21,6 +21,7 @@ from redheart.evaluation.evaluate import Evaluation, Row, forward, predict_all
 from redheart.evaluation.reliability import BINNED, DIAGRAM, Reliability
 from redheart.evaluation.reliability import COLUMNS as RELIABILITY_COLUMNS
 from redheart.evaluation.reliability import draw as draw_reliability
+from redheart.evaluation.verdict import Verdict, judge
 from redheart.files import write_text
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import JUDGED_ORIGINS
@@ -55,9 +56,11 @@ def compare(
     dev: SampleStream,
     held_out: SampleStream,
     scored: tuple[Mapping[str, Answers], Mapping[str, Answers]],
-) -> list[Line]:
+    judged_answers: Mapping[str, Answers],
+) -> tuple[list[Line], Verdict]:
     """The lines of the report: labels of people first. `tuned_f1`: macro-F1 with the thresholds of answers.cuts, for every side;
-    the network's own from what it `scored` on dev and on the held-out split (calibration.score_split)."""
+    the network's own from what it `scored` on dev and on the held-out split (calibration.score_split). The verdict is on
+    `judged_answers`: what it says there, calibrated."""
     predict = lambda batch: predict_all(forward(model, batch.to("cpu", torch.float32)))  # noqa: E731
     others: dict[str, Predict] = {**baselines(train)}
     if "regret" in {row[0] for row in result.metrics} and (table_ := look_up(train, predict)):
@@ -83,7 +86,7 @@ def compare(
             for side in (network, linear, constant)
         )
         lines.insert(0, Line(name, "people", True, len(answers.target), "tuned_f1", ours, regression, all_))
-    return lines
+    return lines, judge(judged_answers, {"linear": linear[1], "constant": collect(others["constant/mse"], held_out)})
 
 
 def tuned_on_itself(held_out: SampleStream) -> bool:
@@ -125,6 +128,7 @@ class Report:
     causes: Informing | None  # what informs the predicted regret; None where there are too few texts
     reliability: list[Reliability]
     calibrated_by: str  # which rows the calibration was fitted on
+    verdict: Verdict
     untrained: list[str] | None = None  # answers, or answers' entries, that no label trained; None: not known
 
     def without_untrained(self) -> Report:
@@ -165,7 +169,7 @@ class Report:
         return {
             "split": self.split, "checkpoint": self.facts["checkpoint"], "thresholds_chosen_on": TUNED_ON[self.split == "dev"],
             "untrained": self.untrained, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
-            "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
+            "verdict": self.verdict.to_json(), "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
             "calibration": {
                 "fitted_on": self.calibrated_by, "bins": BINNED, "answers": {one.task: one.to_json() for one in self.reliability},
             },
@@ -178,7 +182,8 @@ class Report:
     def write(self, path: Path) -> None:
         """`path` (markdown), with its pictures beside it; the learning curve where the run has TensorBoard events."""
         curve = learning_curve(path.parent)
-        text = [f"# {self.title}", "", *(f"- {k}: {v}" for k, v in self.facts.items()), ""]
+        text = [f"# {self.title}", "", *(f"- {line}" for line in self.verdict.lines()), ""]
+        text += [*(f"- {k}: {v}" for k, v in self.facts.items()), ""]
         text += [*_markdown(LOSS_COLUMNS, self._loss_cells()), "", f"## {self.split} split", ""]
         text += [*_markdown(COLUMNS, self._line_cells()), "", self.footnote(), ""]
         text += [

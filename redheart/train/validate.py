@@ -12,7 +12,7 @@ from redheart.evaluation.answers import Answers
 from redheart.evaluation.calibration import Calibration, Line, dev_digest, fit, score_split
 from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.evaluate import evaluate
-from redheart.evaluation.reliability import reliability
+from redheart.evaluation.reliability import calibrated, reliability
 from redheart.evaluation.report import Report, compare, tuned_on_itself
 from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.losses.combine import factors
@@ -71,11 +71,12 @@ def validate(
     itself = tuned_on_itself(held_out)
     on_dev = score_split(model, dev, device)
     scored = on_dev, on_dev if itself else score_split(model, held_out, device)
-    lines, causes = compare(result, model, train, dev, held_out, scored), causes_of_regret(model, held_out)
     maps, fitted_on = _maps(calibration, dev, on_dev, itself)
-    reliable = reliability(scored[1], maps, itself)
+    learned = {name: a for name, a in calibrated(scored[1], maps, itself).items() if name not in (silent or ())}
+    lines, verdict = compare(result, model, train, dev, held_out, scored, learned)
+    causes, reliable = causes_of_regret(model, held_out), reliability(scored[1], maps, itself)
     title = f"Red Heart: what {config.preset} learned"
-    report = Report(title, facts, split, result, lines, losses, causes, reliable, fitted_on, silent)
+    report = Report(title, facts, split, result, lines, losses, causes, reliable, fitted_on, verdict, silent)
     if not untrained:
         report = report.without_untrained()
     if swapped.names:

@@ -9,6 +9,9 @@ import pytest
 
 from redheart.config import DataConfig
 from redheart.data.prepare import prepare
+from redheart.data.sources import everyday
+
+BY_HAND = f"everyday={everyday.folder() / 'everyday.json'}"  # these texts leave the LLM something to label
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -28,7 +31,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(
-        tmp_path_factory, "everyday-24", lambda out: prepare(["everyday"], out, DataConfig(), num_samples=24)
+        tmp_path_factory, "everyday-24", lambda out: prepare([BY_HAND], out, DataConfig(), num_samples=24)
     )
 
 

@@ -1,0 +1,105 @@
+"""Did it learn? Every trained answer, calibrated, beside the best constant and the linear model, in three lines.
+
+The rule: of every held-out text the squared error over the entries that people labelled (of probabilities the Brier score; of a pair
+that of the probability that the text is the better one) is taken of the network and of a baseline. The mean of these paired
+differences has the 95 % interval mean ± t · sd / √n (Student's t, n texts). An answer is better where the interval lies below 0,
+worse where it lies above; where it holds 0, or with fewer than MIN_TEXTS texts, there are too few rows to tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from redheart.evaluation.answers import Answers
+
+MIN_TEXTS = 20
+BASELINES = ("constant", "linear")
+Finding = Literal["better", "worse", "open"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Squared error of the network minus a baseline's: mean over texts and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def finding(self, texts: int) -> Finding:
+        if texts < MIN_TEXTS or self.low <= 0 <= self.high:
+            return "open"
+        return "better" if self.high < 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`against`: by baseline, then by answer; `texts`: labelled held-out texts by answer."""
+
+    texts: dict[str, int]
+    against: dict[str, dict[str, Difference]]
+
+    def on(self, baseline: str, finding: Finding) -> list[str]:
+        """The answers of which that is found."""
+        return [name for name, d in self.against[baseline].items() if d.finding(self.texts[name]) == finding]
+
+    def lines(self) -> list[str]:
+        """The three lines."""
+        worse, behind = self.on("constant", "worse"), self.on("linear", "worse")
+        first = f"better than the best constant on {_names(self.on('constant', 'better'))}"
+        second = f"ahead of a linear model on {_names(self.on('linear', 'better'))}"
+        unclear = {b: self.on(b, "open") for b in BASELINES}
+        third = "; ".join(
+            f"{_names([f'{n} ({self.texts[n]})' for n in names])} against the {b}"
+            for b, names in unclear.items()
+            if names
+        )
+        return [
+            first + (f"; worse on {_names(worse)}" if worse else ""),
+            second + (f"; behind it on {_names(behind)}" if behind else ""),
+            f"too few rows to tell on {third or 'nothing'}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lines": self.lines(),
+            "answers": {
+                name: {"texts": n} | {b: asdict(self.against[b][name]) for b in BASELINES}
+                for name, n in self.texts.items()
+            },
+        }
+
+
+def judge(network: Mapping[str, Answers], others: Mapping[str, Mapping[str, Answers]]) -> Verdict:
+    """`network` and each of BASELINES in `others`: predictions by answer, in the label's units, on the same held-out rows."""
+    against = {
+        b: {name: difference(ours, others[b][name]) for name, ours in network.items() if name in others[b]}
+        for b in BASELINES
+    }
+    return Verdict({name: len(a.target) for name, a in network.items()}, against)
+
+
+def difference(ours: Answers, theirs: Answers) -> Difference:
+    """Of the squared errors, text by text. The interval of fewer than two texts is unbounded."""
+    apart = squared_errors(ours) - squared_errors(theirs)
+    mean, n = float(apart.mean()), len(apart)
+    if n < 2:
+        return Difference(mean, -np.inf, np.inf)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1) * apart.std(ddof=1) / n**0.5)
+    return Difference(mean, mean - half, mean + half)
+
+
+def squared_errors(given: Answers) -> np.ndarray:
+    """[N], the mean over the labelled entries of each text."""
+    known = given.known
+    error = np.where(known, (given.prediction.astype(float) - given.target) ** 2, 0.0)
+    return error.sum(1) / known.sum(1)
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"
