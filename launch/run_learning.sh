@@ -7,7 +7,7 @@ usage() {
 usage: bash launch/run_learning.sh MODE [options]
 
   train-local      prepare the shipped texts, train preset `local` (CPU or GPU), evaluate, predict
-      --samples N              how many texts (default 64)
+      --samples N              how many texts (default: all 2,000; the LLM reads 32 of them)
   train-test       the same chain as a quick trial: 12 texts and 6 steps unless told otherwise
       --samples N
   train-cloud      preset `330m`; without a GPU it says so and runs on the CPU where the memory suffices
@@ -19,7 +19,7 @@ usage: bash launch/run_learning.sh MODE [options]
   every mode:
       --dataset FILE           your own processed_dataset.json (or .jsonl) instead of the shipped texts
       --debug                  show tracebacks
-      --verbose                show what the libraries say
+      --verbose                show all tables, and what the libraries say
       --help
 
 Everything a run makes lies under runs/MODE-DATE-TIME/: config.yaml, checkpoints/, tensorboard/, report.md.
@@ -32,7 +32,7 @@ mode=$1
 shift
 strategy=zero2_offload # that of the preset
 case "$mode" in
-  train-local) samples=64 preset=local ;;
+  train-local) samples="" preset=local ;;
   train-test) samples=12 preset=local ;;
   train-cloud) samples=64 preset=330m strategy=zero2_offload_8bit ;;
   train-validate) samples="" preset="" ;;
@@ -47,7 +47,7 @@ allowed() { # OPTION MODE… : this option belongs to these modes
 }
 number() { [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || wrong "$1 needs a positive whole number"; }
 
-checkpoint="" dataset="" settings=()
+checkpoint="" dataset="" settings=() brief=(--brief)
 while [ $# -gt 0 ]; do
   case "$1" in
     --samples) allowed "$1" train-local train-test; number "$1" "${2:-}"; samples=$2; shift 2 ;;
@@ -60,7 +60,7 @@ while [ $# -gt 0 ]; do
       if [ $# -gt 0 ] && [[ "$1" != --* ]]; then checkpoint=$1; shift; fi ;;
     --dataset) [ -n "${2:-}" ] || wrong "--dataset needs a file"; dataset=$2; shift 2 ;;
     --debug) export REDHEART_DEBUG=1; shift ;;
-    --verbose) export TRANSFORMERS_VERBOSITY=info DS_LOG_LEVEL=info; shift ;;
+    --verbose) export REDHEART_VERBOSE=1 TRANSFORMERS_VERBOSITY=info DS_LOG_LEVEL=info; brief=(); shift ;;
     -h | --help) usage; exit 0 ;;
     *) wrong "unknown option '$1'" ;;
   esac
@@ -68,6 +68,8 @@ done
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 if [ -n "$dataset" ]; then dataset=$(absolute "$dataset"); fi
 if [ -n "$checkpoint" ]; then checkpoint=$(absolute "$checkpoint"); fi
+
+export DS_LOG_LEVEL=${DS_LOG_LEVEL:-error} # of the launchers too
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/launch/setup_env.sh"
@@ -93,16 +95,27 @@ if [ "$mode" = train-cloud ] && [ "$gpus" -eq 0 ]; then
 fi
 [ "$mode" = train-test ] && settings+=(--set training.max_steps=6 --set training.evaluate_every=3)
 
-source_name=everyday
-if [ -n "$dataset" ]; then source_name="own=$dataset"; fi
-data="data/everyday-${samples:-all}"
-if [ -n "$dataset" ]; then data="data/own-$(echo "$dataset" | sha256sum | cut -c1-8)-${samples:-all}"; fi
+source_name=everyday preparing=()
+if [ -n "$dataset" ]; then
+  source_name="own=$dataset"
+  data="data/own-$(echo "$dataset" | sha256sum | cut -c1-8)-${samples:-all}"
+else
+  data="data/everyday-$(cat redheart/data/corpus/*.json | sha256sum | cut -c1-8)-${samples:-all}"
+  if [ "$preset" = local ]; then # what lacks a label would take the LLM minutes
+    preparing=(--set data.labeler.max_texts=32)
+    data+=-local
+  fi
+fi
 run="$mode-$(date +%Y%m%d-%H%M%S)"
 
-redheart prepare --preset "$preset" --source "$source_name" --out "$data" ${samples:+--samples "$samples"}
+redheart prepare --preset "$preset" --source "$source_name" --out "$data" ${samples:+--samples "$samples"} ${preparing[@]+"${preparing[@]}"}
 accelerate launch --config_file "launch/accelerate/$strategy.yaml" --num_processes $((gpus > 0 ? gpus : 1)) --main_process_port 0 \
   -m redheart train --preset "$preset" --data "$data" --out "runs/$run" ${settings[@]+"${settings[@]}"}
 echo "$run" >runs/last
-redheart evaluate --checkpoint "runs/$run" --data "$data"
-redheart predict --checkpoint "runs/$run" "I promised my father I would call on Sunday, and I forgot again."
-echo "everything is in runs/$run (report.md, learning_curve.png; tensorboard --logdir runs/$run/tensorboard)" >&2
+redheart evaluate --checkpoint "runs/$run" --data "$data" ${brief[@]+"${brief[@]}"}
+redheart predict --checkpoint "runs/$run" ${brief[@]+"${brief[@]}"} "I promised my father I would call on Sunday, and I forgot again."
+cat >&2 <<TEXT
+everything is in $root/runs/$run (report.md, learning_curve.png; tensorboard --logdir $root/runs/$run/tensorboard)
+use it:          source $root/red_heart_env/bin/activate
+your own texts:  redheart train --data texts.csv --text body --label sorry=regret --label happy=emotion.joy --out runs/mine
+TEXT

@@ -12,7 +12,7 @@ import typer
 
 from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
-from redheart.console import any_encoding, emit, literal
+from redheart.console import any_encoding, emit, literal, quiet_start
 from redheart.device import settle_allocator
 from redheart.files import no_room
 from redheart.options import (  # fmt: skip
@@ -382,9 +382,7 @@ def main() -> None:
     """Entry point: an error of the user's is one line and exit code 1; wrong options are exit code 2."""
     any_encoding()
     forget_empty_variables()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    quiet_start()
     settle_allocator()
     arguments = _with_optional_path(sys.argv[1:], "--resume", "last")
     debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")

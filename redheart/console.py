@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import IO, Any
 
 from rich.console import Console
@@ -92,9 +95,42 @@ def _is_unicode(stream: IO[str]) -> bool:
     return (getattr(stream, "encoding", None) or "").lower().startswith("utf")
 
 
+class _Lines(Progress):
+    """What stands in a bar's stead where stderr is no terminal: a line every half minute, and one at the end."""
+
+    EVERY_S = 30.0
+    _said = 0.0  # seconds after the start
+
+    def update(self, task_id: TaskID, **settings: Any) -> None:
+        super().update(task_id, **settings)
+        elapsed = self.tasks[0].elapsed or 0.0
+        if elapsed - self._said >= self.EVERY_S and not self.finished:
+            self._said = elapsed
+            self.say()
+
+    def say(self) -> None:
+        task = self.tasks[0]
+        line = f"{task.description} {task.completed:.0f}/{task.total:.0f} in {clock(task.elapsed or 0.0)}"
+        if task.time_remaining and not task.finished:
+            line += f", ETA {clock(task.time_remaining)}"
+        console.print(f"{line}  {task.fields['note']}".rstrip())
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return str(timedelta(seconds=round(seconds)))
+
+
 @contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar with elapsed and remaining time; a few plain lines where stderr is no terminal."""
+def progress(title: str, total: int, done: int = 0, lines: bool = True) -> Iterator[tuple[Progress, TaskID]]:
+    """A progress bar with elapsed and remaining time; where stderr is no terminal a line now and then, or none without `lines`."""
+    title = literal(title, console.encoding)
+    if not console.is_terminal:
+        with _Lines(disable=True) as told:
+            yield told, told.add_task(title, total=total, completed=done, note="")
+        if lines:
+            told.say()
+        return
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -105,7 +141,7 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[tuple[Progress, 
     ]
     note = TextColumn("{task.fields[note]}", markup=False)
     with Progress(*columns, note, console=console, refresh_per_second=4) as bar:
-        yield bar, bar.add_task(literal(title, console.encoding), total=total, completed=done, note="")
+        yield bar, bar.add_task(title, total=total, completed=done, note="")
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
@@ -118,11 +154,27 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
     return made
 
 
-def quiet_libraries() -> None:
-    """Turns off the progress bars of Transformers; ours tell the whole of the work."""
-    from transformers.utils import logging
+def is_verbose() -> bool:
+    """Whether everything is to be said: tables that also stand in files, and what the libraries say (REDHEART_VERBOSE)."""
+    return os.environ.get("REDHEART_VERBOSE", "") not in ("", "0")
 
-    logging.disable_progress_bar()
+
+def quiet_libraries() -> None:
+    """Turns off the progress bars of Transformers (ours tell the whole of the work), and what bitsandbytes says of a faster kernel
+    that it would fetch from the hub."""
+    from transformers.utils import logging as transformers_logging
+
+    if not is_verbose():
+        transformers_logging.disable_progress_bar()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def quiet_start() -> None:
+    """The same of libraries that read the environment when they are imported: for a process of ours, before anything is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not is_verbose():
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
+        os.environ.update({name: os.environ.get(name, value) for name, value in quiet.items()})
 
 
 def show_answers(text: str, answers: dict[str, Any], brief: bool = False) -> None:

@@ -3,12 +3,24 @@
 import io
 import json
 import math
+import os
+import re
 import sys
 
 import pytest
 from rich.table import Table
 
-from redheart.console import LiteralConsole, any_encoding, emit, literal, progress, show_answers, strict_json, table
+from redheart.console import (
+    LiteralConsole,
+    any_encoding,
+    emit,
+    literal,
+    progress,
+    quiet_start,
+    show_answers,
+    strict_json,
+    table,
+)
 
 HOSTILE = [
     "great [/s]",
@@ -45,6 +57,50 @@ def test_the_global_console_and_the_progress_bar_take_no_markup(monkeypatch, cap
     told = capsys.readouterr().err
     assert "reading [/x]" in told
     assert "[y] :smile:" in told
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(monkeypatch, capsys):
+    import redheart.console as module
+
+    monkeypatch.setattr(module, "console", LiteralConsole(stderr=True))
+    with progress("reading", 3) as (bar, task):
+        for _ in range(3):
+            bar.update(task, advance=1)
+    assert capsys.readouterr().err == "reading 3/3 in 0:00:00\n"
+    with progress("reading", 3, lines=False) as (bar, task):
+        bar.update(task, completed=3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module._Lines, "EVERY_S", 0.0)
+    with progress("reading", 3) as (bar, task):
+        for done in range(1, 4):
+            bar.update(task, completed=done, note=f"{done} of them")
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in told] == ["1/3", "2/3", "3/3"]
+    assert told[0].endswith("  1 of them")
+    assert re.search(r", ETA 0:00:0\d  2 of them", told[1])
+    assert "\x1b" not in "".join(told)
+
+
+def test_libraries_are_quiet_unless_all_is_to_be_said(monkeypatch):
+    names = ("TQDM_DISABLE", "DS_LOG_LEVEL", "TRANSFORMERS_VERBOSITY", "REDHEART_VERBOSE")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("REDHEART_VERBOSE", "1")
+    quiet_start()
+    assert "TQDM_DISABLE" not in os.environ
+    monkeypatch.delenv("REDHEART_VERBOSE")
+    monkeypatch.setenv("DS_LOG_LEVEL", "debug")  # the user's own word counts
+    quiet_start()
+    assert [os.environ[name] for name in names[:3]] == ["1", "debug", "error"]
+
+
+def test_an_answer_in_brief_is_the_text_and_two_lines(capsys):
+    emotion = {"joy": 0.1, "sadness": 0.7, "fear": 0.2, "anger": 0.05}
+    show_answers(
+        "A text.", {"emotion": emotion, "bentham": {"extent": 0.4}, "regret": 0.5, "utility": -1.25}, brief=True
+    )
+    assert capsys.readouterr().out == "A text.\n  sadness 0.70, fear 0.20, joy 0.10\n  regret 0.50, utility -1.25\n"
 
 
 def test_a_terminal_obeys_nothing_that_a_text_holds():

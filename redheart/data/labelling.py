@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from redheart.config import DataConfig
-from redheart.console import console, progress, table
+from redheart.console import console, is_verbose, progress, table
 from redheart.data.encode import wait_for
 from redheart.data.label_quality import judge
 from redheart.data.questions import FORM, HEADING, lacks, lists
@@ -66,7 +66,14 @@ def fill_labels(records: list[dict[str, Any]], work: Path, config: DataConfig) -
     result.report = {
         "texts": len(unlabelled), "seconds": facts["seconds"], "tokens": facts["tokens"], "questions": questions,
     }  # fmt: skip
-    _show(questions)
+    if is_verbose():
+        _show(questions)
+    else:
+        refused = [f"{q['label']}.{q['entry']} ({q['reason']})" for q in questions if q["reason"]]
+        console.print(
+            f"the LLM labelled {len(unlabelled)} texts: {len(questions) - len(refused)} of {len(questions)} answers become labels"
+            + (f", not {', '.join(refused)}" if refused else "")
+        )
     return result
 
 

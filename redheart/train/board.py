@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from rich.progress import Progress, TaskID
 
+from redheart.console import clock, console, progress
 from redheart.device import has_gpu
 from redheart.evaluation.evaluate import Evaluation
 from redheart.ranks import is_main
@@ -26,7 +29,7 @@ GIB = 2**30
 class Board:
     """Writes to RUN/tensorboard; on a resume, events of steps after the checkpoint's are hidden."""
 
-    def __init__(self, run: Path, start_step: int):
+    def __init__(self, run: Path, start_step: int, total_steps: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = (
@@ -35,6 +38,11 @@ class Board:
             else None
         )
         self._clock, self._samples = time.perf_counter(), 0
+        self._start, self._first, self._total = self._clock, start_step, total_steps
+
+    def progress(self) -> AbstractContextManager[tuple[Progress, TaskID]]:
+        """The bar of the run; where stderr is no terminal nothing, since `train` says a line there."""
+        return progress("training", self._total, self._first, lines=False)
 
     def count(self, num_samples: int) -> None:
         """Samples that one more step has seen, over all ranks."""
@@ -52,6 +60,14 @@ class Board:
         values |= {"grad_norm/total": update.grad_norm, "learning_rate": learning_rate, "samples_per_s": rate}
         values |= memory() | {"skipped_steps": float(skipped)}
         self._write(step, values)
+        if not console.is_terminal:  # in the progress bar's stead
+            left = (now - self._start) / (step - self._first) * (self._total - step)
+            held = ", ".join(
+                f"{k.removeprefix('memory/').removesuffix('_gib')} {v:.2f} GiB" for k, v in memory().items()
+            )
+            console.print(
+                f"step {step}/{self._total}  loss {total:.4f}  {rate:.1f} samples/s  ETA {clock(left)}  {held}"
+            )
         return rate
 
     def dev(self, step: int, result: Evaluation) -> None:

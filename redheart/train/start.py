@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from redheart.model.build import model_config
 from redheart.model.regional import check_compilation, compiler, few_shapes
 from redheart.ranks import barrier, check_launch, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
-from redheart.tasks import TASKS, constant_answers, constant_losses
+from redheart.tasks import constant_answers, constant_losses
 from redheart.train import checkpoint
 from redheart.train.agree import agree
 from redheart.train.calibrate import calibrate_best
@@ -225,6 +224,3 @@ def _announce(config: RunConfig, world_size: int, accumulation: int, total_steps
         console.print(
             f"the {compute_device().type} here emulates bf16, a CPU some 60 times slower than --set training.precision=fp32"
         )
-    console.print(
-        f"constant-predictor losses: {json.dumps({k: round(v, 4) for k, v in state.scales.items() if k in TASKS and TASKS[k].final})}"
-    )

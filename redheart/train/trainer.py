@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from redheart.config import RunConfig
-from redheart.console import progress
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import Evaluation, evaluate
 from redheart.losses.combine import factors
@@ -55,7 +54,7 @@ class Trainer:
         self.factors = factors(task_weights(config.loss), state.scales, config.loss.constant_floor)
         self.guard = NonFiniteGuard(run, config.training.max_bad_steps)
         self.guard.skipped = state.skipped_steps
-        self.board, self.synergy = Board(run, state.step), Synergy(config.loss)
+        self.board, self.synergy = Board(run, state.step, total_steps), Synergy(config.loss)
         self.rehearsals = oom.Rehearsals(config)
         self.saved = state.step if checkpoint.holds(run, state.step) else None  # the step of the last checkpoint
         self.log = SampleLog(run, engine.rank, engine.world_size, state.step) if config.training.log_samples else None
@@ -64,7 +63,7 @@ class Trainer:
         """Runs to the end, or to a signal; the last thing it does is a checkpoint."""
         state, settings = self.state, self.config.training
         ended = partial(state.ended, self.total_steps, settings.patience if self.update_parameters else None)
-        with StopRequest().listening() as stop, progress("training", self.total_steps, state.step) as (bar, task):
+        with StopRequest().listening() as stop, self.board.progress() as (bar, task):
             if not state.step and state.initial_dev_loss is None and self.dev_stream.num_rows:
                 self._fitting(self._evaluate)
                 state.initial_dev_loss, state.initial_dev_losses = state.last_dev_loss, state.dev_losses

@@ -30,9 +30,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(
-        tmp_path_factory, "everyday-24", lambda out: prepare([BY_HAND], out, DataConfig(), num_samples=24)
-    )
+    return made_once(tmp_path_factory, "everyday-24", lambda out: prepare([BY_HAND], out, DataConfig(), num_samples=24))
 
 
 @pytest.fixture(scope="session")
