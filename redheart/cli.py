@@ -20,6 +20,7 @@ from redheart.options import (  # fmt: skip
     Augment,
     Brief,
     Checkpoint,
+    ConfigFile,
     Data,
     Device,
     DryRun,
@@ -30,11 +31,14 @@ from redheart.options import (  # fmt: skip
     Init,
     ItsData,
     Json,
+    Labels,
     NetworkGbit,
     Preset,
     Push,
     ReportFile,
     Resume,
+    RunData,
+    RunOut,
     RunPreset,
     Samples,
     Set,
@@ -42,6 +46,7 @@ from redheart.options import (  # fmt: skip
     Sources,
     StepSeconds,
     Swap,
+    Text,
     Version,
 )
 from redheart.ranks import leaving
@@ -197,10 +202,13 @@ def plan(
 
 @app.command()
 def train(
-    data: Data,
+    file: ConfigFile = None,
+    data: RunData = None,
+    text: Text = None,
+    label: Labels = None,
     preset: RunPreset = None,
     set_: Set = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/PRESET]")] = None,
+    out: RunOut = None,
     resume: Resume = None,
     init: Init = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old run in the run directory.")] = False,
@@ -211,17 +219,12 @@ def train(
     """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""
     from redheart.console import console
     from redheart.ranks import is_main
-    from redheart.train.resume import settings
+    from redheart.train.own import settings
     from redheart.train.start import train as start
 
-    config, run = settings(preset, set_ or (), out, resume)
-    result = start(config, data, run, resume, overwrite, not no_param_update, init)
-    state = result.state
-    console.print(
-        f"{result.end} at step {state.step} of {result.total_steps} after {result.seconds:.0f} s; "
-        f"dev loss {_number(state.initial_dev_loss)} → {_number(state.last_dev_loss)}, best {_number(state.best_value)} "
-        f"at step {state.best_step}; everything is in {result.run}"
-    )
+    call = settings(file, preset, set_ or (), out, resume, data, text, label or ())
+    result = start(call.config, call.data, call.run, resume, overwrite, not no_param_update, init)
+    console.print(result.summary())
     if is_main():
         emit(result.to_json(), json_)
     if result.signal:
@@ -363,10 +366,6 @@ def doctor(
         raise typer.Exit(1)
     if warm_up:
         run_warm_up()
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
 
 
 def _with_optional_path(arguments: list[str], option: str, alone: str) -> list[str]:

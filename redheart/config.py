@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -118,7 +118,14 @@ class DataConfig(Section):
         le=1,
         description="cosine of mean token states from which texts repeat each other; for the default encoder",
     )
-    columns: dict[str, dict[str, str]] = Field({}, description="per source: {their column: our field}")
+    columns: dict[str, dict[str, str]] = Field(
+        {}, description="per source: {their column: our field}, or our field:LOW..HIGH where LOW and HIGH are its ends"
+    )
+    file: str | None = Field(
+        None,
+        description="your own table, which `train` prepares by itself as source `own`; the LLM labels nothing of it unless "
+        "labeler.max_texts is given",
+    )
     mixture: dict[str, float] = Field(
         {},
         description="per source: below 1 the share of its training rows that stays, else how often an epoch shows each",
@@ -223,11 +230,19 @@ class MemoryConfig(Section):
     )
 
 
+def _for_files(schema: dict[str, Any]) -> None:
+    del schema["required"]
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "a preset that says whatever this file does not",
+    }
+
+
 class RunConfig(Section):
     """A complete run. `redheart train` writes the resolved one to `config.yaml` in the run directory."""
 
-    # a file that leaves out `preset` takes its own name, so an editor that reads the schema need not ask for it
-    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("preset"))
+    # for editors: a file that leaves out `preset` takes its own name, and one that `extends` a preset takes what it leaves out
+    model_config = ConfigDict(json_schema_extra=_for_files)
 
     preset: str = Field(description="a name for these settings; a file that gives none is called as the file is")
     model: ModelConfig
@@ -252,50 +267,6 @@ class RunConfig(Section):
         return self
 
 
-class OnResume(NamedTuple):
-    """What `--resume` does with a key that differs from the checkpoint's: `free` and `stated` ones change from the next step
-    on (and `why` says what that means), `refused` ones end the start (and `why` is the reason)."""
-
-    kind: Literal["free", "stated", "refused"]
-    why: str
-
-
-_ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = (
-    ("free", "a name", "preset"),
-    ("free", "the same numbers, computed otherwise", "model.activation_checkpointing memory.swap training.compile"),
-    ("free", "the same steps, cut otherwise", "training.micro_batch_size"),
-    ("free", "what is seen and kept of the run", """training.log_every training.evaluate_every training.synergy_every
-     training.checkpoint_every training.keep_checkpoints training.log_samples"""),
-    ("free", "when it gives up", "training.patience training.max_bad_steps training.collective_timeout_s"),
-    ("free", "what the plan may take", "memory.gpu_memory_gib memory.host_memory_gib"),
-    ("free", "where what computes stands", "data.encoder.device"),
-    ("free", "how data is fetched", "data.remote.attempts data.remote.timeout_s data.remote.cache_gib"),
-    ("free", "read by prepare alone", """data.encoder.batch_size data.encoder.languages data.labeler.name
-     data.labeler.quantization data.labeler.weight data.labeler.max_texts data.labeler.batch_size data.labeler.unpack
-     data.labeler.min_mass data.labeler.min_spread data.labeler.min_agreement data.augment.kind data.augment.max_texts
-     data.augment.min_similarity data.augment.max_shift data.augment.min_gain data.rows_per_shard data.dedup
-     data.dedup_threshold data.columns data.mixture"""),
-    ("stated", "the learning rates of the steps to come are those of a run with this value from its start",
-     "optimizer.learning_rate optimizer.final_learning_rate optimizer.warmup_fraction training.epochs training.max_steps"),
-    ("stated", "it holds for the steps to come; those done had the other one",
-     "optimizer.max_grad_norm model.dropout loss.balance loss.router_z"),
-    ("refused", "the weights of the checkpoint belong to another network", """model.encoder_width model.width model.heads
-     model.layers model.task_width model.task_heads model.num_experts model.ablate"""),
-    ("refused", "the checkpoint was trained on other features",
-     "data.encoder.name data.encoder.layers data.encoder.max_tokens"),
-    ("refused", "step s reads the positions from s × batch on, in an order drawn from the seed: samples would come twice or never",
-     "training.seed training.global_batch_size"),
-    ("refused", "the optimizer's state goes on with the value it was made with",
-     "optimizer.name optimizer.betas optimizer.eps optimizer.weight_decay"),
-    ("refused", "the states of the checkpoint are in another form", "memory.strategy training.precision"),
-    ("refused", "the losses before and after could not be compared, nor divided by the same scales", """loss.weights
-     loss.shares.heads loss.shares.analyzers loss.shares.aux loss.focal_gamma loss.huber_delta loss.extreme_penalty
-     loss.regret_edges loss.constant_floor"""),
-    ("refused", "`best` would compare unlike numbers", "training.best_metric training.evaluate_rows"),
-)  # fmt: skip
-ON_RESUME = {key: OnResume(kind, why) for kind, why, keys in _ON_RESUME for key in keys.split()}  # every leaf key
-
-
 def leaves(config: Section) -> dict[str, Any]:
     """Every leaf key of a configuration by its dotted path, as plain values."""
     return {key: functools.reduce(getattr, key.split("."), config) for key in config_keys(type(config))}
@@ -317,24 +288,46 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in resources.files("redheart").joinpath("presets").iterdir())
 
 
+# of a run on a table of one's own, where nothing else is said: its labels are the task, and a small table is soon learned by heart
+OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"patience": 5}}
+
+
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a preset's name or of a YAML file, with `a.b=c` overrides (values are read as YAML)."""
+    """The configuration of a preset's name or of a YAML file, with `a.b=c` overrides (values are read as YAML).
+
+    A file that says `extends: PRESET` holds only what differs from that preset.
+    """
     if preset.endswith((".yaml", ".yml")):
         path = Path(preset)
         text = unseal(read_text(path, f"give a YAML file, or one of {', '.join(preset_names())}"), path, SEALED)
-    elif preset in preset_names():
-        text = resources.files("redheart").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8")
+        values = _yaml(text, preset)
+        if "extends" in values:
+            values = _over(_shipped(values.pop("extends"), ""), values)
     else:
-        close = difflib.get_close_matches(preset, preset_names(), 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise RedHeartError(
-            f"unknown preset {preset!r}{hint}: choose one of {', '.join(preset_names())}, or give a .yaml file"
-        )
-    values = _yaml(text, preset)
+        values = _shipped(preset, ", or give a .yaml file")
     values.setdefault("preset", Path(preset).stem)
     for override in overrides:
         _apply(values, override)
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("file"):
+        values = _over(OWN, values)
     return parse_config(values)
+
+
+def _shipped(preset: Any, otherwise: str) -> dict[str, Any]:
+    """The values of a preset of the package."""
+    if preset not in preset_names():
+        close = difflib.get_close_matches(str(preset), preset_names(), 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise RedHeartError(f"unknown preset {preset!r}{hint}: choose one of {', '.join(preset_names())}{otherwise}")
+    text = resources.files("redheart").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8")
+    return _yaml(text, str(preset))
+
+
+def _over(under: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` laid over `under`, section by section."""
+    both = {k: _over(under[k], v) for k, v in values.items() if isinstance(v, dict) and isinstance(under.get(k), dict)}
+    return {**under, **values, **both}
 
 
 def parse_config(values: Any) -> RunConfig:

@@ -59,6 +59,30 @@ HelpConfig = Annotated[
 Data = Annotated[
     str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
 ]
+RunData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="A directory made by `redheart prepare`, its URL, or your own table (.csv, .tsv, .json, .jsonl, .parquet), "
+        "which is prepared first. [default: with --resume the run's own]",
+    ),
+]
+Text = Annotated[
+    str | None, typer.Option("--text", metavar="COLUMN", help="The column of the texts in your own table.")
+]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        metavar="COLUMN=ANSWER",
+        help="A column of your own table and what it says, e.g. sorry=regret, happy=emotion.joy, or mood=vad.valence:1..5 where "
+        "it runs from 1 to 5; may be repeated.",
+    ),
+]
+ConfigFile = Annotated[
+    str | None, typer.Argument(metavar="[FILE.yaml]", help="Settings, such as `redheart init` writes: as --preset.")
+]
+RunOut = Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/PRESET]")]
 ItsData = Annotated[str | None, typer.Option("--data", help="[default: the data it was trained on]")]
 ReportFile = Annotated[Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")]
 Samples = Annotated[

@@ -3,7 +3,7 @@
 NAME=PATH is one of
     everyday                      the shipped corpus
     goemotions=DIRECTORY          a corpus of data/sources/catalogue.py, through its converter
-    mine=FILE                     .json, .jsonl, .csv or .parquet (data/sources/tabular.py)
+    mine=FILE                     .json, .jsonl, .csv, .tsv or .parquet (data/sources/tabular.py)
     mine=hub:OWNER/NAME[:CONFIG]  a data set of the hub (data/sources/hub.py); `hub:` may be left out where no such path exists
 """
 
@@ -25,8 +25,9 @@ from redheart.data.sources.catalogue import SOURCES
 from redheart.data.sources.records import InvalidRecord, parse_record
 from redheart.data.sources.rows import LeftOut
 from redheart.files import write_text
-from redheart.schema import SPLITS, RedHeartError
+from redheart.schema import LABELS, SPLITS, RedHeartError
 
+ENOUGH = 10  # rows of dev and of test: where the ids give a small table fewer, its rows are dealt
 FEW = 0.01  # share of a published corpus that may be unreadable without a word from the user
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
@@ -143,8 +144,9 @@ def _read(
     places: dict[str, str],
 ) -> dict[str, Any]:
     """Appends a source's rows to `records` or `refused`; returns the facts about it."""
-    left_out, reasons, splits, occurrences = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    read = 0
+    left_out, reasons, occurrences = Counter[str](), Counter[str](), Counter[str]()
+    own: list[dict[str, Any]] = []
+    read, says_splits = 0, False
     for place, raw in _rows(source):
         read += 1
         if isinstance(raw, LeftOut):
@@ -163,9 +165,13 @@ def _read(
             content = str(raw) if isinstance(raw, InvalidRecord) else raw
             refused.append({"source": source.name, "place": place, "reason": str(error), "content": content})
             continue
+        says_splits = says_splits or raw.get("split") is not None
         places[record["id"]] = place
-        records.append(record)
-        splits[record["split"]] += 1
+        own.append(record)
+    if not source.may_repeat and not says_splits and own:
+        deal_few(own, source.name)
+    records += own
+    splits = Counter(record["split"] for record in own)
     return {
         "origin": source.origin,
         "licence": source.licence,
@@ -177,6 +183,27 @@ def _read(
         "rejected": dict(reasons),
         "left_out": dict(left_out),
     }
+
+
+def deal_few(rows: list[dict[str, Any]], name: str) -> None:
+    """Deals rows without splits where chance, by their ids, left dev or test fewer than ENOUGH of them: to each a sixth of the labelled
+    rows, at most ENOUGH, spread over their labels. Says so."""
+    count = Counter(row["split"] for row in rows)
+    if min(count["dev"], count["test"]) >= ENOUGH:
+        return
+    labelled = [row for row in rows if any(row[label] is not None for label in LABELS)]
+    labelled.sort(key=lambda row: (json.dumps([row[label] for label in LABELS]), _share(row["id"])))
+    each = min(ENOUGH, max(1, len(labelled) // 6)) if len(labelled) >= len(SPLITS) else 0
+    for row in rows:
+        row["split"] = "train"
+    for number in range(each):
+        start = number * len(labelled) // each
+        labelled[start]["split"], labelled[start + 1]["split"] = "dev", "test"
+    why = "" if each else f" ({len(labelled)} of them with a label): too few to choose a checkpoint by, or to judge it"
+    console.print(
+        f"{name} has no column `split`: {len(rows) - 2 * each} rows in train"
+        + (f", {each} in dev, {each} in test" if each else why)
+    )
 
 
 def _rows(source: _Opened) -> Iterator[tuple[str, Any]]:

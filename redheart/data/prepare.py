@@ -79,8 +79,12 @@ def prepare(
     num_samples: int | None = None,
     force: bool = False,
     skip_invalid: bool = False,
+    renew: bool = False,
 ) -> PrepareReport:
-    """Prepares a data directory; see the module's docstring. Raises RedHeartError on any input that breaks the schema."""
+    """Prepares a data directory; see the module's docstring. Raises RedHeartError on any input that breaks the schema.
+
+    `force`: afresh, whatever earlier work is there; `renew`: only where it is of other sources or settings.
+    """
     check_launch()
     gathered = gather(sources, config, skip_invalid)
     records = take(mix(gathered.records, config.mixture), num_samples)
@@ -92,7 +96,7 @@ def prepare(
     plan = _plan_of(records, gathered, config)
     report = PrepareReport(str(out), sources=gathered.sources, rejected=len(gathered.refused))
     with ExitStack() as held:
-        if after_main(lambda: _claim(sources, out, plan, deal(records, config), gathered, force, held)) == DONE:
+        if after_main(lambda: _claim(sources, out, plan, deal(records, config), gathered, force, renew, held)) == DONE:
             return _reuse(out, report, config)
         return _make(records, gathered, out, config, plan, report)
 
@@ -161,7 +165,7 @@ def deal(records: Sequence[dict[str, Any]], config: DataConfig) -> list[Part]:
 
 def _plan_of(records: list[dict[str, Any]], gathered: Gathered, config: DataConfig) -> str:
     """A digest of everything that the result depends on: what was read, the settings, the models, and how this program works."""
-    without = {"remote"} if config.dedup else {"remote", "dedup", "dedup_threshold"}
+    without = {"remote", "file"} if config.dedup else {"remote", "file", "dedup", "dedup_threshold"}
     settings = config.model_dump(mode="json", exclude=without)
     device = chosen_device(config.encoder.device, "data.encoder.device")
     settings["encoder"]["device"] = device.type  # decides the last bits of the features
@@ -179,10 +183,12 @@ def _claim(
     parts: Sequence[Part],
     gathered: Gathered,
     force: bool,
+    renew: bool,
     held: ExitStack,
 ) -> str:
     """Makes the directory ours, for as long as `held` lasts; DONE where it holds the result already."""
     refuse_sources_of_ours(sources, out)
+    force = force or (renew and _is_other(out, plan))
     if not force and _is_done(out, plan) and not (out / WORK).exists():
         return DONE  # nothing is written: others may be reading it, or this place may be read-only
     make_directory(out, "--out")
@@ -194,10 +200,9 @@ def _claim(
             remove(out / WORK)  # of a preparation that ended before it had cleaned up
         return DONE
     claim(out, _files(parts), bool(gathered.refused))
-    path = out / WORK / "plan.json"
-    if path.is_file() and read_sealed_json(path, "--force-preprocess").get("plan") != plan:
+    if _plan_at_work(out) not in (None, plan):
         raise RedHeartError(f"{out / WORK} belongs to {OTHER}")
-    write_sealed_json(path, {"plan": plan})
+    write_sealed_json(out / WORK / "plan.json", {"plan": plan})
     if gathered.refused:
         write_rejected(gathered.refused, out / REJECTED)
     elif REJECTED in owned(out, KIND):
@@ -212,6 +217,18 @@ def _is_done(out: Path, plan: str) -> bool:
     if Store(out).index["plan"] != plan:
         raise RedHeartError(f"{out} holds data of {OTHER}")
     return True
+
+
+def _plan_at_work(out: Path) -> str | None:
+    path = out / WORK / "plan.json"
+    return read_sealed_json(path, "--force-preprocess").get("plan") if path.is_file() else None
+
+
+def _is_other(out: Path, plan: str) -> bool:
+    """Whether we prepared something else there, or began to."""
+    ours = written(out)
+    made = Store(out).index["plan"] if INDEX in ours else None
+    return made not in (None, plan) or (WORK in ours and _plan_at_work(out) not in (None, plan))
 
 
 def _files(parts: Sequence[Part]) -> list[str]:

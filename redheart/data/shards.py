@@ -27,7 +27,8 @@ from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, ORIGINS, S
 INDEX = "index.json"
 FORMAT_VERSION = 3  # 3: the index carries its own sha256
 LABEL_REMEDY = (
-    "name their columns (data.columns), let the LLM label (data.labeler.max_texts not 0), or take a source with labels"
+    "name their columns (--label of `train`, data.columns of `prepare`), let the LLM label (data.labeler.max_texts not 0), or take "
+    "a source with labels"
 )
 
 

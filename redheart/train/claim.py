@@ -46,13 +46,8 @@ class Claim:
             return
         names = [*NAMES, *(f"samples-rank{r}.jsonl" for r in range(launched_world_size()) if log_samples)]
         for _ in range(1 if self._locked else 2):  # once more when nobody else can change it
-            ours, earlier = owned(self.run, KIND), _of_an_earlier_version(self.run)
-            if (ours or earlier) and not resuming and not (overwrite and ours):
-                replace = "replace it with --overwrite" if ours else "remove it yourself (an earlier version wrote it)"
-                raise RedHeartError(
-                    f"{self.run} holds a run already: go on with --resume, {replace}, or name another --out"
-                )
-            if not ours and not earlier:
+            self.refuse(resuming, overwrite)
+            if not is_run(self.run):
                 own(self.run, KIND, names, dry=True)
             if not self._locked:
                 make_directory(self.run, "--out")
@@ -61,6 +56,15 @@ class Claim:
             clear(self.run)
             remove_owned(self.run, KIND)
         _own(self.run, names)
+
+    def refuse(self, resuming: bool, overwrite: bool) -> None:
+        """Raises RedHeartError where a run is there that this one neither goes on with nor replaces."""
+        ours, earlier = owned(self.run, KIND), _of_an_earlier_version(self.run)
+        if launched_rank() == 0 and (ours or earlier) and not resuming and not (overwrite and ours):
+            replace = "replace it with --overwrite" if ours else "remove it yourself (an earlier version wrote it)"
+            raise RedHeartError(
+                f"{self.run} holds a run already: go on with --resume, {replace}, or name another --out"
+            )
 
     def _lock(self) -> None:
         self._held.enter_context(exclusive(self.run, "training"))

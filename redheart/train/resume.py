@@ -1,7 +1,7 @@
 """Going on with a run: whose settings hold, and what may differ from what its checkpoint was trained with.
 
 `--resume` without a preset takes the settings that the checkpoint keeps, with this call's `--set`; a preset that is named is
-compared with them. Every key that differs is looked up in config.ON_RESUME: it changes, and that is told and recorded, or the
+compared with them. Every key that differs is looked up in ON_RESUME: it changes, and that is told and recorded, or the
 start is refused before anything is written.
 """
 
@@ -12,9 +12,9 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from redheart.config import ON_RESUME, RunConfig, leaves, load_config
+from redheart.config import RunConfig, leaves, load_config
 from redheart.console import console
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
@@ -23,19 +23,70 @@ from redheart.train.checkpoint import Progress
 
 DEFAULT_PRESET = "local"
 SETTINGS = "config.yaml"
+OWN_DATA = "data"  # within a run directory: what was prepared of the user's own table (train/own.py)
+
+
+class OnResume(NamedTuple):
+    """What `--resume` does with a key that differs from the checkpoint's: `free` and `stated` ones change from the next step
+    on (and `why` says what that means), `refused` ones end the start (and `why` is the reason)."""
+
+    kind: Literal["free", "stated", "refused"]
+    why: str
+
+
+_ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = (
+    ("free", "a name", "preset"),
+    ("free", "the same numbers, computed otherwise", "model.activation_checkpointing memory.swap training.compile"),
+    ("free", "the same steps, cut otherwise", "training.micro_batch_size"),
+    ("free", "what is seen and kept of the run", """training.log_every training.evaluate_every training.synergy_every
+     training.checkpoint_every training.keep_checkpoints training.log_samples"""),
+    ("free", "when it gives up", "training.patience training.max_bad_steps training.collective_timeout_s"),
+    ("free", "what the plan may take", "memory.gpu_memory_gib memory.host_memory_gib"),
+    ("free", "where what computes stands", "data.encoder.device"),
+    ("free", "how data is fetched", "data.remote.attempts data.remote.timeout_s data.remote.cache_gib"),
+    ("free", "read by prepare alone", """data.encoder.batch_size data.encoder.languages data.labeler.name
+     data.labeler.quantization data.labeler.weight data.labeler.max_texts data.labeler.batch_size data.labeler.unpack
+     data.labeler.min_mass data.labeler.min_spread data.labeler.min_agreement data.augment.kind data.augment.max_texts
+     data.augment.min_similarity data.augment.max_shift data.augment.min_gain data.rows_per_shard data.dedup
+     data.dedup_threshold data.columns data.file data.mixture"""),
+    ("stated", "the learning rates of the steps to come are those of a run with this value from its start",
+     "optimizer.learning_rate optimizer.final_learning_rate optimizer.warmup_fraction training.epochs training.max_steps"),
+    ("stated", "it holds for the steps to come; those done had the other one",
+     "optimizer.max_grad_norm model.dropout loss.balance loss.router_z"),
+    ("refused", "the weights of the checkpoint belong to another network", """model.encoder_width model.width model.heads
+     model.layers model.task_width model.task_heads model.num_experts model.ablate"""),
+    ("refused", "the checkpoint was trained on other features",
+     "data.encoder.name data.encoder.layers data.encoder.max_tokens"),
+    ("refused", "step s reads the positions from s × batch on, in an order drawn from the seed: samples would come twice or never",
+     "training.seed training.global_batch_size"),
+    ("refused", "the optimizer's state goes on with the value it was made with",
+     "optimizer.name optimizer.betas optimizer.eps optimizer.weight_decay"),
+    ("refused", "the states of the checkpoint are in another form", "memory.strategy training.precision"),
+    ("refused", "the losses before and after could not be compared, nor divided by the same scales", """loss.weights
+     loss.shares.heads loss.shares.analyzers loss.shares.aux loss.focal_gamma loss.huber_delta loss.extreme_penalty
+     loss.regret_edges loss.constant_floor"""),
+    ("refused", "`best` would compare unlike numbers", "training.best_metric training.evaluate_rows"),
+)  # fmt: skip
+ON_RESUME = {key: OnResume(kind, why) for kind, why, keys in _ON_RESUME for key in keys.split()}  # every leaf key
+
+
+class Call(NamedTuple):
+    """What a call of `redheart train` means. `data`: a prepared directory or its URL; None: the table of `config.data.file`."""
+
+    config: RunConfig
+    run: Path
+    data: str | None
 
 
 def settings(
-    preset: str | None, overrides: Sequence[str], out: Path | None, resume: str | None
-) -> tuple[RunConfig, Path]:
-    """(configuration, run directory) that a call means; `out` absent: runs/PRESET, or the run that a resumed checkpoint lies in."""
-    if resume is None or preset is not None:
-        config = load_config(preset or DEFAULT_PRESET, overrides)
-        run = out or Path("runs") / config.preset
-    else:
-        run = out or Path("runs") / DEFAULT_PRESET
+    preset: str | None, overrides: Sequence[str], out: Path | None, resume: str | None, data: str | None = None
+) -> Call:
+    """`out` absent: runs/PRESET, or the run that a resumed checkpoint lies in; `data` absent: what that checkpoint was trained on."""
     if resume is None:
-        return config, run
+        config = load_config(preset or DEFAULT_PRESET, overrides)
+        return Call(config, out or Path("runs") / config.preset, data)
+    named = load_config(preset, overrides) if preset is not None else None
+    run = out or Path("runs") / (named.preset if named else DEFAULT_PRESET)
     source = checkpoint.locate(resume, run)
     if out is None and resume not in ("last", "best"):
         run = _run_of(source)
@@ -43,9 +94,23 @@ def settings(
             raise RedHeartError(
                 f"--resume {resume} lies in no run directory: name the directory to go on in with --out"
             )
-    if preset is None:
-        config = load_config(str(checkpoint.verified(source, [SETTINGS]) / SETTINGS), overrides)
-    return config, run
+    kept = checkpoint.verified(source, [SETTINGS, checkpoint.TRAINER])
+    config, saved = named or load_config(str(kept / SETTINGS), overrides), load_config(str(kept / SETTINGS))
+    if saved.data.file and (saved.data.file, saved.data.columns) != (config.data.file, config.data.columns):
+        raise RedHeartError(
+            f"--resume goes on with what {kept} was trained on, {saved.data.file} with columns {saved.data.columns}: leave --data, "
+            "--text and --label out, or start another run with another --out"
+        )
+    return Call(config, run, data or _data_of(kept, run))
+
+
+def _data_of(kept: Path, run: Path) -> str:
+    """What a checkpoint was trained on; of data prepared within its run, those of `run`, wherever it was moved to."""
+    said = checkpoint.read_progress(kept).data
+    inside = run / OWN_DATA
+    if "://" not in said and not Path(said).is_dir() and Path(said).name == OWN_DATA and inside.is_dir():
+        return str(inside)
+    return said
 
 
 def accept(
@@ -106,9 +171,9 @@ def order_of_rows(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def command(data: str | Path, run: Path) -> str:
-    """What to type to go on with `run`: its last checkpoint keeps every setting."""
-    line = shlex.join(["redheart", "train", "--data", str(data), "--out", str(run), "--resume"])
+def command(run: Path) -> str:
+    """What to type to go on with `run`: its last checkpoint keeps every setting, and says which data it is trained on."""
+    line = shlex.join(["redheart", "train", "--out", str(run), "--resume"])
     if (ranks := launched_world_size()) > 1:
         line += f"\n(under the launcher that started these {ranks} processes: accelerate launch … -m, or deepspeed … --module)"
     return line

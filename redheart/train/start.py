@@ -31,6 +31,7 @@ from redheart.train.engine import PlainEngine
 from redheart.train.engine.machinery import START_S
 from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
+from redheart.train.own import prepared
 from redheart.train.resume import accept, command, order_of_rows
 from redheart.train.stages import split_global_batch
 from redheart.train.stored import fitting
@@ -57,6 +58,16 @@ class TrainResult:
             return "stopped" if self.signal else "finished"
         return f"nothing better on dev in {self.state.looks_since_best} looks (training.patience): finished"
 
+    def summary(self) -> str:
+        """How it ended, in a sentence."""
+        state = self.state
+        said = f"{self.end} at step {state.step} of {self.total_steps} after {self.seconds:.0f} s"
+        if state.initial_dev_loss is not None and state.last_dev_loss is not None:
+            said += f"; dev loss {state.initial_dev_loss:.4f} → {state.last_dev_loss:.4f}"
+        if state.best_value is not None:
+            said += f", best {state.best_value:.4f} at step {state.best_step}"
+        return f"{said}; everything is in {self.run}"
+
     def to_json(self) -> dict[str, Any]:
         state = self.state
         return {
@@ -72,7 +83,7 @@ class TrainResult:
 
 def train(
     config: RunConfig,
-    data: str | Path,
+    data: str | Path | None,
     run: Path,
     resume: str | None = None,
     overwrite: bool = False,
@@ -81,6 +92,7 @@ def train(
 ) -> TrainResult:
     """Trains and leaves everything under `run`. Every rank calls it. Raises RedHeartError before anything is written if it cannot.
 
+    `data`: None prepares the table of `config.data.file` first (train/own.py).
     `init`: an export, a checkpoint or a run whose weights the run starts from, instead of random ones.
     """
     check_launch()
@@ -89,6 +101,9 @@ def train(
     if overwrite and resume:
         raise RedHeartError("--overwrite replaces a run and --resume goes on with one: give only one of them")
     with Claim(run) as claim:
+        if data is None:
+            claim.refuse(bool(resume), overwrite)
+            data = prepared(config, run, bool(resume))
         return _train(claim, config, data, run, resume, overwrite, update_parameters, init)
 
 
@@ -175,7 +190,7 @@ def _train(
         trainer.engine.close()
         if launched_rank() == 0:
             calibration = calibrate_best(run, streams[1], state)
-    go_on = command(data, run) if update_parameters else "a dry run keeps no checkpoint: start it again"
+    go_on = command(run) if update_parameters else "a dry run keeps no checkpoint: start it again"
     return TrainResult(run, state, total_steps, seconds, stop.signal, memory, go_on, calibration)
 
 

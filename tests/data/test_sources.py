@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from redheart.config import DataConfig
 from redheart.data.gather import Gathered, gather, mix, write_rejected
+from redheart.data.sources.records import _split_of
 from redheart.data.sources.rows import coin
 from redheart.schema import EMOTIONS_FINE, RedHeartError
 from tests.corpora import corpus
@@ -72,11 +74,11 @@ def test_goemotions_wants_all_files_of_a_label_set(goemotions: Path):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        ("Great news!\t17\n", "row 2: 2 columns, not 3"),
+        ("Great news!\t17\n", ":2: 2 columns, not 3"),
         ("Great news!\t28\tid1\n", "label ids '28' are not of 0 to 27"),
         ("Great news!\t\tid1\n", "label ids ''"),
         ("Other news.\t17\tid1\n", "not aligned"),
-        (b"Gr\xff\t17\tid1\n", "row 2: not UTF-8"),
+        (b"Gr\xff\t17\tid1\n", ":2: not UTF-8"),
         ("\t17\tid1\n", "not aligned"),
         ("Great news!\t²\tid1\n", "label ids '²'"),
         ("x" * 100_000 + "\t17\tid1\n", "not aligned"),
@@ -97,7 +99,7 @@ def test_a_broken_row_is_named_and_skipped_only_when_asked(
     assert sum(gathered.sources["goemotions"]["rejected"].values()) == 1
     assert gathered.sources["goemotions"]["rows_kept"] == 4
     (line,) = rejected.read_text().splitlines()
-    assert "row 2" in json.loads(line)["place"]
+    assert json.loads(line)["place"].endswith(":2")
 
 
 def test_emobank_is_centred(tmp_path: Path):
@@ -161,10 +163,10 @@ def test_ethics_keeps_siblings_in_one_split_and_swaps_pairs_by_a_coin(tmp_path: 
 
 
 BROKEN_ETHICS = [
-    ("virtue", "label,scenario\n1,She waited for her turn.\n", r"row 2: \[SEP\] and the trait are missing"),
+    ("virtue", "label,scenario\n1,She waited for her turn.\n", r":2: \[SEP\] and the trait are missing"),
     ("virtue", "label,scenario\n2,She waited. [SEP] patient\n", "label '2' is none of 0, 1"),
-    ("justice", "label,scenario\n1,  \n", "row 2: scenario is empty"),
-    ("deontology", "label,scenario,excuse\n1,Could you help?\n", "row 2: 2 columns, not 3"),
+    ("justice", "label,scenario\n1,  \n", ":2: scenario is empty"),
+    ("deontology", "label,scenario,excuse\n1,Could you help?\n", ":2: 2 columns, not 3"),
     ("deontology", "", "is empty: it needs a header"),
     ("deontology", "label,scenario,scenario\n", "two columns have the same name"),
 ]
@@ -216,7 +218,7 @@ def test_moral_stories_become_pairs(tmp_path: Path):
     assert (facts["rows_read"], facts["rows_kept"], facts["rows_rejected"]) == (4, 1, 2)
     for line in ('{"ID": ["s"], "moral_action": "a", "label": 1}', '{"ID": "s", "label": 1}', "[1]", "{"):
         put(tmp_path / "original_ms" / "dev.jsonl", line + "\n")
-        with pytest.raises(RedHeartError, match="row 1: "):
+        with pytest.raises(RedHeartError, match=":1: "):
             collect(f"moral_stories={tmp_path}")
 
 
@@ -247,7 +249,7 @@ def test_a_table_of_others_is_mapped(tmp_path: Path):
     assert record["emotion"] == [0.1] * 7
     with pytest.raises(RedHeartError, match=r"unknown field 'sentence'.*data\.columns: \{mine: "):
         collect(f"mine={tmp_path / 'a.csv'}")
-    with pytest.raises(RedHeartError, match="column 'tone' of"):
+    with pytest.raises(RedHeartError, match="a.csv:2: there is no column 'tone' .*sentence, mood, v, note"):
         collect(f"mine={tmp_path / 'a.csv'}", columns={"mine": {"tone": "text"}})
     pq.write_table(pa.table({"said": ["One."], "score": [0.5], "rest": [1]}), tmp_path / "b.parquet")
     (record,) = collect(f"q={tmp_path / 'b.parquet'}", columns={"q": {"said": "text", "score": "regret"}}).records
@@ -264,6 +266,67 @@ def test_what_a_csv_cell_means_depends_on_its_field(tmp_path: Path):
     put(tmp_path / "b.csv", "text\nOne.\nOne.\n")
     with pytest.raises(RedHeartError, match="is there already"):
         collect(f"mine={tmp_path / 'b.csv'}")
+
+
+def test_a_column_of_another_range_is_scaled_by_the_ends_it_names(tmp_path: Path):
+    put(tmp_path / "a.csv", "text;mood;calm;sorry\nOne.;1;5;yes\nTwo.;2,5;2;FALSE\nThree.;5;1;0,25\n")
+    columns = {"m": {"text": "text", "mood": "vad.valence:1..5", "calm": "vad.arousal:5..1", "sorry": "regret"}}
+    records = collect(f"m={tmp_path / 'a.csv'}", columns=columns).records
+    assert [r["vad"] for r in records] == [[-1, -1, None], [-0.25, 0.5, None], [1, 1, None]]
+    assert [r["regret"] for r in records] == [1.0, 0.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("cell", "target", "words"),
+    [
+        ("4", "regret", r"a\.csv:3: column 'c' holds 4, and regret runs from 0 to 1: .*regret:LOW\.\.HIGH"),
+        ("-3", "vad.valence", r"a\.csv:3: column 'c' holds -3, and vad\.valence runs from -1 to 1"),
+        ("6", "regret:1..5", r"a\.csv:3: column 'c' holds 6, and regret is said to run from 1 to 5"),
+        ("yes", "regret:1..5", r"a\.csv:3: column 'c' holds 'yes', which is not a number"),
+        ("yes", "vad.valence", r"a\.csv:3: column 'c' holds 'yes', which is not a number"),
+        ("very", "regret", r"'very', which is not a number, yes, no, true or false"),
+        ("NaN", "regret", "holds nan"),
+        ("1", "joy", "'joy' is no field .*did you mean emotion.joy"),
+        ("1", "emotion.happy", "'emotion.happy' is no field"),
+        ("1", "regert", "did you mean regret"),
+        ("1", "valense", "did you mean vad.valence"),
+        ("1", "vad:1..5", "name one entry"),
+        ("1", "text:1..5", "name one entry"),
+        ("1", "regret:1..1", "two numbers that differ"),
+        ("1", "regret:1..5..6", "two numbers that differ|is no field"),
+    ],
+)  # fmt: skip
+def test_a_cell_or_an_answer_that_cannot_be_meant_is_named_with_its_remedy(tmp_path, cell, target, words):
+    put(tmp_path / "a.csv", f"text,c\nOne.,1\nTwo.,{cell}\n")
+    with pytest.raises(RedHeartError, match=words):
+        collect(f"m={tmp_path / 'a.csv'}", columns={"m": {"text": "text", "c": target}})
+
+
+def test_a_misspelt_column_is_guessed(tmp_path: Path):
+    put(tmp_path / "a.csv", "Body,sorry\nOne.,1\n")
+    with pytest.raises(RedHeartError, match=r"a\.csv:2: there is no column 'body' \(did you mean 'Body'\?\)"):
+        collect(f"m={tmp_path / 'a.csv'}", columns={"m": {"body": "text", "sorry": "regret"}})
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(1, 0), (2, 0), (3, 1), (7, 1), (31, 5), (66, 10)])
+def test_a_small_table_without_splits_keeps_rows_of_either_kind_for_dev_and_test(tmp_path, rows, held_out):
+    lines = [f"Text number {n}.,{'' if n == 5 else n % 2}\n" for n in range(rows)]
+    path = put(tmp_path / "a.csv", "text,regret\n" + "".join(lines))
+    records = collect(f"m={path}").records
+    count = Counter(r["split"] for r in records)
+    assert (count["dev"], count["test"], len(records)) == (held_out, held_out, rows)
+    for split in ("dev", "test"):
+        labels = [r["regret"] for r in records if r["split"] == split]
+        assert None not in labels
+        assert held_out < 2 or abs(sum(labels) - held_out / 2) <= 0.5
+    assert records == collect(f"m={path}").records
+
+
+def test_splits_that_are_said_or_large_enough_by_chance_stay(tmp_path: Path):
+    path = put(tmp_path / "a.csv", "text,split\nOne.,test\nTwo.,\nThree.,train\n")
+    assert collect(f"m={path}").records[0]["split"] == "test"
+    path = put(tmp_path / "b.csv", "text,regret\n" + "".join(f"Text number {n}.,1\n" for n in range(400)))
+    assert all(r["split"] == _split_of(r["id"]) for r in collect(f"m={path}").records)
 
 
 WRONG_COLUMNS = [
@@ -297,8 +360,8 @@ def test_bad_rows_of_the_users_files_are_named_one_by_one(tmp_path: Path):
     reasons = [json.loads(line)["reason"] for line in rejected.read_text(encoding="utf-8").splitlines()]
     json_error = "not valid JSON"
     words = ["not UTF-8", "half a surrogate pair", "not empty", json_error, "between 0 and 1", json_error, json_error]
-    for number, (reason, word) in enumerate(zip(reasons, [*words, "100000 characters"], strict=True), start=1):
-        assert f"record {number}" in reason
+    for number, (reason, word) in enumerate(zip(reasons, [*words, "100000 characters"], strict=True), start=2):
+        assert f"a.jsonl:{number}" in reason
         assert word in reason
 
 
@@ -399,7 +462,7 @@ def test_tables_are_read_as_spreadsheets_save_them(tmp_path: Path, name: str):
 def test_a_table_that_cannot_be_read_names_the_reason(tmp_path: Path):
     for name, content, words in [
         ("odd.csv", b"\xff\xfea", "odd.csv is not UTF-16"),
-        ("ansi.csv", (HEAD + "Träume,joy,train\n").encode("cp1252"), "row 2: not UTF-8"),
+        ("ansi.csv", (HEAD + "Träume,joy,train\n").encode("cp1252"), ":2: not UTF-8"),
         ("bare16.csv", (HEAD + "one,joy,train\n").encode("utf-16-le"), "NUL|unknown field"),
         ("satz.csv", b"satz;mood\none;joy\n", "unknown field 'satz'"),
         ("twice.csv", b"text,text\none,two\n", "two columns have the same name"),
@@ -407,7 +470,7 @@ def test_a_table_that_cannot_be_read_names_the_reason(tmp_path: Path):
         ("blank.csv", b"\n\n", "is empty: it needs a header"),
         ("head.csv", HEAD.encode(), "no record is left of mine: the data set is empty"),
         ("twice.json", b'[{"text": "a", "text": "b"}]', "record 0: 'text' is given twice"),
-        ("twice.jsonl", b'{"text": "a", "text": "b"}', "record 0: 'text' is given twice"),
+        ("twice.jsonl", b'{"text": "a", "text": "b"}', "twice.jsonl:1: 'text' is given twice"),
         ("nan.jsonl", b'{"text": "a", "regret": NaN}', "nan is not a number"),
         ("inf.csv", b"text,regret\na,1e999\n", "inf is not a number"),
     ]:  # fmt: skip

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from redheart.config import ON_RESUME, RunConfig, leaves, load_config
+from redheart.config import RunConfig, leaves, load_config
 from redheart.data.stream import SampleStream
 from redheart.schema import Batch, RedHeartError
 from redheart.train.checkpoint import read_progress
 from redheart.train.named import check_names
-from redheart.train.resume import accept, changes, command, order_of_rows, settings
+from redheart.train.resume import ON_RESUME, accept, changes, command, order_of_rows, settings
 from redheart.train.start import train as start
 from redheart.train.start import with_edges
 from redheart.train.validate import validate
@@ -113,18 +113,18 @@ def test_an_optimizer_that_is_named_or_implied_is_the_same():
 
 
 def test_a_resume_without_a_preset_takes_the_settings_of_the_run(data, trained):
-    config, run = settings(None, ["training.log_every=3"], trained, "last")
-    assert (config, run) == (resolved(data, "training.log_every=3"), trained)
-    named, _ = settings("local", ["training.log_every=3"], trained, "last")
-    assert named.training.seed == 0  # and will be refused
-    fresh, where = settings(None, [], None, None)
-    assert (fresh, where) == (load_config("local"), Path("runs/local"))
+    call = settings(None, ["training.log_every=3"], trained, "last")
+    assert call == (resolved(data, "training.log_every=3"), trained, str(data.resolve()))
+    assert settings(None, [], trained, "last", "elsewhere").data == "elsewhere"
+    named = settings("local", ["training.log_every=3"], trained, "last")
+    assert named.config.training.seed == 0  # and will be refused
+    assert settings(None, [], None, None, "d") == (load_config("local"), Path("runs/local"), "d")
 
 
 def test_a_path_to_resume_names_its_run(data, run, tmp_path):
     step_1 = run / "checkpoints" / "step-00000001"
     for wanted in (run, step_1):
-        assert settings(None, [], None, str(wanted)) == (resolved(data), run)
+        assert settings(None, [], None, str(wanted)) == (resolved(data), run, str(data.resolve()))
     loose = shutil.copytree(step_1, tmp_path / "loose")
     with pytest.raises(RedHeartError, match=r"lies in no run.*--out"):
         settings(None, [], None, str(loose))
@@ -155,8 +155,7 @@ def test_other_rows_and_a_shorter_run_are_refused(data, trained):
 
 
 def test_the_command_to_go_on_with_survives_a_shell():
-    words = ["redheart", "train", "--data", "my data", "--out", "it's a run", "--resume"]
-    assert shlex.split(command("my data", Path("it's a run"))) == words
+    assert shlex.split(command(Path("it's a run"))) == ["redheart", "train", "--out", "it's a run", "--resume"]
 
 
 class Rows:

@@ -24,5 +24,4 @@ def folder() -> Path:
 
 def read(corpus: Path) -> Iterator[Row]:
     for name in FILES:
-        for number, raw in read_records(corpus / name, NAME):
-            yield f"{name}: record {number}", raw
+        yield from read_records(corpus / name, NAME)

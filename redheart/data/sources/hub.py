@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from redheart.data.sources.rows import Row
-from redheart.data.sources.tabular import to_record
+from redheart.data.sources.tabular import target_of, to_record
 from redheart.schema import RedHeartError
 
 SPLIT_NAMES = {"train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev", "test": "test"}
@@ -20,6 +20,7 @@ def read(identity: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Rows of every split of `OWNER/NAME` or `OWNER/NAME:CONFIG`; `columns` is the source's `data.columns`."""
     import datasets
 
+    targets = {column: target_of(ours, f"data.columns of {identity}") for column, ours in columns.items()}
     name, _, config = identity.partition(":")
     failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
     try:
@@ -29,7 +30,7 @@ def read(identity: str, columns: Mapping[str, str]) -> Iterator[Row]:
             known = ours[str(split)]
             for number, row in enumerate(rows):
                 place = f"{name} {split}: row {number + 1}"
-                record = to_record(row, columns, place)
+                record = to_record(row, targets, place)
                 if isinstance(record, dict) and known and "split" not in columns.values():
                     record["split"] = known
                 yield place, record

@@ -51,21 +51,21 @@ def encoding_of(path: Path) -> str:
     return next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), "utf-8-sig")
 
 
-def read_records(path: Path, source: str) -> Iterator[tuple[int, Any]]:
-    """(number, raw record) of a .json list or a .jsonl file; an unreadable file is an error that names it."""
+def read_records(path: Path, source: str) -> Iterator[tuple[str, Any]]:
+    """(place, raw record) of a .json list or a .jsonl file; an unreadable file is an error that names it."""
     if not path.is_file():
         raise RedHeartError(f"source {source}: {path} does not exist: give a .json or .jsonl file")
     encoding = encoding_of(path)
     if path.suffix.lower() == ".jsonl" and encoding == "utf-8-sig":
         with path.open("rb") as file:  # lines end at \n alone: a text may hold other separators, such as U+2028
-            for number, line in enumerate(file):
-                yield number, _json_line(line, f"{path}: record {number}") if line.strip() else EMPTY
+            for number, line in enumerate(file, start=1):
+                yield f"{path}:{number}", _json_line(line, f"{path}:{number}") if line.strip() else EMPTY
         return
     try:
         content = path.read_bytes().decode(encoding)
         if path.suffix.lower() == ".jsonl":
-            for number, text in enumerate(content.removesuffix("\n").split("\n")):
-                yield number, _json_line(text.encode(), f"{path}: record {number}") if text.strip() else EMPTY
+            for number, text in enumerate(content.removesuffix("\n").split("\n"), start=1):
+                yield f"{path}:{number}", _json_line(text.encode(), f"{path}:{number}") if text.strip() else EMPTY
             return
         records = _json(content)
     except UnicodeDecodeError as error:
@@ -76,7 +76,7 @@ def read_records(path: Path, source: str) -> Iterator[tuple[int, Any]]:
         raise RedHeartError(f"source {source}: {path} is not valid JSON ({error})") from None
     if not isinstance(records, list):
         raise RedHeartError(f"source {source}: {path} must hold a list of records, it holds a {type(records).__name__}")
-    yield from enumerate(records)
+    yield from ((f"{path}: record {number}", record) for number, record in enumerate(records))
 
 
 def _json(text: str) -> Any:
@@ -113,7 +113,7 @@ def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
         if name not in FIELDS:
             raise InvalidRecord(
                 f"{where}: unknown field {key!r}: the fields are text, contrast_text, {', '.join(LABELS)}; for other names "
-                f"give data.columns: {{{source}: {{their column: our field}}}}"
+                f"give --text and --label (`train`), or data.columns: {{{source}: {{their column: our field}}}}"
             )
         if name in given:
             raise InvalidRecord(f"{where}: {key!r} and its alias are both given: keep one")

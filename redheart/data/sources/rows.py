@@ -27,10 +27,10 @@ def _short(path: Path) -> str:
 
 
 def lines(path: Path) -> Iterator[tuple[str, str | InvalidRecord]]:
-    """(place, line without its end) of a UTF-8 file in which a line is a row."""
+    """(place, line without its end) of a UTF-8 file in which a line is a row. A place is FILE:LINE."""
     with path.open("rb") as file:
         for number, raw in enumerate(file):
-            place = f"{_short(path)}: row {number + 1}"
+            place = f"{_short(path)}:{number + 1}"
             try:
                 yield place, raw.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -93,8 +93,8 @@ def all_lines(
             raise RedHeartError(
                 f"{path}: a quoted cell opens in line {first} and holds whole rows up to line {last}: a quote is missing, or one too many"
             )
-    for number, (first, _, cells) in enumerate(read, start=1):
-        place = f"{_short(path)}: row {number}"
+    for first, _, cells in read:
+        place = f"{_short(path)}:{first}"
         if not first:
             continue  # the header, and what stands above it
         if isinstance(cells, csv.Error):

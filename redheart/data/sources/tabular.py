@@ -1,44 +1,85 @@
-"""The user's files: .csv, .parquet, .json, .jsonl, with `data.columns` to say which of their columns is which of our fields.
+"""The user's files: .csv, .tsv, .parquet, .json, .jsonl, with `data.columns` to say which of their columns is which of our fields.
 
 `data.columns: {NAME: {their_column: our_field}}`; a field may be one entry of a vector, such as `vad.valence`. With a mapping, columns
 that it does not name are dropped (`split` and `id` stay); without one, the columns must have our names. In a CSV an empty cell is null,
-and a label is a number, JSON, or the name of an emotion; texts and ids stay as they are written, "2020" too. Nothing is scaled.
+and a label is a number, JSON, yes, no, true, false, or the name of an emotion; texts and ids stay as they are written, "2020" too.
+Nothing is scaled but what says so: `mood: vad.valence:1..5` reads a column that runs from 1 to 5, and `5..1` one that runs the other way.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from redheart.console import console
 from redheart.data.sources.records import ALIASES, FIELDS, InvalidRecord, encoding_of, read_records
 from redheart.data.sources.rows import Row, all_lines
-from redheart.schema import LABELS, RedHeartError
+from redheart.schema import LABELS, Label, RedHeartError
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+TARGETS = (*FIELDS, *(f"{name}.{entry}" for name, label in LABELS.items() if not label.scalar for entry in label.names))
+WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}  # of labels that run from 0 to 1
+ENDS = re.compile(r"(.+?):([-+]?[\d.]+)\.\.([-+]?[\d.]+)")
+
+
+class Target(NamedTuple):
+    """What a column is to us: a field, or an entry of one, and the numbers that stand for the ends of its range."""
+
+    field: str
+    entry: str = ""
+    ends: tuple[float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.field}.{self.entry}" if self.entry else self.field
+
+
+def target_of(text: str, where: str) -> Target:
+    """Reads `field`, `field.entry` or `field.entry:LOW..HIGH`; RedHeartError, with what may have been meant, where nothing is so called."""
+    match = ENDS.fullmatch(text)
+    name, ends = (match[1], (_float(match[2]), _float(match[3]))) if match else (text, None)
+    field, _, entry = name.partition(".")
+    target = Target(ALIASES.get(field, field), entry, ends)  # type: ignore[arg-type]
+    if target.name not in TARGETS:
+        last = {t: t.rpartition(".")[2] for t in TARGETS}
+        meant = [t for t in TARGETS if last[t] == name] or difflib.get_close_matches(name, TARGETS, 1)
+        meant = meant or [t for t in TARGETS if last[t] in difflib.get_close_matches(name, last.values(), 1)]
+        hint = (
+            f": did you mean {meant[0]}?"
+            if meant
+            else f": the answers are {', '.join(LABELS)}, and entries such as vad.valence"
+        )
+        raise RedHeartError(f"{where}: {name!r} is no field and no entry of a label{hint}")
+    if ends is not None and (None in ends or ends[0] == ends[1]):
+        raise RedHeartError(f"{where}: {text!r} needs two numbers that differ, such as {name}:1..5")
+    if ends is not None and (target.field not in LABELS or not (entry or LABELS[target.field].scalar)):
+        raise RedHeartError(
+            f"{where}: {text!r} gives ends to what is no number: name one entry, such as vad.valence:1..5"
+        )
+    return target
 
 
 def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Rows of a file of the kind that its suffix says; `columns` is the source's `data.columns`."""
     suffix = path.suffix.lower()
-    if suffix == ".csv":
-        texts = [column for column, ours in columns.items() if ALIASES.get(ours, ours) == "text"] or [
-            "text",
-            "content",
-        ]
-        for place, cells in all_lines(path, (), delimiter_of(path, texts)):
-            yield place, to_record(cells, columns, place, written=True) if isinstance(cells, dict) else cells
+    targets = {column: target_of(ours, f"data.columns.{name}") for column, ours in columns.items()}
+    if suffix in (".csv", ".tsv"):
+        texts = [column for column, ours in targets.items() if ours.field == "text"] or ["text", "content"]
+        delimiter = delimiter_of(path, texts)
+        for place, cells in all_lines(path, (), delimiter):
+            yield place, to_record(cells, targets, place, delimiter) if isinstance(cells, dict) else cells
     elif suffix == ".parquet":
         for place, row in _parquet(path):
-            yield place, row if isinstance(row, InvalidRecord) else to_record(row, columns, place)
+            yield place, row if isinstance(row, InvalidRecord) else to_record(row, targets, place)
     elif suffix in SUFFIXES:
-        for number, raw in read_records(path, name):
-            place = f"{path}: record {number}"
-            yield place, to_record(raw, columns, place) if isinstance(raw, dict) else raw
+        for place, raw in read_records(path, name):
+            yield place, to_record(raw, targets, place) if isinstance(raw, dict) else raw
     else:
         raise RedHeartError(f"source {name}: {path} is none of {', '.join(SUFFIXES)}: convert it to one of them")
 
@@ -60,61 +101,94 @@ def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
     """Every target of `data.columns` is a field or an entry of a label, and nothing is filled twice."""
     for source, mapping in columns.items():
         filled: dict[str, str] = {}
-        for column_name, target in mapping.items():
-            field, _, entry = target.partition(".")
-            field = ALIASES.get(field, field)
-            if field not in FIELDS or (entry and (field not in LABELS or entry not in LABELS[field].names)):
-                raise RedHeartError(f"data.columns.{source}: {target!r} is no field and no entry of a label")
+        for column_name, text in mapping.items():
+            target = target_of(text, f"data.columns.{source}")
             for other, column in filled.items():
-                same_field = other.partition(".")[0] == field
-                if same_field and (not entry or "." not in other or other == f"{field}.{entry}"):
+                same_field = other.partition(".")[0] == target.field
+                if same_field and (not target.entry or "." not in other or other == target.name):
                     raise RedHeartError(
-                        f"data.columns.{source}: {column!r} and {column_name!r} both fill {target!r}: keep one"
+                        f"data.columns.{source}: {column!r} and {column_name!r} both fill {text!r}: keep one"
                     )
-            filled[f"{field}.{entry}" if entry else field] = column_name
+            filled[target.name] = column_name
 
 
 def to_record(
-    raw: Mapping[str, Any], columns: Mapping[str, str], place: str, written: bool = False
+    raw: Mapping[str, Any], columns: Mapping[str, Target], place: str, written: str = ""
 ) -> dict[str, Any] | InvalidRecord:
-    """A raw record of the schema from one row. `written`: the values are text, as in a CSV, and labels are to be read from it."""
+    """A raw record of the schema from one row. `written`: the delimiter where the values are text, as in a CSV, and labels are to be
+    read from it."""
     missing = [c for c in columns if c not in raw]
     if missing:
-        there = ", ".join(map(str, raw))
-        return InvalidRecord(f"{place}: column {missing[0]!r} of data.columns is missing; there are {there}")
+        close = difflib.get_close_matches(missing[0], [str(c) for c in raw], 1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        return InvalidRecord(f"{place}: there is no column {missing[0]!r}{meant}; there are {', '.join(map(str, raw))}")
     targets = dict(columns)
+    taken = {target.name for target in columns.values()}
     for key in raw if not columns else ("split", "id"):
-        if key in raw and key not in targets.values():
-            targets.setdefault(key, key)
+        if key in raw and key not in taken:
+            targets.setdefault(key, Target(key))
     record: dict[str, Any] = {}
     for column, target in targets.items():
-        field, _, entry = target.partition(".") if column in columns else (column, "", "")
-        value = _cell(raw[column], ALIASES.get(field, field)) if written else raw[column]
-        if field == "id" and isinstance(value, int) and not isinstance(value, bool):
+        value = _cell(raw[column], target, written) if written else raw[column]
+        if target.field == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None:
             continue  # as if it were not given
-        if entry:
-            record.setdefault(field, {})[entry] = value
+        label = LABELS.get(target.field)
+        if label is not None and (target.entry or label.scalar) and (written or column in columns):
+            value = _number(value, target, label, f"{place}: column {column!r}")
+            if isinstance(value, InvalidRecord):
+                return value
+        if target.entry:
+            record.setdefault(target.field, {})[target.entry] = value
         else:
-            record[field] = value
+            record[target.field] = value
     return record
 
 
-def _cell(text: str, field: str) -> Any:
-    """The value that a CSV's cell stands for in `field`."""
+def _number(value: Any, target: Target, label: Label, where: str) -> Any:
+    """A label's number, from a number, a truth value or a word, in the label's own range."""
+    low, high = (label.low, label.high) if target.ends is None else sorted(target.ends)
+    if isinstance(value, str):
+        value = WORDS.get(value.strip().casefold(), value) if target.ends is None and label.low == 0 else value
+    elif isinstance(value, bool) and target.ends is None and label.low == 0:
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        words = "a number, yes, no, true or false" if label.low == 0 and target.ends is None else "a number"
+        return InvalidRecord(f"{where} holds {str(value)[:40]!r}, which is not {words}")
+    if not low <= value <= high:  # nor NaN
+        said = f"{where} holds {value:g}, and {target.name} "
+        if target.ends is None:
+            said += f"runs from {low:g} to {high:g}: if the column runs between other numbers, name them: {target.name}:LOW..HIGH"
+            return InvalidRecord(said)
+        return InvalidRecord(said + f"is said to run from {target.ends[0]:g} to {target.ends[1]:g} there")
+    if target.ends is None:
+        return value
+    first, last = target.ends
+    return label.low + (value - first) / (last - first) * (label.high - label.low)
+
+
+def _cell(text: str, target: Target, delimiter: str) -> Any:
+    """The value that a CSV's cell stands for in a field."""
     if not text.strip():
         return None
-    if field not in LABELS and field != "label_origin":
+    if ALIASES.get(target.field, target.field) not in LABELS and target.field != "label_origin":
         return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
+    if delimiter != "," and re.fullmatch(r"\s*[-+]?\d*,\d+\s*", text):
+        text = text.replace(",", ".")  # as spreadsheets write numbers where a comma cannot part columns
+    number = _float(text)  # such as .5, which JSON does not know
+    return text.strip() if number is None else number
+
+
+def _float(text: str) -> float | None:
     try:
-        return float(text)  # such as .5, which JSON does not know
+        return float(text)
     except ValueError:
-        return text.strip()
+        return None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRecord]]:

@@ -1,0 +1,87 @@
+"""One's own table as the data of a run: `redheart train --data texts.csv --text body --label sorry=regret --label happy=emotion.joy`.
+
+The options become `data.file` and `data.columns.own`, so that the run's own config.yaml, or a file of `redheart init`, says the same.
+What is prepared of the table stands in RUN/data and is used again as long as the table and the settings are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from redheart.config import RunConfig
+from redheart.data.encode import wait_for
+from redheart.data.prepare import prepare
+from redheart.data.shards import INDEX
+from redheart.data.sources.tabular import SUFFIXES, target_of
+from redheart.schema import RedHeartError
+from redheart.train import resume as runs
+from redheart.train.resume import OWN_DATA, Call
+
+SOURCE = "own"
+
+
+def is_table(data: str | Path) -> bool:
+    """Whether `data` is a file, or named like one, and no prepared directory or URL."""
+    return "://" not in str(data) and (Path(data).is_file() or Path(data).suffix.lower() in SUFFIXES)
+
+
+def settings(
+    file: str | None,
+    preset: str | None,
+    overrides: Sequence[str],
+    out: Path | None,
+    resume: str | None,
+    data: str | None = None,
+    text: str | None = None,
+    labels: Sequence[str] = (),
+) -> Call:
+    """What the arguments of `redheart train` mean together; see resume.settings."""
+    if file is not None:
+        if not file.endswith((".yaml", ".yml")):
+            hint = f": your own table is given as --data {file}" if is_table(file) else ""
+            raise RedHeartError(f"{file} is no .yaml file of settings{hint}")
+        if preset is not None:
+            raise RedHeartError(f"{file} and --preset {preset} both say which settings hold: give one of them")
+    data, own = _options(data, text, labels)
+    call = runs.settings(file or preset, [*overrides, *own], out, resume, data)
+    if call.data is None and call.config.data.file is None:
+        raise RedHeartError(
+            "--data is missing: name a directory made by `redheart prepare`, its URL, or your own table"
+        )
+    return call
+
+
+def _options(data: str | None, text: str | None, labels: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the prepared data that is meant, if any, `--set` values that say what --data, --text and --label say)."""
+    columns = {}
+    for label in labels:
+        column, _, target = label.rpartition("=")
+        if not column:
+            raise RedHeartError(
+                f"--label {label!r}: write it as COLUMN=ANSWER, for instance sorry=regret or happy=emotion.joy"
+            )
+        if column in columns:
+            raise RedHeartError(f"--label {column} is given twice: a column is one answer")
+        target_of(target, f"--label {label}")
+        columns[column] = target
+    if data is not None and not is_table(data):
+        if text or columns:
+            raise RedHeartError(
+                f"--text and --label name columns of a table, and {data} is none: give --data a file, or leave them out"
+            )
+        return data, []
+    overrides = [] if data is None else [f"data.file={json.dumps(data, ensure_ascii=False)}"]
+    if text or columns:
+        mapping = {(text or "text"): "text", **columns}
+        overrides.append(f"data.columns={json.dumps({SOURCE: mapping}, ensure_ascii=False)}")
+    return None, overrides
+
+
+def prepared(config: RunConfig, run: Path, resuming: bool) -> Path:
+    """The directory of what is prepared of `config.data.file`; made where it is not there yet. Every rank calls it."""
+    assert config.data.file is not None
+    prepare([f"{SOURCE}={config.data.file}"], run / OWN_DATA, config.data, renew=not resuming)
+    wait_for([run / OWN_DATA / INDEX])  # ranks but the first are done earlier
+    return run / OWN_DATA
