@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from redheart.asking import init
 from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
 from redheart.console import any_encoding, emit, literal, quiet_start
@@ -22,6 +23,7 @@ from redheart.options import (  # fmt: skip
     Checkpoint,
     ConfigFile,
     Data,
+    Dedup,
     Device,
     DryRun,
     ForcePreprocess,
@@ -47,6 +49,7 @@ from redheart.options import (  # fmt: skip
     StepSeconds,
     Swap,
     Text,
+    Threshold,
     Version,
 )
 from redheart.ranks import leaving
@@ -58,6 +61,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(bench, name="bench")
+app.command()(init)
 
 
 @app.callback()
@@ -77,9 +81,7 @@ def prepare(
     samples: Samples = None,
     force_preprocess: ForcePreprocess = False,
     skip_invalid: SkipInvalid = False,
-    dedup: Annotated[
-        bool, typer.Option("--dedup", help="Drop rows that nearly repeat a dev or test row (data.dedup; uses FAISS).")
-    ] = False,
+    dedup: Dedup = False,
     augment: Augment = None,
     push: Push = None,
     json_: Json = False,
@@ -110,10 +112,7 @@ def prepare(
 def dedup(
     data: Data,
     out: Annotated[Path | None, typer.Option("--out", help="New directory for the data without what leaks.")] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option("--threshold", help="Cosine of near-duplicates. [default: that of data.dedup_threshold]"),
-    ] = None,
+    threshold: Threshold = None,
     json_: Json = False,
 ) -> None:
     """Count train rows that nearly repeat a dev or test row, and dev rows that repeat a test row; with --out, drop them."""
@@ -217,6 +216,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""
+    from redheart.closing import close
     from redheart.console import console
     from redheart.ranks import is_main
     from redheart.train.own import settings
@@ -225,6 +225,8 @@ def train(
     call = settings(file, preset, set_ or (), out, resume, data, text, label or ())
     result = start(call.config, call.data, call.run, resume, overwrite, not no_param_update, init)
     console.print(result.summary())
+    if call.config.data.file and not result.signal and not no_param_update and is_main():
+        close(result.run)
     if is_main():
         emit(result.to_json(), json_)
     if result.signal:

@@ -6,6 +6,7 @@ The resolved configuration is written into every run directory, so a run can be 
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 from collections.abc import Sequence
@@ -123,8 +124,8 @@ class DataConfig(Section):
     )
     file: str | None = Field(
         None,
-        description="your own table, which `train` prepares by itself as source `own`; the LLM labels nothing of it unless "
-        "labeler.max_texts is given",
+        description="your own table, which `train` prepares by itself as source `own`; where nothing else is said, the LLM labels "
+        "nothing of it (labeler.max_texts 0), evaluate_every is 0 and patience 5",
     )
     mixture: dict[str, float] = Field(
         {},
@@ -198,7 +199,7 @@ class TrainingConfig(Section):
         "15 % (`local`) for a minute or two of compilation of each of some 15 shapes; on a GPU unmeasured: `bench gpu` times both",
     )
     log_every: int = Field(10, gt=0, description="steps between two lines of the log and of TensorBoard")
-    evaluate_every: int = Field(100, gt=0, description="steps between two looks at the dev loss")
+    evaluate_every: int = Field(100, ge=0, description="steps between two looks at the dev loss; 0: ten looks in all")
     evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
     patience: int | None = Field(
         None, gt=0, description="looks at dev in a row without a new best that end the run; null: none"
@@ -232,16 +233,13 @@ class MemoryConfig(Section):
 
 def _for_files(schema: dict[str, Any]) -> None:
     del schema["required"]
-    schema["properties"]["extends"] = {
-        "type": "string",
-        "description": "a preset that says whatever this file does not",
-    }
+    schema["properties"]["extends"] = {"type": "string", "description": "a preset that says what this file does not"}
 
 
 class RunConfig(Section):
     """A complete run. `redheart train` writes the resolved one to `config.yaml` in the run directory."""
 
-    # for editors: a file that leaves out `preset` takes its own name, and one that `extends` a preset takes what it leaves out
+    # a file that leaves out `preset` takes its own name, and one that `extends` a preset takes the rest from it
     model_config = ConfigDict(json_schema_extra=_for_files)
 
     preset: str = Field(description="a name for these settings; a file that gives none is called as the file is")
@@ -288,8 +286,8 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in resources.files("redheart").joinpath("presets").iterdir())
 
 
-# of a run on a table of one's own, where nothing else is said: its labels are the task, and a small table is soon learned by heart
-OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"patience": 5}}
+# of a run on a table of one's own, beneath what a file or --set says: its labels are the task, and a small table is soon known by heart
+OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"evaluate_every": 0, "patience": 5}}
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -297,21 +295,27 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     A file that says `extends: PRESET` holds only what differs from that preset.
     """
+    shipped, said = {}, {}
     if preset.endswith((".yaml", ".yml")):
         path = Path(preset)
         text = unseal(read_text(path, f"give a YAML file, or one of {', '.join(preset_names())}"), path, SEALED)
-        values = _yaml(text, preset)
-        if "extends" in values:
-            values = _over(_shipped(values.pop("extends"), ""), values)
+        said = _yaml(text, preset)
+        if "extends" in said:
+            shipped = _shipped(said.pop("extends"), "")
     else:
-        values = _shipped(preset, ", or give a .yaml file")
-    values.setdefault("preset", Path(preset).stem)
+        shipped = _shipped(preset, ", or give a .yaml file")
+    said.setdefault("preset", Path(preset).stem)
+    values = _resolved([shipped, said], overrides)
+    if isinstance(data := values.get("data"), dict) and data.get("file"):
+        values = _resolved([shipped, OWN, said], overrides)
+    return parse_config(values)
+
+
+def _resolved(layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
+    values = functools.reduce(_over, copy.deepcopy(layers))
     for override in overrides:
         _apply(values, override)
-    data = values.get("data")
-    if isinstance(data, dict) and data.get("file"):
-        values = _over(OWN, values)
-    return parse_config(values)
+    return values
 
 
 def _shipped(preset: Any, otherwise: str) -> dict[str, Any]:

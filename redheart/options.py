@@ -59,6 +59,13 @@ HelpConfig = Annotated[
 Data = Annotated[
     str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
 ]
+Dedup = Annotated[
+    bool, typer.Option("--dedup", help="Drop rows that nearly repeat a dev or test row (data.dedup; uses FAISS).")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option("--threshold", help="Cosine of near-duplicates. [default: that of data.dedup_threshold]"),
+]
 RunData = Annotated[
     str | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from redheart.config import (
     preset_names,
 )
 from redheart.schema import RedHeartError
-from redheart.train.resume import _ON_RESUME, ON_RESUME
+from redheart.train.resume import _ON_RESUME, ON_RESUME, changes
 
 PRESETS = ("330m", "base", "local")
 
@@ -127,12 +128,36 @@ def schema_keys(schema: dict[str, Any], whole: dict[str, Any], path: str = "") -
 def test_an_editor_learns_every_key_and_refuses_others():
     schema = RunConfig.model_json_schema()
     keys = schema_keys(schema, schema)
-    assert list(keys) == list(config_keys())
+    assert list(keys) == [*config_keys(), "extends"]
     assert all(value["description"] for value in keys.values())
     assert all(s["additionalProperties"] is False for s in [schema, *schema["$defs"].values()])
     assert "required" not in schema  # a file without `preset` takes its own name, one that extends a preset anything
     assert keys["model.dropout"]["exclusiveMaximum"] == 1
     assert "zero3_offload_8bit" in keys["memory.strategy"]["enum"]
+
+
+def test_a_file_that_extends_a_preset_holds_what_differs(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: local\nmodel: {dropout: 0.2}\ntraining: {seed: 5}\n")
+    got = load_config(str(path), ["training.seed=6"])
+    assert changes(load_config("local"), got) == {
+        "preset": ("local", "mine"),
+        "model.dropout": (0.1, 0.2),
+        "training.seed": (0, 6),
+    }
+    path.write_text("extends: locl\n")
+    with pytest.raises(RedHeartError, match="did you mean local"):
+        load_config(str(path))
+
+
+def test_a_table_of_ones_own_has_settings_of_its_own_unless_others_are_said(tmp_path: Path):
+    own = load_config("local", ["data.file=a.csv"])
+    assert (own.data.labeler.max_texts, own.training.evaluate_every, own.training.patience) == (0, 0, 5)
+    said = load_config("local", ["data.file=a.csv", "data.labeler.max_texts=null", "training.patience=2"])
+    assert (said.data.labeler.max_texts, said.training.evaluate_every, said.training.patience) == (None, 0, 2)
+    (tmp_path / "a.yaml").write_text("extends: local\ndata: {file: a.csv}\ntraining: {evaluate_every: 7}\n")
+    assert load_config(str(tmp_path / "a.yaml")).training.evaluate_every == 7
+    assert load_config("local").training.evaluate_every == 20
 
 
 def test_the_presets_are_listed():

@@ -21,8 +21,13 @@ ROOMS = [
     ["memory"],
     ["evaluation"],  # beneath train: the trainer asks evaluate, nothing here knows the trainer
     ["train"],
-    ["infer", "doctor", "bench"],
-    ["cli", "__main__", "__init__"],  # the package's lazy names look anywhere; that they are lazy is tested below
+    ["infer", "closing", "doctor", "bench"],
+    [
+        "cli",
+        "asking",
+        "__main__",
+        "__init__",
+    ],  # the package's lazy names look anywhere; that they are lazy is tested below
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 HEAVY = [

@@ -277,7 +277,10 @@ def _open(spec: str, config: DataConfig) -> _Opened:
     if not path.is_file():
         what = "the directory of the corpus" if known is not None else files
         raise RedHeartError(f"source {name}: {given} does not exist: give {what}")
-    return _Opened(name, path.name, "the user's own", tabular.read(path, name, columns))
+    rows = tabular.read(path, name, columns)
+    return _Opened(
+        name, path.name, "the user's own", rows, config.encoder.languages[0] if config.encoder.languages else "en"
+    )
 
 
 def _distinct(identity: str, occurrences: Counter[str]) -> str:

@@ -53,8 +53,8 @@ def settings(
     return call
 
 
-def _options(data: str | None, text: str | None, labels: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the prepared data that is meant, if any, `--set` values that say what --data, --text and --label say)."""
+def columns_of(labels: Sequence[str]) -> dict[str, str]:
+    """{column: our answer} of `COLUMN=ANSWER` texts."""
     columns = {}
     for label in labels:
         column, _, target = label.rpartition("=")
@@ -66,6 +66,12 @@ def _options(data: str | None, text: str | None, labels: Sequence[str]) -> tuple
             raise RedHeartError(f"--label {column} is given twice: a column is one answer")
         target_of(target, f"--label {label}")
         columns[column] = target
+    return columns
+
+
+def _options(data: str | None, text: str | None, labels: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the prepared data that is meant, if any, `--set` values that say what --data, --text and --label say)."""
+    columns = columns_of(labels)
     if data is not None and not is_table(data):
         if text or columns:
             raise RedHeartError(

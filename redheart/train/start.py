@@ -125,6 +125,7 @@ def _train(
     source = checkpoint.find(resume, run) if resume else None
     state = checkpoint.read_progress(source) if source else Progress()
     total_steps = steps_of(config, streams[0].rows_per_epoch)
+    config = looking_ten_times(config, total_steps)
     if source:
         accept(source, state, config, run, streams[0].index, total_steps)
     state.encoder, state.sources = streams[0].encoder, streams[0].index["sources"]
@@ -198,6 +199,12 @@ def steps_of(config: RunConfig, num_rows: int) -> int:
     """max_steps, or as many steps as `epochs` passes over the rows take."""
     settings = config.training
     return settings.max_steps or max(1, math.ceil(settings.epochs * num_rows / settings.global_batch_size))
+
+
+def looking_ten_times(config: RunConfig, total_steps: int) -> RunConfig:
+    """The configuration with the number of steps that evaluate_every = 0 stands for."""
+    every = config.training.evaluate_every or max(1, total_steps // 10)
+    return config.model_copy(update={"training": config.training.model_copy(update={"evaluate_every": every})})
 
 
 def with_edges(config: RunConfig, train: SampleStream) -> RunConfig:

@@ -249,7 +249,7 @@ def test_a_table_of_others_is_mapped(tmp_path: Path):
     assert record["emotion"] == [0.1] * 7
     with pytest.raises(RedHeartError, match=r"unknown field 'sentence'.*data\.columns: \{mine: "):
         collect(f"mine={tmp_path / 'a.csv'}")
-    with pytest.raises(RedHeartError, match="a.csv:2: there is no column 'tone' .*sentence, mood, v, note"):
+    with pytest.raises(RedHeartError, match=r"a\.csv:2: there is no column 'tone'.*sentence, mood, v, note"):
         collect(f"mine={tmp_path / 'a.csv'}", columns={"mine": {"tone": "text"}})
     pq.write_table(pa.table({"said": ["One."], "score": [0.5], "rest": [1]}), tmp_path / "b.parquet")
     (record,) = collect(f"q={tmp_path / 'b.parquet'}", columns={"q": {"said": "text", "score": "regret"}}).records
@@ -318,7 +318,7 @@ def test_a_small_table_without_splits_keeps_rows_of_either_kind_for_dev_and_test
     for split in ("dev", "test"):
         labels = [r["regret"] for r in records if r["split"] == split]
         assert None not in labels
-        assert held_out < 2 or abs(sum(labels) - held_out / 2) <= 0.5
+        assert held_out < 2 or abs(sum(labels) - held_out / 2) <= 1
     assert records == collect(f"m={path}").records
 
 
@@ -472,7 +472,7 @@ def test_a_table_that_cannot_be_read_names_the_reason(tmp_path: Path):
         ("twice.json", b'[{"text": "a", "text": "b"}]', "record 0: 'text' is given twice"),
         ("twice.jsonl", b'{"text": "a", "text": "b"}', "twice.jsonl:1: 'text' is given twice"),
         ("nan.jsonl", b'{"text": "a", "regret": NaN}', "nan is not a number"),
-        ("inf.csv", b"text,regret\na,1e999\n", "inf is not a number"),
+        ("inf.csv", b"text,regret\na,1e999\n", "column 'regret' holds inf"),
     ]:  # fmt: skip
         with pytest.raises(RedHeartError, match=words):
             collect(f"mine={put(tmp_path / name, content)}")

@@ -84,6 +84,20 @@ def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
         raise RedHeartError(f"source {name}: {path} is none of {', '.join(SUFFIXES)}: convert it to one of them")
 
 
+def header(path: Path, name: str) -> list[str]:
+    """The names of a table's columns, or of a first record's fields."""
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        found = next((row for _, row in all_lines(path, (), delimiter_of(path, ())) if isinstance(row, dict)), {})
+    elif suffix == ".parquet":
+        found = next((row for _, row in _parquet(path) if isinstance(row, dict)), {})
+    else:
+        found = next((row for _, row in read_records(path, name) if isinstance(row, dict)), {})
+    if not found:
+        raise RedHeartError(f"{path} has no rows")
+    return list(map(str, found))
+
+
 def delimiter_of(path: Path, texts: Sequence[str]) -> str:
     """What separates the columns: the character that parts one of the `texts` columns from the others in the header, else a comma."""
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:

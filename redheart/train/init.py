@@ -1,0 +1,129 @@
+"""`redheart init`: five questions (your table, its columns, the card, the time, the language) and a file of settings for `train`.
+
+Every answer may be given as an option; what is not given is asked, where there is a terminal. The table is read and checked before
+anything is written, so that the file can be trained with.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from redheart.config import DataConfig, load_config, parse_section
+from redheart.console import console
+from redheart.data.gather import Gathered, gather
+from redheart.data.sources.tabular import header
+from redheart.files import write_text
+from redheart.memory.budget import gib
+from redheart.owned import check_can_make
+from redheart.schema import LABELS, RedHeartError
+from redheart.train.own import SOURCE, columns_of
+
+LARGE = 2000  # rows from which on the network of 330M parameters has something to learn from
+SAMPLES_PER_S = {"local": 88, "330m": 43}  # on two CPU cores; on an H100 (README, figures)
+MULTILINGUAL = {"name": "intfloat/multilingual-e5-small", "layers": [8, 12]}  # 384 wide, as the default; a download
+
+
+def init(
+    data: str | None,
+    text: str | None,
+    labels: Sequence[str],
+    card: str | None,
+    minutes: float | None,
+    language: str | None,
+    out: Path,
+) -> Path:
+    """Asks what is None or empty, writes `out`, and returns it."""
+    if out.exists():
+        raise RedHeartError(f"{out} exists already: name another --out, or remove it")
+    if out.suffix not in (".yaml", ".yml"):
+        raise RedHeartError(f"--out {out}: name a file that ends in .yaml")
+    check_can_make(out, "--out")
+    data = data or _ask("Your texts (a .csv, .tsv, .json, .jsonl or .parquet file)", "--data")
+    if not Path(data).is_file():
+        raise RedHeartError(
+            f"{data} {'is a directory' if Path(data).is_dir() else 'does not exist'}: name the file of your table"
+        )
+    names = header(Path(data), SOURCE)
+    console.print(f"its columns: {', '.join(names)}")
+    text = text or _ask("Which column holds the texts", "--text", names[0])
+    if text not in names:
+        raise RedHeartError(f"{data} has no column {text!r}; there are {', '.join(names)}")
+    if not labels:
+        console.print(
+            f"answers: {', '.join(LABELS)}; entries such as emotion.joy; vad.valence:1..5 where the column runs from 1 to 5"
+        )
+        labels = _ask("Which columns are answers, as COLUMN=ANSWER, with spaces between", "--label").split()
+    columns = columns_of(labels)
+    card = card or _ask("Memory of your GPU, such as 8GiB, or none", "--gpu-memory", "none")
+    memory = None if card.casefold() == "none" else gib(card, "--gpu-memory")
+    minutes = minutes or _minutes(_ask("How many minutes may training take", "--minutes", "10"))
+    language = language or _ask("Language of the texts (en, ko, de …)", "--language", "en")
+    encoder = {} if language == "en" else {"encoder": {**MULTILINGUAL, "languages": [language]}}
+    values = {"file": data, "columns": {SOURCE: {text: "text", **columns}}, **encoder}
+    gathered = gather([f"{SOURCE}={data}"], parse_section(DataConfig, values), False)
+    write_text(out, _written(values, gathered, memory, minutes, out.stem))
+    load_config(str(out))  # what it says can be read
+    return out
+
+
+def _written(data: dict[str, Any], gathered: Gathered, memory: float | None, minutes: float, name: str) -> str:
+    rows = max(1, gathered.sources[SOURCE]["splits"]["train"])
+    preset = "330m" if memory is not None and rows >= LARGE else "local"
+    usual = load_config(preset).training.epochs
+    epochs = min(usual, max(1.0, round(minutes * 60 * SAMPLES_PER_S[preset] / rows, 1)))
+    lines = [
+        f"# Settings of a run on {data['file']}: redheart train {name}.yaml",
+        "# Only what differs from the preset stands here; `redheart train --help-config` explains every key.",
+        f"extends: {preset}  # " + ("no GPU" if memory is None else f"{rows} training rows"),
+        "data:",
+        *_indented(yaml.safe_dump({"file": data["file"]}, allow_unicode=True), "where you call redheart from"),
+        "  columns:  # your column: what it says; field:LOW..HIGH where it runs from LOW to HIGH",
+        f"    {SOURCE}:",
+        *(
+            "    " + line
+            for line in _indented(yaml.safe_dump(data["columns"][SOURCE], allow_unicode=True, sort_keys=False))
+        ),
+    ]
+    if "encoder" in data:
+        lines.append("  encoder:  # reads many languages; downloaded at the first use")
+        lines += [
+            "  " + line for line in _indented(yaml.safe_dump(data["encoder"], default_flow_style=None, sort_keys=False))
+        ]
+    if epochs < usual:
+        rate = SAMPLES_PER_S[preset]
+        lines += [
+            "training:",
+            f"  epochs: {epochs:g}  # about {minutes:g} minutes at {rate} texts a second; usual: {usual:g}",
+        ]
+    if memory is not None:
+        lines += ["memory:", f"  gpu_memory_gib: {memory:g}"]
+    return "\n".join(lines) + "\n"
+
+
+def _indented(text: str, comment: str = "") -> list[str]:
+    return [f"  {line}" + (f"  # {comment}" if comment else "") for line in text.splitlines()]
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if minutes <= 0:
+        raise RedHeartError(f"--minutes {text!r}: give a number above 0")
+    return minutes
+
+
+def _ask(question: str, option: str, usual: str = "") -> str:
+    if not sys.stdin.isatty():
+        raise RedHeartError(f"{option} is missing, and there is no terminal to ask on: {question}?")
+    print(f"{question}{f' [{usual}]' if usual else ''}: ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not (answer.strip() or usual):
+        raise RedHeartError(f"no answer was given: name it with {option}")
+    return answer.strip() or usual
