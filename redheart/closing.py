@@ -16,7 +16,7 @@ from redheart.train.validate import validate
 
 
 def close(run: Path) -> None:
-    """Writes the report of a run that has come to its end, and shows it and one answer."""
+    """Writes the report of a run that has come to its end, and shows its verdict and one text's answers."""
     if launched_world_size() > 1:
         console.print(f"judge it with: redheart evaluate --checkpoint {run}")  # the other processes are gone
         return
@@ -29,9 +29,7 @@ def close(run: Path) -> None:
         )
     else:
         report, path = validate(run, None, held_out, None)
-        for one in report.terminal_tables():
-            console.print(one)
-        console.print(report.footnote() + f"\nreport: {path}")
+        console.print("\n".join([*report.verdict.lines(), f"report: {path}"]))
     text = streams[held_out or "train"].rows(np.arange(1))[0]["text"]
     show_answers(text, RedHeartPipeline.from_pretrained(run)(text))
     console.print(f'ask it with: redheart predict --checkpoint {run} "…"')

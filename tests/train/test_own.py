@@ -1,0 +1,216 @@
+"""A table of one's own: one command from texts to answers, settings that are asked for, and mistakes that are named with their remedy."""
+
+import json
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from redheart.config import load_config
+from redheart.data.store import Store
+from redheart.schema import RedHeartError
+from redheart.train.init import init
+from redheart.train.own import settings
+from tests.runs import ROOT, environment, last_weights, redheart
+
+TINY = [
+    *("--set", "model.width=24", "--set", "model.heads=2", "--set", "model.layers=1", "--set", "model.task_width=16"),
+    *("--set", "model.task_heads=2", "--set", "memory.strategy=plain", "--set", "training.global_batch_size=4"),
+    *("--set", "training.micro_batch_size=4"),
+]
+COLUMNS = ["--text", "body", "--label", "sorry=regret", "--label", "happy=emotion.joy"]
+SORRY = [
+    "I am sorry I missed your call",
+    "I wish I had never said it",
+    "I broke my promise again",
+    "I regret selling it",
+]
+HAPPY = ["We danced all night", "The baby smiled at last", "I got the job today", "They sang and we laughed"]
+PLAIN = ["The bus comes at nine", "There are three chairs here"]
+
+
+def table(path: Path) -> Path:
+    """30 rows, of every kind of text three."""
+    lines = ["body;sorry;happy"]
+    for n in range(3):
+        place = ("at home", "in town", "by the lake")[n]
+        lines += [f"{t} {place};yes;no" for t in SORRY] + [f"{t} {place};no;yes" for t in HAPPY]
+        lines += [f"{t} {place};no;no" for t in PLAIN]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("own texts")
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Six epochs of 20 rows: 30 steps."""
+    data = table(folder / "texts.csv")
+    done = redheart("train", "--data", data, *COLUMNS, "--out", folder / "run", *TINY, "--set", "training.epochs=6")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_one_command_leads_from_a_table_to_a_report_and_answers_of_what_was_labelled_alone(folder, first):
+    index = Store(folder / "run" / "data").index
+    assert {split: facts["rows"] for split, facts in index["splits"].items()} == {"train": 20, "dev": 5, "test": 5}
+    assert index["labeler"] is None
+    kept = load_config(str(folder / "run" / "config.yaml"))
+    assert kept.data.columns == {"own": {"body": "text", "sorry": "regret", "happy": "emotion.joy"}}
+    assert kept.training.evaluate_every == 3  # of 30 steps a tenth
+    answers = [line.split("│")[1].strip() for line in first.stdout.splitlines() if line.startswith("│")]
+    assert set(answers) <= {"emotion", "emotion_chosen", "regret"}
+    assert {"emotion", "regret"} <= set(answers)
+    report = (folder / "run" / "report.md").read_text()
+    told = report[: report.index("No label trained these answers")]
+    for silent in ("vad", "culture", "bentham", "preference", "ethics", "acceptability", "surd"):
+        assert f"| {silent}" not in told
+    for said in (first.stdout, first.stderr, report):
+        assert "None" not in said
+    shown = redheart("predict", "--checkpoint", folder / "run", "I am sorry", "--json")
+    assert set(json.loads(shown.stdout)[0]) <= {"text", "emotion", "emotion_chosen", "regret"}
+    assert set(json.loads(shown.stdout)[0]["emotion"]) == {"joy"}
+
+
+def test_what_was_prepared_is_used_again_and_a_run_is_not_replaced_unasked(folder, first):
+    index = folder / "run" / "data" / "index.json"
+    before = index.stat().st_mtime_ns
+    again = ["train", "--data", folder / "texts.csv", *COLUMNS, "--out", folder / "run", *TINY]
+    refused = redheart(*again)
+    assert (refused.returncode, index.stat().st_mtime_ns) == (1, before)
+    assert "holds a run already" in refused.stderr
+    done = redheart(*again, "--overwrite", "--set", "training.max_steps=1")
+    assert (done.returncode, index.stat().st_mtime_ns) == (0, before), done.stderr
+    other = ["train", "--data", folder / "texts.csv", *COLUMNS[:4], "--out", folder / "run", *TINY, "--overwrite"]
+    done = redheart(*other, "--set", "training.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert index.stat().st_mtime_ns > before
+    assert "emotion" not in Store(index.parent).index["report"]["labels"]
+
+
+def test_the_line_printed_at_an_interruption_leads_to_the_parameters_of_the_undisturbed_run(folder, tmp_path):
+    """Interrupted at a step that the seed of the day chooses."""
+    data, step = table(tmp_path / "texts.csv"), random.Random(time.time()).randrange(2, 15)
+    arguments = [
+        "train",
+        "--data",
+        data,
+        *COLUMNS,
+        *TINY,
+        "--set",
+        "training.max_steps=40",
+        "--set",
+        "training.patience=null",
+    ]
+    arguments += ["--set", "training.log_samples=true", "--set", "optimizer.learning_rate=0.002"]
+    whole = redheart(*arguments, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    code, output = interrupted(arguments, tmp_path / "a run", step)
+    assert code == 128 + signal.SIGINT, output
+    line = next(x for x in output.splitlines() if x.startswith("go on with: ")).removeprefix("go on with: ")
+    assert shlex.split(line) == ["redheart", "train", "--out", str(tmp_path / "a run"), "--resume"]
+    resumed = redheart(*shlex.split(line)[1:])
+    assert resumed.returncode == 0, resumed.stderr
+    expected, got = last_weights(tmp_path / "whole"), last_weights(tmp_path / "a run")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[k], got[k]) for k in expected), f"interrupted at {step}"
+
+
+def interrupted(arguments: Sequence[str | Path], run: Path, step: int) -> tuple[int, str]:
+    command = [sys.executable, "-m", "redheart", *map(str, arguments), "--out", str(run)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log, deadline = run / "samples-rank0.jsonl", time.monotonic() + 200
+    while not log.exists() or len(log.read_bytes().splitlines()) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path / "texts.csv")
+    given = ("texts.csv", "body", ["sorry=regret", "happy=emotion.joy"])
+    init(*given, "none", 0.1, "en", Path("a.yaml"))
+    written = settings("a.yaml", None, [], None, None).config
+    options = settings(None, None, [], None, None, *given).config
+    assert written.data == options.data
+    assert written.training.epochs == pytest.approx(0.1 * 60 * 88 / 20, abs=0.1)
+    init(*given, "8GB", 60, "ko", Path("b.yaml"))
+    told = settings("b.yaml", None, [], None, None).config
+    assert told.memory.gpu_memory_gib == pytest.approx(7.45, abs=0.01)
+    assert told.data.encoder.languages == ("ko",)
+    assert told.training.epochs == options.training.epochs
+    with pytest.raises(RedHeartError, match="exists already"):
+        init(*given, "none", 1, "en", Path("a.yaml"))
+
+
+MISTAKES = [
+    (["--data", "{d}/none.csv"], "none.csv does not exist"),
+    (["--data", "{d}"], "redheart prepare"),
+    (["--data", "{d}", "--label", "a=regret"], "is none: give --data a file"),
+    (["--data", "{d}/t.csv", "--label", "sorry"], "write it as COLUMN=ANSWER"),
+    (["--data", "{d}/t.csv", "--text", "body", "--label", "happy=joy"], "did you mean emotion.joy?"),
+    (["--data", "{d}/t.csv", "--text", "Body", "--label", "sorry=regret"], "did you mean 'body'?"),
+    (["--data", "{d}/t.csv", "--text", "body"], "--label COLUMN=regret"),
+    (["--data", "{d}/five.csv", "--text", "body", "--label", "mood=vad.valence"], "five.csv:2: column 'mood' holds 4"),
+    (["--data", "{d}/ragged.csv", "--text", "body", "--label", "mood=regret"], "ragged.csv:3: 3 columns, not 2"),
+    (["--data", "{d}/twice.csv", "--text", "body", "--label", "mood=regret"], "two columns have the same name"),
+    (["--data", "{d}/empty.csv", "--text", "body", "--label", "mood=regret"], "is empty"),
+    (["--data", "{d}/head.csv", "--text", "body", "--label", "mood=regret"], "the data set is empty"),
+    (["--data", "{d}/nul.csv", "--text", "body", "--label", "mood=regret"], "nul.csv:2, field text: a NUL"),
+    (["--data", "{d}/t.txt", "--text", "body", "--label", "mood=regret"], "is none of .json"),
+    (["{d}/t.csv"], "your own table is given as --data"),
+    ([], "--data is missing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
+def test_a_mistake_is_one_line_with_its_remedy_and_leaves_nothing(tmp_path, arguments, words):
+    table(tmp_path / "t.csv")
+    for name, content in {
+        "five.csv": "body,mood\nOne.,4\n", "ragged.csv": "body,mood\nOne.,1\nTwo.,1,2\n", "twice.csv": "body,mood,mood\nOne.,1,1\n",
+        "empty.csv": "", "head.csv": "body,mood\n", "nul.csv": "body,mood\nO\0e.,1\n", "t.txt": "body,mood\nOne.,1\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(content)
+    given = [a.format(d=tmp_path) for a in arguments]
+    done = redheart("train", *given, "--out", tmp_path / "run", *TINY)
+    assert done.returncode == 1, done.stdout
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("redheart: ")]
+    assert words in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_very_few_rows_end_in_a_word_about_it_and_not_in_an_error(tmp_path, rows):
+    lines = table(tmp_path / "t.csv").read_text(encoding="utf-8-sig").splitlines()[: rows + 1]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\r\n\n\n")
+    done = redheart(
+        "train",
+        "--data",
+        tmp_path / "t.csv",
+        *COLUMNS,
+        "--out",
+        tmp_path / "run",
+        *TINY,
+        "--set",
+        "training.max_steps=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "None" not in done.stderr + done.stdout
+    assert ("too few to choose a checkpoint by" in done.stderr) == (rows < 3)
+    assert ("no row was held out" in done.stderr) == (rows < 3)
