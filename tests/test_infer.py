@@ -20,6 +20,7 @@ from redheart.evaluation.trained import joined, label_weights, trained_entries, 
 from redheart.infer import RedHeartPipeline
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
+from redheart.tasks import TASKS
 from redheart.train.export import export, load_model
 from redheart.train.start import train
 from redheart.train.validate import validate
@@ -161,17 +162,23 @@ def test_a_run_says_what_it_learned_and_its_export_its_answers_and_its_report_fo
             "regret_views": ["neutral", "pessimistic"],
         }
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "No label trained these answers" in card
-    assert "emotion.disgust" in card
-    assert ", regret," in card
+    said = [line.removeprefix("- ") for line in card.splitlines() if line.startswith("- ")]
+    assert said[:8] == [
+        *(f"emotion.{e}" for e in EMOTIONS if e != "disgust"),
+        "regret_views.neutral",
+        "regret_views.pessimistic",
+    ]
+    assert not {"regret", "culture", "emotion.disgust"} & set(said)
 
     report, _ = validate(run, None, "test", tmp_path / "report.md")
     assert {line.task for line in report.lines} == {"emotion"}
+    assert {TASKS[name].label for name in report.to_json()["losses"]} == {"emotion", "regret_views"}
     assert "regret" in report.untrained
     assert "emotion" not in report.untrained
     assert "No label trained these answers" in (tmp_path / "report.md").read_text()
     everything, _ = validate(run, None, "test", tmp_path / "report.md", untrained=True)
     assert {line.task for line in everything.lines} == {"emotion", "regret"}
+    assert set(everything.to_json()["losses"]) == set(TASKS)
     assert "regret (not trained)" in (tmp_path / "report.md").read_text()
 
 

@@ -134,8 +134,10 @@ class Report:
     def without_untrained(self) -> Report:
         """The same without the lines, losses and causes of answers that no label trained; they stay named."""
         gone = set(self.untrained or ())
+        losses = {name: v for name, v in self.evaluation.losses.items() if TASKS[name].label not in gone}
         return replace(
             self,
+            evaluation=replace(self.evaluation, losses=losses),
             lines=[line for line in self.lines if line.task not in gone],
             dev_losses=[row for row in self.dev_losses if row[0] not in gone],
             reliability=[one for one in self.reliability if one.task not in gone],

@@ -44,10 +44,19 @@ def trained_entries(weights: Mapping[str, Sequence[float]], config: LossConfig) 
 
 def untrained_names(trained: Mapping[str, Sequence[bool]]) -> list[str]:
     """As they are shown: `regret` where no entry was trained, `culture.han` where another entry was."""
+    return _names({label: [not yes for yes in entries] for label, entries in trained.items()})
+
+
+def trained_names(trained: Mapping[str, Sequence[bool]]) -> list[str]:
+    """The others: `regret` where every entry was trained, `culture.han` where another was not."""
+    return _names(trained)
+
+
+def _names(chosen: Mapping[str, Sequence[bool]]) -> list[str]:
     names = []
-    for label, entries in trained.items():
-        if not any(entries):
+    for label, entries in chosen.items():
+        if all(entries):
             names.append(label)
         else:
-            names += [f"{label}.{n}" for n, yes in zip(LABELS[label].names, entries, strict=True) if not yes]
+            names += [f"{label}.{n}" for n, yes in zip(LABELS[label].names, entries, strict=True) if yes]
     return names

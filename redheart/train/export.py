@@ -12,7 +12,7 @@ from redheart.console import console, quiet_libraries
 from redheart.evaluation.calibration import Calibration, check_belongs
 from redheart.evaluation.calibration import read as read_calibration
 from redheart.evaluation.calibration import write as write_calibration
-from redheart.evaluation.trained import trained_entries, untrained_names
+from redheart.evaluation.trained import trained_entries, trained_names
 from redheart.files import committed_directory, read_json, write_text
 from redheart.model.build import model_config
 from redheart.model.loading import refuse_other_tensors, shapes_of, verify_export
@@ -122,21 +122,20 @@ def _card(model: RedHeartModel, config: RunConfig, progress: Progress) -> str:
         for name, facts in progress.sources.items()
     ]
     encoder = model.config.encoder or {}
-    untrained = untrained_names(trained_entries(progress.labels, config.loss)) if progress.labels else []
-    caution = (
-        f"\nNo label trained these answers, and what they say means nothing: {', '.join(untrained)}.\n"
-        if untrained
-        else ""
-    )
+    answers = "- not known: an earlier version trained it"
+    if progress.labels:
+        answers = "\n".join(f"- {name}" for name in trained_names(trained_entries(progress.labels, config.loss)))
     return f"""---
 library_name: redheart
 tags: [emotion, ethics, regret, multi-task]
 ---
 # Red Heart ({config.preset})
 
-Reads token features of the frozen encoder `{encoder.get("name")}` (hidden layers {encoder.get("layers")}) and predicts emotion,
-Korean cultural affect (jeong 정, han 한, chemyeon 체면), Bentham's hedonic values, acceptability, regret and SURD shares.
-{caution}
+Reads token features of the frozen encoder `{encoder.get("name")}` (hidden layers {encoder.get("layers")}). Labels trained these answers,
+and no others mean anything:
+
+{answers}
+
 | module | parameters |
 |---|---|
 {rows}
