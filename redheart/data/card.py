@@ -79,6 +79,17 @@ def _without(leaks: Mapping[str, Any]) -> str:
     )
 
 
+def cut_texts(index: Mapping[str, Any]) -> list[str]:
+    """What prepared data lost of long texts, a sentence for each source that has some."""
+    counts = index.get("report", {}).get("cut_counts", {})
+    most = index["encoder"]["max_tokens"]
+    return [
+        f"{cut} of {texts} texts of {source} exceed {most} tokens: their ends are not read"
+        for source, (cut, texts) in counts.items()
+        if cut
+    ]
+
+
 def push(directory: Path, repository: str) -> str:
     """Uploads a prepared directory to a data set repository of the hub (private where it is new); returns its address."""
     from huggingface_hub import HfApi

@@ -20,7 +20,7 @@ from typing import Any
 from redheart.config import DataConfig
 from redheart.console import console
 from redheart.data.augment import PROMPTS, augment
-from redheart.data.card import dataset_card
+from redheart.data.card import cut_texts, dataset_card
 from redheart.data.derive import surd_labels, training_edges
 from redheart.data.directory import CARD, KIND, REJECTED, WORK, claim, clear, refuse_sources_of_ours, written
 from redheart.data.encode import contrast_means, encode_parts, load_part
@@ -250,12 +250,8 @@ def _reuse(out: Path, report: PrepareReport, config: DataConfig) -> PrepareRepor
 
 def _say(report: PrepareReport, config: DataConfig) -> None:
     """What a user has to know of a result that is whole all the same."""
-    for source, (cut, texts) in report.cut_counts.items():
-        if cut:
-            console.print(
-                f"{cut} of {texts} texts of {source} exceed {config.encoder.max_tokens} tokens: their ends are not read (for more, "
-                "--set data.encoder.max_tokens=N, at most 512)"
-            )
+    for line in cut_texts({"report": asdict(report), "encoder": {"max_tokens": config.encoder.max_tokens}}):
+        console.print(f"{line} (for more, --set data.encoder.max_tokens=N, at most 512)")
     if report.unlabelled:
         console.print(
             f"no row of {', '.join(report.unlabelled)} has a label"

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from redheart.console import console
+from redheart.data.card import cut_texts
 from redheart.data.stream import SampleStream
 from redheart.device import device_of
 from redheart.evaluation.answers import Answers
@@ -63,6 +64,8 @@ def validate(
         "samples": f"{train.num_rows} in training, {held_out.num_rows} in {split}",
         "encoder": f"{held_out.encoder['name']}, hidden layers {held_out.encoder['layers']}",
     }
+    if cut := cut_texts(held_out.index):
+        facts["texts cut"] = "; ".join(cut)
     rows = config.training.evaluate_rows
     before, now = progress.initial_dev_losses, evaluate(model, dev, config.loss, weights, device, max_rows=rows)
     after = now.losses  # of these very weights: the last look at dev before a checkpoint was written may be steps older

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from redheart.config import RunConfig, leaves, load_config
+from redheart.data.card import cut_texts
 from redheart.data.stream import SampleStream
 from redheart.schema import Batch, RedHeartError
 from redheart.train.checkpoint import read_progress
@@ -208,6 +209,18 @@ def test_a_name_that_nothing_has_is_refused_before_anything_is_written(data, tmp
     with pytest.raises(RedHeartError, match=words):
         start(local(setting), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_says_which_texts_were_cut(data, trained, tmp_path, monkeypatch):
+    counts = {"everyday": [2, 30], "other": [0, 9]}
+    monkeypatch.setattr(
+        "redheart.train.validate.cut_texts", lambda index: cut_texts({**index, "report": {"cut_counts": counts}})
+    )
+    validate(trained, None, "dev", tmp_path / "report.md")
+    assert (
+        "- texts cut: 2 of 30 texts of everyday exceed 64 tokens: their ends are not read\n"
+        in (tmp_path / "report.md").read_text()
+    )
 
 
 def test_the_report_is_about_the_checkpoint_that_is_judged(data, trained):
