@@ -123,9 +123,7 @@ class DataConfig(Section):
         {}, description="per source: {their column: our field}, or our field:LOW..HIGH where LOW and HIGH are its ends"
     )
     file: str | None = Field(
-        None,
-        description="your own table, which `train` prepares by itself as source `own`; where nothing else is said, the LLM labels "
-        "nothing of it (labeler.max_texts 0), evaluate_every is 0 and patience 5",
+        None, description="your own table, prepared by `train` as source `own`; beneath what else is said: config.OWN"
     )
     mixture: dict[str, float] = Field(
         {},
@@ -291,10 +289,8 @@ OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"eval
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a preset's name or of a YAML file, with `a.b=c` overrides (values are read as YAML).
-
-    A file that says `extends: PRESET` holds only what differs from that preset.
-    """
+    """The configuration of a preset's name or of a YAML file (one that says `extends: PRESET` holds what differs from that preset),
+    with `a.b=c` overrides, whose values are read as YAML."""
     shipped, said = {}, {}
     if preset.endswith((".yaml", ".yml")):
         path = Path(preset)
@@ -389,11 +385,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
             values[key] = float(text)
 
 
+# by others
+CALLED = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "steps": "max_steps"}
+
+
 def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        names = {name for key in config_keys() for name in key.split(".")}
-        close = difflib.get_close_matches(str(error["loc"][-1]), sorted(names), 1)
+        names, last = {name for key in config_keys() for name in key.split(".")}, str(error["loc"][-1])
+        close = [CALLED[last]] if last in CALLED else difflib.get_close_matches(last, sorted(names), 1)
         return f"unknown config key {path}" + (f" (did you mean {close[0]}?)" if close else "")
     if error["type"] == "missing":
         return f"config key {path} is missing"

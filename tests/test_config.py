@@ -160,6 +160,15 @@ def test_a_table_of_ones_own_has_settings_of_its_own_unless_others_are_said(tmp_
     assert load_config("local").training.evaluate_every == 20
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("optimizer.lr", "learning_rate"), ("training.batch_size", "global_batch_size"), ("training.epoch", "epochs")],
+)
+def test_a_key_is_known_by_the_names_that_others_give_it(key: str, meant: str):
+    with pytest.raises(RedHeartError, match=rf"unknown config key {key} \(did you mean {meant}\?\)"):
+        load_config("local", [f"{key}=1"])
+
+
 def test_the_presets_are_listed():
     assert set(PRESETS) <= set(preset_names())
 
