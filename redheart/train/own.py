@@ -15,7 +15,7 @@ from redheart.data.encode import wait_for
 from redheart.data.prepare import prepare
 from redheart.data.shards import INDEX
 from redheart.data.sources.tabular import SUFFIXES, target_of
-from redheart.schema import RedHeartError
+from redheart.schema import LABELS, RedHeartError
 from redheart.train import resume as runs
 from redheart.train.resume import OWN_DATA, Call
 
@@ -49,6 +49,12 @@ def settings(
     if call.data is None and call.config.data.file is None:
         raise RedHeartError(
             "--data is missing: name a directory made by `redheart prepare`, its URL, or your own table"
+        )
+    columns = call.config.data.columns.get(SOURCE, {})
+    says = [target_of(target, "data.columns").field in LABELS for target in columns.values()]
+    if call.data is None and columns and not any(says) and call.config.data.labeler.max_texts == 0:
+        raise RedHeartError(
+            f"no column of {call.config.data.file} is an answer: name one with --label COLUMN=regret; the answers are {', '.join(LABELS)}"
         )
     return call
 
