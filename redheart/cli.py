@@ -15,6 +15,7 @@ from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
 from redheart.console import any_encoding, emit, literal, quiet_start
 from redheart.device import settle_allocator
+from redheart.early import check
 from redheart.files import no_room
 from redheart.options import (  # fmt: skip
     All,
@@ -56,7 +57,8 @@ from redheart.ranks import leaving
 from redheart.schema import RedHeartError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Train a multi-task network for emotion, ethics, regret and causality inside 8 GB of GPU memory.",
 )  # fmt: skip
 
@@ -389,7 +391,7 @@ def main() -> None:
     debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
     try:
         with leaving():
-            app(arguments)
+            app(check(typer.main.get_command(app), arguments))
     except Exception as error:
         room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
         if debug or not (isinstance(error, RedHeartError) or room or path):

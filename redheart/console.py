@@ -126,9 +126,9 @@ def progress(title: str, total: int, done: int = 0, lines: bool = True) -> Itera
     """A progress bar with elapsed and remaining time; where stderr is no terminal a line now and then, or none without `lines`."""
     title = literal(title, console.encoding)
     if not console.is_terminal:
-        with _Lines(disable=True) as told:
-            yield told, told.add_task(title, total=total, completed=done, note="")
-        if lines:
+        told = _Lines(disable=True) if lines else Progress(disable=True)
+        yield told, told.add_task(title, total=total, completed=done, note="")
+        if isinstance(told, _Lines):
             told.say()
         return
     columns = [

@@ -73,10 +73,10 @@ def test_a_debugger_gets_the_traceback():
 
 @pytest.mark.parametrize("error", [OSError(28, "x"), OSError(27, "x"), RuntimeError("file write failed at 3")])
 def test_a_write_that_finds_no_room_is_one_line_at_every_door(monkeypatch, capsys, error):
-    def full(_):
+    def full(*_):
         raise error
 
-    monkeypatch.setattr("redheart.cli.app", full)
+    monkeypatch.setattr("redheart.cli.check", full)
     monkeypatch.setattr("sys.argv", ["redheart", "export"])
     monkeypatch.delenv("REDHEART_DEBUG", raising=False)
     with pytest.raises(SystemExit) as ended:

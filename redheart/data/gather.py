@@ -81,6 +81,12 @@ def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool) -> Ga
     return _not_empty(Gathered(records, facts, refused, places, published))
 
 
+def look_at(sources: Sequence[str], config: DataConfig) -> None:
+    """Raises RedHeartError where a source is not what it should be, without reading a row."""
+    for spec in sources:
+        _open(spec, config)
+
+
 def set_aside(
     gathered: Gathered, records: list[dict[str, Any]], reasons: Mapping[str, str], skip_invalid: bool, encoder: str
 ) -> tuple[Gathered, list[dict[str, Any]]]:

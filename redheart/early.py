@@ -1,0 +1,142 @@
+"""Arguments looked at before anything heavy is imported: a mistake that files alone can tell costs no start of torch.
+
+The command line asks here first. What passes is looked at again where it is used, since it may change until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from redheart.files import verify_manifest
+from redheart.owned import check_can_make
+from redheart.schema import RedHeartError
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that typer brings along
+HELP = ("-h", "--help")
+SMALL = 8 << 20  # bytes of sources that are read twice rather than found wrong late
+
+
+def check(group: Any, arguments: Sequence[str]) -> list[str]:
+    """The arguments, without an option that has `--help` in its value's place. Raises RedHeartError; what the
+    parser itself refuses passes, and is refused by it."""
+    context = typer.Context(group, info_name="redheart")
+    command: Any = group
+    words, begin = list(arguments), 0
+    for place, word in enumerate(words):
+        if isinstance(command, TyperGroup) and word in command.commands:
+            command, begin = command.commands[word], place + 1
+            context = typer.Context(command, context, word)
+    words = [*words[:begin], *_with_values(command, context, words[begin:])]
+    if isinstance(command, TyperGroup) or any(word in HELP for word in words):
+        return words
+    try:
+        given = command.make_context(context.info_name, list(words[begin:]), parent=context.parent).params
+    except UsageError:
+        return words
+    for name, look in CHECKS.items():
+        if given.get(name) is not None:
+            look(given, command.name or "")
+    return words
+
+
+def _with_values(command: TyperCommand | TyperGroup, context: typer.Context, words: list[str]) -> list[str]:
+    """Raises where an option stands in the place of another one's value; one that is followed by --help goes."""
+    options = [p for p in command.get_params(context) if isinstance(p, TyperOption)]
+    names = {name for o in options for name in (*o.opts, *o.secondary_opts)} | set(HELP)
+    with_value = {name for o in options if not o.is_flag and not o.count for name in o.opts}
+    kept: list[str] = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word == "--":
+            break
+        if word in with_value and following in names:
+            if following in HELP:
+                continue
+            raise RedHeartError(f"{word} needs a value, and {following} is an option: `{context.command_path} -h`")
+        kept.append(word)
+    return [*kept, *words[words.index("--") :]] if "--" in words else kept
+
+
+def _config(given: dict[str, Any], name: str = "preset") -> Any:
+    from redheart.config import load_config
+
+    return load_config(given.get(name) or "local", given.get("set_") or ())
+
+
+def _settings(given: dict[str, Any], command: str) -> None:
+    if command != "train" or given.get("resume") is None or given.get("preset"):
+        _config(given, "to" if command == "grow" else "preset")
+
+
+def _sources(given: dict[str, Any], command: str) -> None:
+    from redheart.data.gather import gather, look_at
+
+    settings = _config(given).data
+    look_at(given["source"], settings)
+    paths = [Path(spec.partition("=")[2]) for spec in given["source"]]
+    if all(p.is_file() and p.stat().st_size <= SMALL for p in paths):
+        gather(given["source"], settings, given["skip_invalid"])
+
+
+def _data(given: dict[str, Any], command: str) -> None:
+    from redheart.data.store import Store
+
+    data = str(given["data"])
+    if "://" not in data and (command != "train" or not Path(data).is_file()):
+        Store(data)
+
+
+def _checkpoint(given: dict[str, Any], command: str) -> None:
+    named_weights(Path(given["checkpoint"]))
+
+
+def named_weights(path: Path) -> None:
+    """Raises RedHeartError unless `path` is a directory that looks like an export, a checkpoint or a run."""
+    if path.is_file():
+        raise RedHeartError(f"checkpoint {path} is a file: name the export, checkpoint or run directory that holds it")
+    if not path.is_dir():
+        raise RedHeartError(f"checkpoint {path} does not exist")
+    if not (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+        verify_manifest(path, only=())
+
+
+def _out(given: dict[str, Any], command: str) -> None:
+    if command in ("prepare", "train", "export", "grow", "dedup"):
+        directory_to_make(Path(given["out"]), "--out")
+
+
+def _ds_configs(given: dict[str, Any], command: str) -> None:
+    directory_to_make(Path(given["write_ds_configs"]), "--write-ds-configs")
+
+
+def _report(given: dict[str, Any], command: str) -> None:
+    file_to_make(Path(given["report"]), "--report", "report.md")
+
+
+def directory_to_make(path: Path, option: str) -> None:
+    if path.is_file():
+        raise RedHeartError(f"{option} {path} is a file: name a directory")
+    check_can_make(path, option)
+
+
+def file_to_make(path: Path, option: str, example: str) -> None:
+    if path.is_dir():
+        raise RedHeartError(f"{option} {path} is a directory: name a file in it, such as {path / example}")
+    check_can_make(path, option)
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], str], None]] = {  # by parameter, in this order
+    "checkpoint": _checkpoint,
+    "preset": _settings,
+    "set_": _settings,
+    "to": _settings,
+    "data": _data,
+    "source": _sources,
+    "out": _out,
+    "report": _report,
+    "write_ds_configs": _ds_configs,
+}
