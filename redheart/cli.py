@@ -372,22 +372,13 @@ def doctor(
         run_warm_up()
 
 
-def _with_optional_path(arguments: list[str], option: str, alone: str) -> list[str]:
-    """`--resume` may stand without a path: then `alone` is put behind it."""
-    if option in arguments:
-        after = arguments.index(option) + 1
-        if after == len(arguments) or arguments[after].startswith("-"):
-            return [*arguments[:after], alone, *arguments[after:]]
-    return arguments
-
-
 def main() -> None:
     """Entry point: an error of the user's is one line and exit code 1; wrong options are exit code 2."""
     any_encoding()
     forget_empty_variables()
     quiet_start()
     settle_allocator()
-    arguments = _with_optional_path(sys.argv[1:], "--resume", "last")
+    arguments = sys.argv[1:]
     debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
     try:
         with leaving():

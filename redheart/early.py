@@ -5,6 +5,7 @@ The command line asks here first. What passes is looked at again where it is use
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ SMALL = 8 << 20  # bytes of sources that are read twice rather than found wrong 
 
 
 def check(group: Any, arguments: Sequence[str]) -> list[str]:
-    """The arguments, without an option that has `--help` in its value's place. Raises RedHeartError; what the
-    parser itself refuses passes, and is refused by it."""
+    """The arguments as the parser takes them: with what may be left out, without an option that has `--help` in its value's place.
+
+    Raises RedHeartError. What the parser itself refuses passes, and is refused by it.
+    """
     context = typer.Context(group, info_name="redheart")
     command: Any = group
-    words, begin = list(arguments), 0
+    words, begin = _with_optional_path(list(arguments), "--resume", "last"), 0
     for place, word in enumerate(words):
         if isinstance(command, TyperGroup) and word in command.commands:
             command, begin = command.commands[word], place + 1
@@ -38,10 +41,23 @@ def check(group: Any, arguments: Sequence[str]) -> list[str]:
         given = command.make_context(context.info_name, list(words[begin:]), parent=context.parent).params
     except UsageError:
         return words
+    except typer.Exit as end:  # an option that prints and ends, such as --help-config
+        sys.exit(end.exit_code)
+    if command.name == "train" and given["resume"] is None:
+        _run(given)
     for name, look in CHECKS.items():
         if given.get(name) is not None:
             look(given, command.name or "")
     return words
+
+
+def _with_optional_path(arguments: list[str], option: str, alone: str) -> list[str]:
+    """`--resume` may stand without a path: then `alone` is put behind it."""
+    if option in arguments:
+        after = arguments.index(option) + 1
+        if after == len(arguments) or arguments[after].startswith("-"):
+            return [*arguments[:after], alone, *arguments[after:]]
+    return arguments
 
 
 def _with_values(command: TyperCommand | TyperGroup, context: typer.Context, words: list[str]) -> list[str]:
@@ -68,7 +84,7 @@ def _config(given: dict[str, Any], name: str = "preset") -> Any:
 
 
 def _settings(given: dict[str, Any], command: str) -> None:
-    if command != "train" or given.get("resume") is None or given.get("preset"):
+    if command != "train":
         _config(given, "to" if command == "grow" else "preset")
 
 
@@ -85,8 +101,27 @@ def _sources(given: dict[str, Any], command: str) -> None:
 def _data(given: dict[str, Any], command: str) -> None:
     from redheart.data.store import Store
 
-    data = str(given["data"])
-    if "://" not in data and (command != "train" or not Path(data).is_file()):
+    if command in ("evaluate", "calibrate", "dedup", "grow") and "://" not in str(given["data"]):
+        Store(given["data"])
+
+
+def _run(given: dict[str, Any]) -> None:
+    """Of `train` without --resume."""
+    from redheart.config import load_config
+    from redheart.data.gather import gather
+    from redheart.data.own import SOURCE, check_answers, meant
+    from redheart.data.store import Store
+
+    preset, overrides, data = meant(
+        given["file"], given["preset"], given["set_"] or (), given["data"], given["text"], given["label"] or ()
+    )
+    config = load_config(preset or "local", overrides)
+    check_answers(config, data)
+    if data is None:
+        table = Path(str(config.data.file))
+        if not table.is_file() or table.stat().st_size <= SMALL:
+            gather([f"{SOURCE}={table}"], config.data, skip_invalid=False)
+    elif "://" not in data:
         Store(data)
 
 

@@ -16,12 +16,12 @@ import yaml
 from redheart.config import DataConfig, load_config, parse_section
 from redheart.console import console
 from redheart.data.gather import Gathered, gather
+from redheart.data.own import SOURCE, columns_of
 from redheart.data.sources.tabular import header
 from redheart.files import write_text
 from redheart.memory.budget import gib
 from redheart.owned import check_can_make
 from redheart.schema import LABELS, RedHeartError
-from redheart.train.own import SOURCE, columns_of
 
 LARGE = 2000  # rows from which on the network of 330M parameters has something to learn from
 SAMPLES_PER_S = {"local": 88, "330m": 43}  # on two CPU cores; on an H100 (README, figures)

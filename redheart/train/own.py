@@ -6,25 +6,16 @@ What is prepared of the table stands in RUN/data and is used again as long as th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from redheart.config import RunConfig
 from redheart.data.encode import wait_for
+from redheart.data.own import SOURCE, check_answers, meant
 from redheart.data.prepare import prepare
 from redheart.data.shards import INDEX
-from redheart.data.sources.tabular import SUFFIXES, target_of
-from redheart.schema import LABELS, RedHeartError
 from redheart.train import resume as runs
 from redheart.train.resume import OWN_DATA, Call
-
-SOURCE = "own"
-
-
-def is_table(data: str | Path) -> bool:
-    """Whether `data` is a file, or named like one, and no prepared directory or URL."""
-    return "://" not in str(data) and (Path(data).is_file() or Path(data).suffix.lower() in SUFFIXES)
 
 
 def settings(
@@ -38,57 +29,10 @@ def settings(
     labels: Sequence[str] = (),
 ) -> Call:
     """What the arguments of `redheart train` mean together; see resume.settings."""
-    if file is not None:
-        if not file.endswith((".yaml", ".yml")):
-            hint = f": your own table is given as --data {file}" if is_table(file) else ""
-            raise RedHeartError(f"{file} is no .yaml file of settings{hint}")
-        if preset is not None:
-            raise RedHeartError(f"{file} and --preset {preset} both say which settings hold: give one of them")
-    data, own = _options(data, text, labels)
-    call = runs.settings(file or preset, [*overrides, *own], out, resume, data)
-    if call.data is None and call.config.data.file is None:
-        raise RedHeartError(
-            "--data is missing: name a directory made by `redheart prepare`, its URL, or your own table"
-        )
-    columns = call.config.data.columns.get(SOURCE, {})
-    says = [target_of(target, "data.columns").field in LABELS for target in columns.values()]
-    if call.data is None and columns and not any(says) and call.config.data.labeler.max_texts == 0:
-        raise RedHeartError(
-            f"no column of {call.config.data.file} is an answer: name one with --label COLUMN=regret; the answers are {', '.join(LABELS)}"
-        )
+    preset, overrides, data = meant(file, preset, overrides, data, text, labels)
+    call = runs.settings(preset, overrides, out, resume, data)
+    check_answers(call.config, call.data)
     return call
-
-
-def columns_of(labels: Sequence[str]) -> dict[str, str]:
-    """{column: our answer} of `COLUMN=ANSWER` texts."""
-    columns = {}
-    for label in labels:
-        column, _, target = label.rpartition("=")
-        if not column:
-            raise RedHeartError(
-                f"--label {label!r}: write it as COLUMN=ANSWER, for instance sorry=regret or happy=emotion.joy"
-            )
-        if column in columns:
-            raise RedHeartError(f"--label {column} is given twice: a column is one answer")
-        target_of(target, f"--label {label}")
-        columns[column] = target
-    return columns
-
-
-def _options(data: str | None, text: str | None, labels: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the prepared data that is meant, if any, `--set` values that say what --data, --text and --label say)."""
-    columns = columns_of(labels)
-    if data is not None and not is_table(data):
-        if text or columns:
-            raise RedHeartError(
-                f"--text and --label name columns of a table, and {data} is none: give --data a file, or leave them out"
-            )
-        return data, []
-    overrides = [] if data is None else [f"data.file={json.dumps(data, ensure_ascii=False)}"]
-    if text or columns:
-        mapping = {(text or "text"): "text", **columns}
-        overrides.append(f"data.columns={json.dumps({SOURCE: mapping}, ensure_ascii=False)}")
-    return None, overrides
 
 
 def prepared(config: RunConfig, run: Path, resuming: bool) -> Path:
