@@ -26,8 +26,8 @@ from redheart.model.layers import (
     attend,
     attend_tokens,
     drawn,
+    faint,
     keyless,
-    query,
     stacked_linear,
 )  # fmt: skip
 from redheart.schema import TASKS4
@@ -60,6 +60,7 @@ class EncoderStack(nn.Module):
         self.out_weight, self.out_bias = drawn(layers, n, n, fan_in=n), drawn(layers, n, fan_in=n)
         self.up_weight, self.up_bias = drawn(layers, 4 * n, n, fan_in=n), drawn(layers, 4 * n, fan_in=n)
         self.down_weight, self.down_bias = drawn(layers, n, 4 * n, fan_in=4 * n), drawn(layers, n, fan_in=4 * n)
+        faint(self.out_weight, self.out_bias, self.down_weight, self.down_bias)
         self.axes = {
             "norms": (DEPTH, FIXED, FIXED, COPY),
             "attention_weight": (DEPTH, FIXED, COPY, READ),
@@ -112,7 +113,8 @@ class TaskPooling(nn.Module):
     def __init__(self, width: Width, task_width: Width, heads: int, tasks: int = len(TASKS4)):
         super().__init__()
         head_width = task_width // heads
-        self.query = query(tasks, heads, head_width)
+        # of the size of what it meets: a small one would take a thousand steps to look anywhere but everywhere
+        self.query = nn.Parameter(torch.randn(tasks, heads, int(head_width)))
         self.key_weight = drawn(tasks, heads, head_width, width, fan_in=width)
         self.value_weight = drawn(tasks, heads, head_width, width, fan_in=width)
         self.value_bias = nn.Parameter(torch.zeros(tasks, heads, int(head_width)))
@@ -150,8 +152,7 @@ class Backbone(nn.Module):
         self.input_norm = Norm(encoder_width)
         self.input = Linear(encoder_width, width)
         self.refine = Linear(width, width)
-        for parameter in self.refine.parameters():  # at first the features pass nearly as they are
-            parameter.detach().mul_(0.1)
+        faint(self.refine)  # at first the features pass nearly as they are
         self.token_norm = Norm(width)
         self.register_buffer("positions", POSITION_SCALE * sinusoids(MAX_POSITIONS, int(width)), persistent=True)
         self.axes = {"positions": (FIXED, COPY)}

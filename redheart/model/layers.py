@@ -42,6 +42,15 @@ def query(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*map(int, shape)) * 0.02)
 
 
+def faint(*layers: nn.Module | torch.Tensor) -> None:
+    """The last layer of a residual branch, or a tensor of it, starts at a tenth of what is drawn: at first a block passes on what
+    it reads, so that the first answers are read from the text and not from many random layers (De and Smith 2020, "Batch
+    normalization biases residual blocks towards the identity function"; a tenth and not zero, so that every layer learns at once)."""
+    for layer in layers:
+        for tensor in layer.parameters() if isinstance(layer, nn.Module) else (layer,):
+            tensor.detach().mul_(0.1)
+
+
 class Linear(nn.Linear):
     """nn.Linear that says how it grows; `makes` where that does not follow from its size."""
 
@@ -157,6 +166,7 @@ class Residual(nn.Module):
         super().__init__()
         self.norm = StackedNorm(count, width) if count else Norm(width)
         self.mlp = MLP(width, *hidden, width, dropout=dropout, count=count)
+        faint(self.mlp.linears[-1])
 
     def forward(self, x: torch.Tensor, masks: Masks) -> torch.Tensor:
         return x + self.mlp(self.norm(x), masks)
@@ -173,6 +183,7 @@ class ResidualChain(nn.Module):
             drawn(count, width, hidden, fan_in=hidden),
             drawn(count, width, fan_in=hidden),
         )
+        faint(self.down_weight, self.down_bias)
         self.dropout = SampleDropout(hidden, dropout, count)
         self.axes = {
             "norms": (FIXED, FIXED, COPY),
@@ -232,6 +243,7 @@ class Attention(nn.Module):
         self.weight = drawn(3, width, width, fan_in=width)  # query, value, key
         self.bias = drawn(2, width, fan_in=width)  # query, value
         self.out = Linear(width, width)
+        faint(self.out)
         self.axes = {"weight": (FIXED, COPY, READ), "bias": (FIXED, COPY)}
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -249,6 +261,7 @@ class BranchAttention(nn.Module):
         self.weight = drawn(3, width, width, fan_in=width)  # query, value, key
         self.bias = drawn(2, width, fan_in=width)  # query, value
         self.out = Linear(width, width)
+        faint(self.out)
         self.mlp = Residual(width, hidden, dropout=dropout)
         self.axes = {"weight": (FIXED, COPY, READ), "bias": (FIXED, COPY)}
 
@@ -292,6 +305,7 @@ class QueryStack(nn.Module):
         self.exchange_bias = drawn(layers, 2, n, fan_in=n)  # query, value
         self.up_weight, self.up_bias = drawn(layers, 4 * n, n, fan_in=n), drawn(layers, 4 * n, fan_in=n)
         self.down_weight = drawn(layers, n, 4 * n, fan_in=4 * n)
+        faint(self.vectors[:, 8:], self.square_weight[:, 3:], self.down_weight)
         self.read_dropout = SampleDropout(n, dropout, layers)
         self.dropout = SampleDropout(4 * n, dropout, layers)
         self.axes = {
