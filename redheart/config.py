@@ -286,6 +286,7 @@ def preset_names() -> list[str]:
 
 # of a run on a table of one's own, beneath what a file or --set says: its labels are the task, and a small table is soon known by heart
 OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"evaluate_every": 0, "patience": 5}}
+OWN_UNDER = {"memory": {"strategy": "plain"}}  # beneath the preset: one process on one's own machine needs no DeepSpeed
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -303,7 +304,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     said.setdefault("preset", Path(preset).stem)
     values = _resolved([shipped, said], overrides)
     if isinstance(data := values.get("data"), dict) and data.get("file"):
-        values = _resolved([shipped, OWN, said], overrides)
+        values = _resolved([OWN_UNDER, shipped, OWN, said], overrides)
     return parse_config(values)
 
 
@@ -385,15 +386,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
             values[key] = float(text)
 
 
-# by others
-CALLED = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "steps": "max_steps"}
+ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "steps": "max_steps"}
 
 
 def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         names, last = {name for key in config_keys() for name in key.split(".")}, str(error["loc"][-1])
-        close = [CALLED[last]] if last in CALLED else difflib.get_close_matches(last, sorted(names), 1)
+        close = [ELSEWHERE[last]] if last in ELSEWHERE else difflib.get_close_matches(last, sorted(names), 1)
         return f"unknown config key {path}" + (f" (did you mean {close[0]}?)" if close else "")
     if error["type"] == "missing":
         return f"config key {path} is missing"

@@ -153,6 +153,10 @@ def test_a_file_that_extends_a_preset_holds_what_differs(tmp_path: Path):
 def test_a_table_of_ones_own_has_settings_of_its_own_unless_others_are_said(tmp_path: Path):
     own = load_config("local", ["data.file=a.csv"])
     assert (own.data.labeler.max_texts, own.training.evaluate_every, own.training.patience) == (0, 0, 5)
+    assert (own.memory.strategy, load_config("330m", ["data.file=a.csv"]).memory.strategy) == (
+        "plain",
+        "zero2_offload_8bit",
+    )
     said = load_config("local", ["data.file=a.csv", "data.labeler.max_texts=null", "training.patience=2"])
     assert (said.data.labeler.max_texts, said.training.evaluate_every, said.training.patience) == (None, 0, 2)
     (tmp_path / "a.yaml").write_text("extends: local\ndata: {file: a.csv}\ntraining: {evaluate_every: 7}\n")

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redheart.config import RunConfig
+from redheart.console import console
 from redheart.data.encode import wait_for
 from redheart.data.own import SOURCE, check_answers, meant
 from redheart.data.prepare import prepare
-from redheart.data.shards import INDEX
+from redheart.data.shards import INDEX, Histograms
+from redheart.data.store import Store
+from redheart.schema import LABELS
 from redheart.train import resume as runs
 from redheart.train.resume import OWN_DATA, Call
 
@@ -40,4 +43,14 @@ def prepared(config: RunConfig, run: Path, resuming: bool) -> Path:
     assert config.data.file is not None
     prepare([f"{SOURCE}={config.data.file}"], run / OWN_DATA, config.data, renew=not resuming)
     wait_for([run / OWN_DATA / INDEX])  # ranks but the first are done earlier
+    if constant := _constant(Store(run / OWN_DATA).index["splits"]["train"]["histograms"]):
+        console.print(f"every training row says the same of {', '.join(constant)}: nothing can be learned from that")
     return run / OWN_DATA
+
+
+def _constant(histograms: Histograms) -> list[str]:
+    """The labelled entries that have one value in every row."""
+    entries = ((LABELS[label], label, n, pairs) for label, rows in histograms.items() for n, pairs in enumerate(rows))
+    return [
+        name if label.scalar else f"{name}.{label.names[n]}" for label, name, n, pairs in entries if len(pairs) == 1
+    ]

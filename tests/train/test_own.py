@@ -214,3 +214,4 @@ def test_very_few_rows_end_in_a_word_about_it_and_not_in_an_error(tmp_path, rows
     assert "None" not in done.stderr + done.stdout
     assert ("too few to choose a checkpoint by" in done.stderr) == (rows < 3)
     assert ("no row was held out" in done.stderr) == (rows < 3)
+    assert "every training row says the same of emotion.joy, regret: nothing can be learned from that" in done.stderr
