@@ -6,6 +6,7 @@ its checkpoint goes. In an export the manifest lists it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from redheart.evaluation.calibration import (
     weights_digest,
     write,
 )
+from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.files import MANIFEST, list_in_manifest, remove, unfinished_of
 from redheart.memory.swap import place
 from redheart.owned import exclusive
@@ -35,17 +37,19 @@ from redheart.train.export import AGAIN, Trained, load_weights, resolve
 
 
 class Calibrated(NamedTuple):
-    """`path`: where it was written."""
+    """`path`: where it was written. `untrained`: answers, and entries of answers, that no label trained."""
 
     path: Path
     calibration: Calibration
+    untrained: Collection[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         made = self.calibration
         return {"path": str(self.path), "as_is": made.left_as_is(), **made.model_dump(mode="json")}
 
     def summary(self) -> str:
-        left = self.calibration.left_as_is()
+        silent = set(self.untrained)
+        left = {n: why for n, why in self.calibration.left_as_is().items() if not {n, n.split(".")[0]} & silent}
         names = {why: ", ".join(n for n, other in left.items() if other == why) for why in left.values()}
         as_is = "; ".join(f"{those} ({why})" for why, those in names.items())
         return f"calibrated {self.path.parent} on {self.calibration.dev_rows} dev rows" + (
@@ -108,4 +112,6 @@ def _calibrate(
     path = write(made, directory)
     if is_export:
         list_in_manifest(directory, CALIBRATION, True, AGAIN)
-    return Calibrated(path, made)
+    labels = loaded.progress.labels
+    untrained = untrained_names(trained_entries(labels, loaded.config.loss)) if labels else []
+    return Calibrated(path, made, untrained)

@@ -75,6 +75,7 @@ def test_one_command_leads_from_a_table_to_a_report_and_answers_of_what_was_labe
     told = report[: report.index("No label trained these answers")]
     for silent in ("vad", "culture", "bentham", "preference", "ethics", "acceptability", "surd"):
         assert f"| {silent}" not in told
+    assert not any(silent in first.stdout + first.stderr for silent in ("culture", "bentham", "ethics"))
     for said in (first.stdout, first.stderr, report):
         assert "None" not in said
     shown = redheart("predict", "--checkpoint", folder / "run", "I am sorry", "--json")
