@@ -7,7 +7,7 @@ usage() {
 usage: bash launch/run_learning.sh MODE [options]
 
   train-local      prepare the shipped texts, train preset `local` (CPU or GPU), evaluate, predict
-      --samples N              how many texts (default: all 2,000; the LLM reads 32 of them)
+      --samples N              how many texts (default: all 2,000 shipped ones, of which the LLM reads 32; 64 of your own)
   train-test       the same chain as a quick trial: 12 texts and 6 steps unless told otherwise
       --samples N
   train-cloud      preset `330m`; without a GPU it says so and runs on the CPU where the memory suffices
@@ -32,7 +32,7 @@ mode=$1
 shift
 strategy=zero2_offload # that of the preset
 case "$mode" in
-  train-local) samples="" preset=local ;;
+  train-local) samples=default preset=local ;;
   train-test) samples=12 preset=local ;;
   train-cloud) samples=64 preset=330m strategy=zero2_offload_8bit ;;
   train-validate) samples="" preset="" ;;
@@ -95,6 +95,7 @@ if [ "$mode" = train-cloud ] && [ "$gpus" -eq 0 ]; then
 fi
 [ "$mode" = train-test ] && settings+=(--set training.max_steps=6 --set training.evaluate_every=3)
 
+if [ "$samples" = default ]; then samples=${dataset:+64}; fi
 source_name=everyday preparing=()
 if [ -n "$dataset" ]; then
   source_name="own=$dataset"
@@ -104,6 +105,10 @@ else
   if [ "$preset" = local ]; then # what lacks a label would take the LLM minutes
     preparing=(--set data.labeler.max_texts=32)
     data+=-local
+  fi
+  if [ "$mode" = train-local ]; then # of 2,000 texts three passes are enough
+    settings+=(--set training.epochs=3 --set training.global_batch_size=32 --set training.micro_batch_size=32 --set optimizer.learning_rate=1e-3)
+    settings+=(--set training.log_every=10)
   fi
 fi
 run="$mode-$(date +%Y%m%d-%H%M%S)"

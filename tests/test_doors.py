@@ -44,7 +44,6 @@ def test_the_version_alone_is_an_answer(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("train", "--preset", "local", "--data", "FILE"),
         ("evaluate", "--checkpoint", "FILE"),
         ("predict", "--checkpoint", "FILE", "text"),
         ("export", "--checkpoint", "FILE", "--out", "x"),

@@ -138,7 +138,8 @@ def _not_empty(gathered: Gathered) -> Gathered:
         for facts in empty.values():
             reasons.update(facts["rejected"] | facts["left_out"])
         why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-        raise RedHeartError(f"no record is left of {', '.join(empty)}: " + (why or "the data set is empty"))
+        names = ", ".join(f"{name} ({facts['origin']})" for name, facts in empty.items())
+        raise RedHeartError(f"no record is left of {names}: " + (why or "the data set is empty"))
     return gathered
 
 
