@@ -29,13 +29,21 @@ from redheart.options import (  # fmt: skip
     DryRun,
     ForcePreprocess,
     GpuMemory,
+    GrowData,
+    GrowMoments,
+    GrowNoise,
+    GrowOut,
     GrowTo,
     HelpConfig,
     Init,
+    InputColumn,
+    InputFile,
     ItsData,
     Json,
     Labels,
+    Measure,
     NetworkGbit,
+    OutputFile,
     Preset,
     Push,
     ReportFile,
@@ -50,8 +58,10 @@ from redheart.options import (  # fmt: skip
     StepSeconds,
     Swap,
     Text,
+    Texts,
     Threshold,
     Version,
+    WriteDsConfigs,
 )
 from redheart.ranks import leaving
 from redheart.schema import RedHeartError
@@ -164,14 +174,10 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 1,
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=512, help="Tokens of a sample.")] = 64,
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan a run on this machine's CPU instead of a GPU.")] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Run two real steps as configured: predicted beside observed.")
-    ] = False,
+    measure: Measure = False,
     network_gbit: NetworkGbit = None,
     step_seconds: StepSeconds = None,
-    write_ds_configs: Annotated[
-        Path | None, typer.Option("--write-ds-configs", hidden=True, help="Write ds_configs/ and launch/accelerate/.")
-    ] = None,
+    write_ds_configs: WriteDsConfigs = None,
     json_: Json = False,
 ) -> None:
     """Predict the memory and time of every strategy without running it, and choose the fastest that fits."""
@@ -272,8 +278,11 @@ def calibrate(checkpoint: Checkpoint, data: ItsData = None, device: Device = "cp
 
 @app.command()
 def predict(
-    text: Annotated[list[str], typer.Argument(help="One or more texts.")],
     checkpoint: Checkpoint,
+    text: Texts = None,
+    input_: InputFile = None,
+    column: InputColumn = None,
+    output: OutputFile = None,
     device: Device = "cpu",
     swap: Swap = None,
     all_: All = False,
@@ -282,16 +291,21 @@ def predict(
 ) -> None:
     """Read texts and answer for each of them."""
     from redheart.console import console, show_answers
-    from redheart.infer import RedHeartPipeline
+    from redheart.infer import RedHeartPipeline, flat
+    from redheart.reading import texts_of, write_answers
 
+    texts = texts_of(text or (), input_, column)
     pipeline = RedHeartPipeline.from_pretrained(checkpoint, device=device, swap=swap or (), untrained=all_)
-    answers = pipeline(text)
+    answers = pipeline(texts)
     if swap:
         console.print(str(pipeline.swap.report()))
-    if not json_:
-        for one, answer in zip(text, answers, strict=True):
+    if output:
+        write_answers(output, [{"text": t, **flat(a)} for t, a in zip(texts, answers, strict=True)])
+        console.print(f"wrote {output}: {len(texts)} texts")
+    elif not json_:
+        for one, answer in zip(texts, answers, strict=True):
             show_answers(one, answer, brief)
-    emit([{"text": t, **a} for t, a in zip(text, answers, strict=True)], json_)
+    emit([{"text": t, **a} for t, a in zip(texts, answers, strict=True)], json_)
 
 
 @app.command()
@@ -313,22 +327,13 @@ def export(
 def grow(
     checkpoint: Checkpoint,
     to: GrowTo,
-    out: Annotated[
-        Path, typer.Option("--out", help="New directory for the grown model; `train --init` starts from it.")
-    ],
+    out: GrowOut,
     set_: Set = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Whose dev rows --verify looks at. [default: the data it was trained on]"),
-    ] = None,
-    noise_snr_db: Annotated[
-        float, typer.Option("--noise-snr-db", help="How far the noise that parts the copies lies beneath the weights.")
-    ] = 10.0,
+    data: GrowData = None,
+    noise_snr_db: GrowNoise = 10.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of that noise.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Write only if all outputs agree on real rows.")] = False,
-    moments: Annotated[
-        bool, typer.Option("--moments", help="Carry the optimizer's moments along, 8-bit or fp32.")
-    ] = False,
+    moments: GrowMoments = False,
     json_: Json = False,
 ) -> None:
     """Make a wider or deeper network with the same function out of a trained one: 330m to 1b3, for instance."""

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from redheart.files import verify_manifest
 from redheart.owned import check_can_make
+from redheart.reading import check_output, texts_of
 from redheart.schema import RedHeartError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that typer brings along
@@ -152,6 +153,14 @@ def _report(given: dict[str, Any], command: str) -> None:
     file_to_make(Path(given["report"]), "--report", "report.md")
 
 
+def _output(given: dict[str, Any], command: str) -> None:
+    check_output(Path(given["output"]))
+
+
+def _input(given: dict[str, Any], command: str) -> None:
+    texts_of(given["text"] or (), Path(given["input_"]), given["column"])
+
+
 def directory_to_make(path: Path, option: str) -> None:
     if path.is_file():
         raise RedHeartError(f"{option} {path} is a file: name a directory")
@@ -173,5 +182,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], str], None]] = {  # by parameter, in
     "source": _sources,
     "out": _out,
     "report": _report,
+    "output": _output,
+    "input_": _input,
     "write_ds_configs": _ds_configs,
 }

@@ -172,6 +172,12 @@ class RedHeartPipeline:
         return {**answer, "untrained": left} if self.untrained else answer
 
 
+def flat(answer: dict[str, Any]) -> dict[str, Any]:
+    """One text's answers with a key for each entry: `regret`, `emotion.joy`."""
+    entries = {n: v.items() if isinstance(v, dict) else [("", v)] for n, v in answer.items()}
+    return {f"{n}.{k}" if k else n: v for n, pairs in entries.items() for k, v in pairs}
+
+
 def _some(said: list[str]) -> str:
     return ", ".join(said[:5]) + (f" and {len(said) - 5} more" if len(said) > 5 else "")
 

@@ -109,6 +109,18 @@ Swap = Annotated[
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="An export, a checkpoint, or a run directory (its best one).")
 ]
+Texts = Annotated[
+    list[str] | None, typer.Argument(metavar="[TEXT]...", help="One or more texts; `-`: each line of stdin.")
+]
+InputFile = Annotated[
+    Path | None, typer.Option("--input", metavar="FILE", help="A table of texts: .csv, .tsv, .json, .jsonl, .parquet.")
+]
+InputColumn = Annotated[
+    str | None, typer.Option("--column", metavar="COLUMN", help="The column of its texts. [default: text]")
+]
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write the answers here: .csv or .jsonl, a row a text.")
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option("--gpu-memory", help="For instance 8GiB. [default: the preset's, or less where less is free]"),
@@ -158,4 +170,21 @@ Init = Annotated[
     typer.Option(
         "--init", metavar="PATH", help="Start from the weights of an export (of `grow`), a checkpoint or a run."
     ),
+]
+GrowOut = Annotated[
+    Path, typer.Option("--out", help="New directory for the grown model; `train --init` starts from it.")
+]
+GrowData = Annotated[
+    str | None,
+    typer.Option("--data", help="Whose dev rows --verify looks at. [default: the data it was trained on]"),
+]
+GrowNoise = Annotated[
+    float, typer.Option("--noise-snr-db", help="How far the noise that parts the copies lies beneath the weights.")
+]
+GrowMoments = Annotated[bool, typer.Option("--moments", help="Carry the optimizer's moments along, 8-bit or fp32.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Run two real steps as configured: predicted beside observed.")
+]
+WriteDsConfigs = Annotated[
+    Path | None, typer.Option("--write-ds-configs", hidden=True, help="Write ds_configs/ and launch/accelerate/.")
 ]

@@ -468,7 +468,7 @@ def test_a_table_that_cannot_be_read_names_the_reason(tmp_path: Path):
         ("twice.csv", b"text,text\none,two\n", "two columns have the same name"),
         ("empty.csv", b"", "is empty: it needs a header"),
         ("blank.csv", b"\n\n", "is empty: it needs a header"),
-        ("head.csv", HEAD.encode(), "no record is left of mine: the data set is empty"),
+        ("head.csv", HEAD.encode(), r"no record is left of mine \(head.csv\): the data set is empty"),
         ("twice.json", b'[{"text": "a", "text": "b"}]', "record 0: 'text' is given twice"),
         ("twice.jsonl", b'{"text": "a", "text": "b"}', "twice.jsonl:1: 'text' is given twice"),
         ("nan.jsonl", b'{"text": "a", "regret": NaN}', "nan is not a number"),
@@ -480,7 +480,7 @@ def test_a_table_that_cannot_be_read_names_the_reason(tmp_path: Path):
     with pytest.raises(RedHeartError, match="two columns have the same name"):
         collect(f"mine={tmp_path / 'a.parquet'}")
     put(tmp_path / "none.csv", HEAD + ",joy,train\n,fear,train\n")
-    with pytest.raises(RedHeartError, match="no record is left of mine: 2 × field text"):
+    with pytest.raises(RedHeartError, match=r"no record is left of mine .none.csv.: 2 × field text"):
         collect(f"mine={tmp_path / 'none.csv'}", rejected=tmp_path / "r.jsonl")
 
 
