@@ -95,6 +95,8 @@ ReportFile = Annotated[Path | None, typer.Option("--report", help="Write report.
 Samples = Annotated[
     int | None, typer.Option("--samples", min=1, help="Only the first N records, splits in proportion.")
 ]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds whose median is taken.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds whose median is taken.")]
 Device = Annotated[str, typer.Option("--device", help="Where the network computes: cpu, cuda, cuda:1 …")]
 All = Annotated[bool, typer.Option("--all", help="Also the answers that no label trained, marked.")]
 Brief = Annotated[bool, typer.Option("--brief", help="Only what is needed at a glance.")]

@@ -5,11 +5,11 @@ redheart bench ablation --checkpoint RUN [--retrained RUN_WITHOUT …] --json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from torch import nn
 
 from redheart.console import console, progress, table
@@ -18,23 +18,29 @@ from redheart.evaluation.ablation import Effect, effects
 from redheart.evaluation.answers import Answers, answers
 from redheart.model.moe import inert
 from redheart.model.redheart import RedHeartModel
+from redheart.options import Checkpoint, ItsData
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import Trained, load_model, resolve
 
 
 def bench_ablation(
-    checkpoint: Path,
-    retrained: Sequence[Path] = (),
-    data: str | None = None,
-    split: str = "test",
-    max_rows: int | None = None,
-    single_expert: Path | None = None,
+    checkpoint: Checkpoint,
+    retrained: Annotated[
+        list[Path] | None,
+        typer.Option("--retrained", metavar="RUN", help="A run trained with model.ablate; may be repeated."),
+    ] = None,
+    single_expert: Annotated[
+        Path | None, typer.Option("--single-expert", metavar="RUN", help="A run trained with model.num_experts=1.")
+    ] = None,
+    data: ItsData = None,
+    split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
+    rows: Annotated[int | None, typer.Option("--rows", min=100, help="Only N rows, evenly spread.")] = None,
 ) -> dict[str, Any]:
-    """Removes every head, analyzer and auxiliary module in turn, makes the gates even, and compares with runs trained without a module.
+    """What each module is worth: held-out metrics without it, with bootstrap intervals.
 
-    `single_expert`: a run of num_experts = 1, compared as the mixture of experts' absence. Answers without a label in the
-    training split are left out: nobody taught them, and what moves them is chance.
+    Removes every head, analyzer and auxiliary module in turn, makes the gates even, and compares with runs trained without a module.
+    Answers without a label in the training split are left out: nobody taught them, and what moves them is chance.
     """
     whole = load_model(resolve(checkpoint))
     train, *streams = [
@@ -42,14 +48,14 @@ def bench_ablation(
     ]
     taught = {name for name, weight in train.label_sample()[1].items() if weight.sum() > 0}
     modules = [m for m in whole.model.built if m != "backbone"]
-    others = [_checked(path, whole) for path in retrained]
+    others = [_checked(path, whole) for path in retrained or ()]
     lines: list[Effect] = []
     gates = _gate_modules(whole.model)
     steps = 1 + len(modules) + len(gates) + len(others) + bool(single_expert)
     with progress("ablation", steps, 0) as (bar, task):
 
         def answered(by: Trained, without: tuple[str, ...] = ()) -> tuple[dict[str, Answers], ...]:
-            return tuple(answers(by.model, s, without, max_rows) for s in streams)
+            return tuple(answers(by.model, s, without, rows) for s in streams)
 
         present = tuple({n: a for n, a in side.items() if TASKS[n].label in taught} for side in answered(whole))
 

@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,6 +41,7 @@ from redheart.files import read_sealed_json, sha256_of, write_json, write_sealed
 from redheart.losses.combine import factors
 from redheart.memory.activations import code_digest
 from redheart.memory.plan import parameters_of
+from redheart.options import Data, Preset, Set
 from redheart.owned import make_directory
 from redheart.schema import JUDGED_ORIGINS, LABEL_COLUMNS, RedHeartError
 from redheart.tasks import constant_losses, task_weights
@@ -56,57 +58,68 @@ Load = Callable[[], nn.Module]  # a trained network, on the CPU
 
 
 def bench_control(
-    data: str,
-    out: Path,
-    preset: str = "local",
-    overrides: Sequence[str] = (),
-    widths: Sequence[int] = (96,),
-    equal_size: bool = True,
-    seeds: Sequence[int] = (0, 1, 2),
-    steps: int | None = None,
-    epochs: float = 2.0,
-    batch: int | None = None,
-    learning_rate: float = 3e-4,
-    evaluations: int = 8,
-    split: str = "dev",
-    name: str | None = None,
-    with_preset: bool = True,
+    data: Data,
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory of the runs and results; what is finished there is kept.")
+    ],
+    preset: Preset = "local",
+    set_: Set = None,
+    widths: Annotated[
+        list[int] | None, typer.Option("--widths", min=8, help="Of the controls; may be repeated. [default: 96]")
+    ] = None,
+    equal_size: Annotated[
+        bool, typer.Option("--equal-size/--no-equal-size", help="Also a control of the preset's size.")
+    ] = True,
+    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Of every leg. [default: what --epochs says]")
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", min=1e-6, help="Passes over the training split.")] = 2.0,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Samples of a step, in one piece. [default: the preset's]")
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=1e-9, help="The controls' highest; the preset has its own.")
+    ] = 3e-4,
+    evaluations: Annotated[int, typer.Option("--evaluations", min=1, help="Looks at the dev loss, per run.")] = 8,
+    split: Annotated[str, typer.Option("--split", help="What judges: dev or test.")] = "dev",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Of the preset's leg: another state of the network, beside the same controls."),
+    ] = None,
+    controls_only: Annotated[bool, typer.Option("--controls-only", help="Leave out the preset.")] = False,
 ) -> dict[str, Any]:
-    """Trains and judges what is not there yet under `out`; results go to `out`/control-SPLIT.json, a picture to control-SPLIT.png.
+    """What the network is worth beside a plain transformer: same shards, order, batches, losses and steps, several seeds.
 
-    `steps`: of every leg, else as many as `epochs` take; `batch`: samples of a step, in one piece, else the preset's; `learning_rate`: the
-    controls' highest (the preset has its own); `name`: what the preset's leg is called, so that another state of the network stands
-    beside the same controls. RedHeartError where `out` holds a leg that was trained with other settings.
+    Results go to OUT/control-SPLIT.json, a picture to control-SPLIT.png.
     """
     if split not in ("dev", "test"):
         raise RedHeartError(f"--split {split}: choose dev or test")
     make_directory(out, "--out")
-    config = _config(data, preset, overrides, steps, epochs, batch, evaluations)
+    config = _config(data, preset, set_ or (), steps, epochs, batch, evaluations)
     bench = _Bench(data, out, config, split, learning_rate)
     legs: dict[str, Callable[[int], Load]] = {}  # each trains what is not there yet
     sizes: dict[str, dict[str, int | None]] = {}
     target = parameters_of(config).total
-    if with_preset:
+    if not controls_only:
         legs[name or config.preset] = partial(bench.preset, name or config.preset)
         sizes[name or config.preset] = {"parameters": target, "width": config.model.width}
-    wanted = [*widths] + [width_of_size(bench.encoder_width, target, bench.labels)] * equal_size
+    wanted = (widths or [96]) + [width_of_size(bench.encoder_width, target, bench.labels)] * equal_size
     for width in dict.fromkeys(wanted):
         legs[f"control-{width}"] = partial(bench.control, f"control-{width}", width)
-        sizes[f"control-{width}"] = {
-            "parameters": num_parameters(bench.encoder_width, width, bench.labels),
-            "width": width,
-        }
+        size = num_parameters(bench.encoder_width, width, bench.labels)
+        sizes[f"control-{width}"] = {"parameters": size, "width": width}
     found: dict[str, list[dict[str, Any]]] = {leg: [] for leg in legs}
-    for seed in seeds:
+    for seed in range(seeds):
         for leg, trained in legs.items():
             found[leg].append(bench.judged(leg, seed, trained))
     first = next(iter(legs))
     total = config.training.max_steps
     result = {
         "preset": config.preset, "data": Path(data).name, "split": split, "steps": total,
-        "batch": config.training.global_batch_size, "learning_rate": learning_rate, "seeds": list(seeds),
+        "batch": config.training.global_batch_size, "learning_rate": learning_rate, "seeds": list(range(seeds)),
         "legs": {leg: sizes[leg] | _summary(runs) for leg, runs in found.items()},
-        "difference": {leg: _difference(found[first], found[leg]) for leg in legs if leg != first} if with_preset else {},
+        "difference": {leg: _difference(found[first], found[leg]) for leg in legs if leg != first and not controls_only},
         "machine": machine(), "versions": {"redheart": VERSION, **{n: importlib.metadata.version(n) for n in LIBRARIES}},
     }  # fmt: skip
     write_json(out / f"control-{split}.json", result)

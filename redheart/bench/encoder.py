@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from redheart.bench.loader import corpora
 from redheart.config import DataConfig, EncoderConfig
@@ -33,10 +34,13 @@ SOURCES = ("goemotions", "emobank", "ethics")
 Records = Sequence[dict[str, Any]]
 
 
-def bench_encoder(max_train: int = 4000, max_dev: int = 1500) -> dict[str, Any]:
-    """Dev metrics of every probe for each installed packaged encoder, at most so many texts a task; texts per second."""
+def bench_encoder(
+    train_texts: Annotated[int, typer.Option("--train-texts", min=100, help="Most training texts of a task.")] = 4000,
+    dev_texts: Annotated[int, typer.Option("--dev-texts", min=100, help="Most dev texts of a task.")] = 1500,
+) -> dict[str, Any]:
+    """The packaged encoders that are installed under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
     records = gather(corpora(*SOURCES), DataConfig(), False).records
-    tasks = {name: _split(records, labelled, max_train, max_dev) for name, labelled in TASKS.items()}
+    tasks = {name: _split(records, labelled, train_texts, dev_texts) for name, labelled in TASKS.items()}
     result: dict[str, Any] = {
         "dev": {},
         "texts_per_s": {},

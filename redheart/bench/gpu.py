@@ -21,7 +21,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from redheart.bench.gpu_worker import WARM_UP
 from redheart.config import RunConfig, Strategy, load_config
@@ -61,26 +63,41 @@ class Case:
 
 
 def bench_gpu(
-    presets: Sequence[str] = ("330m", "1b3"),
-    tokens: Sequence[int] = (64, 128),
-    caps: Sequence[str] = ("8GiB", "4GiB"),
-    strategies: Sequence[str] = (),
-    steps: int = 5,
-    timeout_s: int = 900,
-    out: Path = Path("tests/benchmarks/results"),
-    chosen_only: bool = False,
-    seconds: int | None = None,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option("--presets", help="A preset or a .yaml file; may be repeated. [default: 330m, 1b3]"),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, max=512, help="May be repeated. [default: 64, 128]")
+    ] = None,
+    caps: Annotated[
+        list[str] | None,
+        typer.Option("--caps", help="GPU memory in all, for instance 8GiB; may be repeated. [default: 8GiB, 4GiB]"),
+    ] = None,
+    strategies: Annotated[
+        list[str] | None, typer.Option("--strategies", help="Run only these; may be repeated. [default: all that fit]")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of a case, after 2 others.")] = 5,
+    timeout_s: Annotated[int, typer.Option("--timeout", min=10, help="Seconds that a case may take.")] = 900,
+    out: Annotated[Path, typer.Option("--out", help="Where gpu-CARD-CAP.json is written.")] = Path(
+        "tests/benchmarks/results"
+    ),
+    chosen_only: Annotated[
+        bool, typer.Option("--chosen-only", help="Of each plan only its own choice, and no reference.")
+    ] = False,
+    seconds: Annotated[
+        int | None,
+        typer.Option("--seconds", min=1, help="For all of it: a case for which no time is left is named, not run."),
+    ] = None,
 ) -> dict[str, Any]:
-    """Runs what the filters leave (`strategies` empty: all), and writes OUT/gpu-CARD-CAP.json. `ok`: no choice of the planner failed.
+    """Real steps of every strategy that fits a memory cap: peaks beside the plan's, samples and FLOPs per second.
 
-    `chosen_only`: of each plan its own choice among the strategies, and no reference. `seconds`: a case starts only where as long as
-    the longest one so far is left of them; the plans' choices and the reference come first.
-
-    Raises RedHeartError for an unknown preset, strategy or size; nothing that happens to a case raises.
+    Exit code 1 where a plan's own choice failed (`ok` false); nothing that happens to a case ends the bench. Without a GPU it runs on
+    the CPU, uncapped.
     """
-    selected = _strategies(strategies)
-    sizes = [gib(cap, "--caps") for cap in caps]
-    configs = [load_config(preset) for preset in presets]
+    selected, tokens = _strategies(strategies or ()), tokens or [64, 128]
+    sizes = [gib(cap, "--caps") for cap in caps or ("8GiB", "4GiB")]
+    configs = [load_config(preset) for preset in presets or ("330m", "1b3")]
     make_directory(out, "--out")
     console.print("looking at the machine, compiling kernels where that has not been done yet …")
     machine = _process({"what": "machine"}, None)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 
 from redheart.config import DataConfig, LabelerConfig
 from redheart.console import console, progress, quiet_libraries
@@ -24,14 +25,18 @@ from redheart.data.questions import EXAMPLES, FORM, lists
 BATCH, MAX_NEW_TOKENS = 8, 160
 
 
-def bench_label(num_texts: int = 32) -> dict[str, Any]:
-    """Texts per second of both sides on `num_texts` texts of the shipped corpus, spread evenly over their lengths.
+def bench_label(
+    texts: Annotated[int, typer.Option("--texts", min=8, help="Texts that both sides read.")] = 32,
+) -> dict[str, Any]:
+    """Texts per second that the LLM scores, beside generating JSON with the same model and parsing it.
 
     failures: texts without a usable answer to every question; answers_missing: answers, of texts x questions.
     """
     quiet_libraries()
     every = sorted({r["text"] for r in gather(["everyday"], DataConfig(), False).records}, key=lambda t: (len(t), t))
-    texts = [every[i] for i in np.linspace(0, len(every) - 1, num_texts).round().astype(int)]
+    chosen = [
+        every[i] for i in np.linspace(0, len(every) - 1, texts).round().astype(int)
+    ]  # spread evenly over their lengths
     scorer = LlmScorer(LabelerConfig())
     as_loaded, tokenizer, _ = load_llm(LabelerConfig(unpack=False), layer_dtype())
     unpacked, _, _ = load_llm(LabelerConfig(), layer_dtype())
@@ -39,12 +44,12 @@ def bench_label(num_texts: int = 32) -> dict[str, Any]:
     seconds = dict.fromkeys(["scoring", *generators], 0.0)
     missing = {"scoring": 0, "generation": 0}
     failed = {"scoring": 0, "generation": 0}
-    scorer.score(texts[:BATCH])
+    scorer.score(chosen[:BATCH])
     for model in generators.values():
-        generate(model, tokenizer, texts[:BATCH], False, 2)
-    with progress("bench label", num_texts, 0) as (bar, task):
-        for start in range(0, num_texts, BATCH):
-            batch = texts[start : start + BATCH]
+        generate(model, tokenizer, chosen[:BATCH], False, 2)
+    with progress("bench label", texts, 0) as (bar, task):
+        for start in range(0, texts, BATCH):
+            batch = chosen[start : start + BATCH]
             begin = time.perf_counter()
             logp = scorer.score(batch)
             seconds["scoring"] += time.perf_counter() - begin
@@ -66,13 +71,13 @@ def bench_label(num_texts: int = 32) -> dict[str, Any]:
     fastest = min(generators, key=lambda n: seconds[n])
     console.print(f"generation counts as {fastest}, the faster one")
     return {
-        "samples_per_s": {"scoring": num_texts / seconds["scoring"], "generation": num_texts / seconds[fastest]},
+        "samples_per_s": {"scoring": texts / seconds["scoring"], "generation": texts / seconds[fastest]},
         "ratio": seconds[fastest] / seconds["scoring"],
         "failures": failed,
-        "texts": num_texts,
+        "texts": texts,
         "answers_missing": missing,
-        "answers": 2 * num_texts * len(FORM),
-        "generation_samples_per_s": {n: num_texts / seconds[n] for n in generators},
+        "answers": 2 * texts * len(FORM),
+        "generation_samples_per_s": {n: texts / seconds[n] for n in generators},
         "batch_size": BATCH,
         "max_new_tokens": MAX_NEW_TOKENS,
         "forms": 2,

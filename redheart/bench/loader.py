@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 
 from redheart.caches import cache_directory
 from redheart.config import DataConfig, LabelerConfig
@@ -34,9 +35,15 @@ Read = tuple[list[Any], list[Any], dict[str, torch.Tensor]]  # [T, E] tensors; t
 
 
 def bench_loader(
-    data: Path | None, rows: int = 8192, batch_size: int = 32, rounds: int = 5, seconds: float = 2.0
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="A prepared directory. [default: GoEmotions and ETHICS, prepared once]"),
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1024, help="Samples prepared without --data.")] = 8192,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
 ) -> dict[str, Any]:
-    """Samples per second of both, as medians of interleaved rounds; padding; time to a first batch; growth of memory."""
+    """Samples per second into padded batches, beside `datasets` streaming with a shuffle buffer: medians of interleaved rounds."""
+    rounds, seconds = 5, 2.0
     directory = data or _default_data(rows)
     stream = SampleStream(directory, "train")
     files = [str(directory / e["file"]) for e in stream.store.shards("train")]

@@ -8,22 +8,24 @@ repetitions of forward + backward; FLOPs are FlopCounterMode's, and one multiply
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from redheart.bench.timing import interleaved
 from redheart.config import RunConfig, load_config
-from redheart.console import console, table
+from redheart.console import console
 from redheart.device import compute_device
 from redheart.losses.combine import combine
 from redheart.model.build import build_model
 from redheart.model.redheart import RedHeartModel
+from redheart.options import Preset, Repeats, Set
 from redheart.schema import LABELS
 from redheart.tasks import loss_counts, task_losses, task_weights
 
@@ -31,10 +33,14 @@ GEMM = 2048  # edge of the matrix product whose speed the modules' is compared w
 
 
 def bench_model(
-    preset: str = "330m", overrides: Sequence[str] = (), tokens: int = 64, micro_batch: int = 16, repeats: int = 5
+    preset: Preset = "330m",
+    set_: Set = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=512)] = 64,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1)] = 16,
+    repeats: Repeats = 5,
 ) -> dict[str, Any]:
-    """Seconds, FLOPs and achieved GFLOP/s of a step's parts on this machine; see the module's docstring."""
-    config = load_config(preset, overrides)
+    """Seconds and FLOPs of a training step, module by module; the backbone beside torch's TransformerEncoder."""
+    config = load_config(preset, set_ or ())
     device = compute_device()
     dtype = torch.bfloat16 if config.training.precision == "bf16" and device.type == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -78,25 +84,6 @@ def bench_model(
         "dsp_and_kalman_share": sum(modules[m]["share_of_step"] for m in ("aux.dsp", "aux.kalman")),
         "modules": modules,
     }
-
-
-def show(result: dict[str, Any]) -> None:
-    """The profile as a table on stderr."""
-    rows = [
-        (name, f"{m['seconds'] * 1e3:.1f}", f"{m['share_of_step']:.1%}", f"{m['flops_per_sample'] / 1e9:.2f}", f"{m['gflop_per_s']:.0f}")
-        for name, m in result["modules"].items()
-    ]  # fmt: skip
-    speed = result["gflop_per_s"]
-    total = f"{result['flops_per_sample'] / 1e9:.2f}"
-    rows.append(("whole step", f"{result['step_s'] * 1e3:.1f}", "100.0%", total, f"{speed['step']:.0f}"))
-    load = f"{result['micro_batch_size']} samples of {result['tokens']} tokens"
-    title = f"{result['preset']}, {load}, {result['precision']}, {result['device']}"
-    console.print(table(title, ("module alone", "ms", "of the step", "GFLOP a sample", "GFLOP/s"), rows))
-    console.print(
-        f"a {GEMM}-edge matrix product reaches {speed['matmul']:.0f} GFLOP/s; the backbone takes "
-        f"{result['ratio_to_torch_encoder']:.3f} of torch.nn.TransformerEncoder's time; DSP and Kalman "
-        f"{result['dsp_and_kalman_share']:.1%} of the step; {result['samples_per_s']:.2f} samples/s"
-    )
 
 
 def _step(

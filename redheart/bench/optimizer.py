@@ -14,17 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from redheart.bench.timing import interleaved
-from redheart.console import console, table
 from redheart.device import tell_deepspeed
 from redheart.memory.budget import status_bytes
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
 from redheart.optim.adam8bit import BLOCK
+from redheart.options import Rounds
 from redheart.schema import RedHeartError
 
 OURS, DEEPSPEED, TORCH, BITSANDBYTES = "cpu_adamw_8bit", "deepspeed_cpu_adam", "torch_fused_adamw", "bitsandbytes_cpu"
@@ -34,8 +35,14 @@ DECADES = 6
 BYTES = {OURS: 4 + 2 * 4 + 2 * 2 + 2 + 2 * 8 / BLOCK, DEEPSPEED: 4 + 2 * 12.0, TORCH: 4 + 2 * 12.0}
 
 
-def bench_optimizer(num_params: int = 64_000_000, threads: int = 2, rounds: int = 9) -> dict[str, Any]:
-    """Nanoseconds, bytes of state and bytes of temporaries per parameter; a ratio is our time over theirs.
+def bench_optimizer(
+    params: Annotated[
+        int, typer.Option("--params", min=1024, help="fp32 parameters that every step updates.")
+    ] = 64_000_000,
+    threads: Annotated[int, typer.Option("--threads", min=1)] = 2,
+    rounds: Rounds = 9,
+) -> dict[str, Any]:
+    """A step of the 8-bit Adam on the CPU, beside DeepSpeed's, torch's and bitsandbytes', in turns; a ratio is our time over theirs.
 
     ratio_to_deepspeed: our step, which writes the 16-bit copy, over DeepSpeed's, which does not; `_with_copy` counts
     DeepSpeed's cast too; `_checked` also counts our look for gradients that are not finite (the optimizer's default; a
@@ -46,7 +53,7 @@ def bench_optimizer(num_params: int = 64_000_000, threads: int = 2, rounds: int 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _bench(num_params, threads, rounds)
+        return _bench(params, threads, rounds)
     finally:
         torch.set_num_threads(before)
 
@@ -185,27 +192,3 @@ def relative_error_by_decade(blocks: int = 4096) -> dict[str, dict[str, list[flo
 def _nearest(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     code = code.sort().values
     return code[torch.bucketize(x, (code[1:] + code[:-1]) / 2)]
-
-
-def show(result: dict[str, Any]) -> None:
-    """What was measured, as two tables on stderr."""
-    columns = ("ns_per_param", "state_bytes_per_param", "peak_temporary_bytes_per_param", "share_of_bandwidth")
-    rows = [
-        (name, *(f"{result[c][name]:.3f}" if name in result[c] else "" for c in columns))
-        for name in result["ns_per_param"]
-    ]
-    title = f"{result['params']:,} parameters, {result['threads']} threads, medians of {result['rounds']} rounds"
-    console.print(table(title, ("optimizer", *columns), rows))
-    console.print(
-        f"our step, which also writes the 16-bit copy, takes {result['ratio_to_deepspeed']:.2f} of DeepSpeed's time, "
-        f"{result['ratio_to_deepspeed_with_copy']:.2f} with DeepSpeed's cast counted, and 1/"
-        f"{1 / result['ratio_to_bitsandbytes']:.0f} of bitsandbytes' (timed on {result['bitsandbytes_params']:,}); "
-        f"the memory copies {result['copy_bandwidth_gb_per_s']:.1f} GB/s"
-    )
-    errors = [
-        (moment, code, *(f"{e:.4f}" for e in values))
-        for moment, codes in result["relative_error_by_decade"].items()
-        for code, values in codes.items()
-    ]
-    decades = [f"1e-{d + 1} to 1e-{d}" for d in range(DECADES)]
-    console.print(table("relative error by decade below a block's largest", ("moment", "code", *decades), errors))

@@ -16,15 +16,17 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from redheart.config import load_config
-from redheart.console import console, progress, table
+from redheart.console import progress
 from redheart.evaluation.curves import LOSS, TOTAL, Line, draw, scalars
 from redheart.files import write_json
+from redheart.options import Preset, Set
 from redheart.owned import check_can_make, make_directory
 from redheart.schema import RedHeartError
 
@@ -36,26 +38,31 @@ STYLES = {"adamw": "C0-", "adamw_8bit": "C1--", CONTROL: "C2:"}
 
 
 def bench_parity(
-    data: Path,
-    work: Path,
-    preset: str,
-    overrides: Sequence[str],
-    steps: int,
-    seeds: int,
-    jobs: int,
-    out: Path | None,
-    plain: bool = False,
-    controls: Sequence[int] = (),
+    data: Annotated[Path, typer.Option("--data", help="A prepared directory.")],
+    work: Annotated[Path, typer.Option("--work", help="Where the runs are kept; finished ones are not repeated.")],
+    preset: Preset = "local",
+    set_: Set = None,
+    steps: Annotated[int, typer.Option("--steps", min=10)] = 2000,
+    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A .json file for the curves, with a .png beside it.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Both optimizers without DeepSpeed, on the CPU.")] = False,
+    control: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--control", min=0, help="A seed that fp32 states run with once more, with another eps in the fifth digit."
+        ),
+    ] = None,
 ) -> dict[str, Any]:
-    """Runs what is missing under `work`, `jobs` at a time on one thread each, and compares final dev losses.
-
-    `controls`: the seeds that fp32 states run with once more.
-    """
+    """Dev loss after the same steps with fp32 and with 8-bit optimizer states on the host, over several seeds."""
     make_directory(work, "--work")
     if out:
         if out.is_dir():
             raise RedHeartError(f"--out {out} is a directory: name a .json file")
         check_can_make(out, "--out")
+    overrides, controls = set_ or [], control or []
     every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
     keys = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
     eps = load_config(preset, overrides).optimizer.eps * CONTROL_EPS
@@ -106,23 +113,3 @@ def bench_parity(
         title = "fp32 against 8-bit optimizer states"
         draw(lines, out.with_suffix(".png"), ylabel="dev loss", yscale="log", title=title)
     return result
-
-
-def show(result: dict[str, Any]) -> None:
-    rows = [
-        (str(s), f"{a:.5f}", f"{b:.5f}", f"{b / a - 1:+.3%}")
-        for s, (a, b) in enumerate(zip(*result["final_dev_loss"].values(), strict=True))
-    ]
-    for seed, difference in result["relative_difference_of_controls"].items():
-        first = result["final_dev_loss"]["adamw"][seed]
-        rows.append(
-            (f"{seed}, fp32 states twice", f"{first:.5f}", f"{first * (1 + difference):.5f}", f"{difference:+.3%}")
-        )
-    rows.append(("mean", "", "", f"{result['relative_difference']:+.3%}"))
-    title = f"dev loss after {result['steps']} steps of {result['preset']} on {result['data']}"
-    console.print(table(title, ("seed", "fp32 states", "8-bit states", "difference"), rows))
-    rows = [
-        (answer, *(" ".join(f"{loss:.4f}" for loss in of[name]) for name in STRATEGIES))
-        for answer, of in result["final_dev_loss_by_answer"].items()
-    ]
-    console.print(table("the same by answer, seed by seed", ("answer", "fp32 states", "8-bit states"), rows))

@@ -18,14 +18,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from redheart.config import load_config
-from redheart.console import console, table
 from redheart.memory.plan import parameters_of
+from redheart.options import Preset, Set
 from redheart.schema import RedHeartError
 
 STRATEGY = "zero2_offload"
@@ -38,15 +39,15 @@ def predicted_step(alone_s: float, num_bytes: float, world_size: int, bytes_per_
 
 
 def bench_scaling(
-    preset: str = "local",
-    overrides: Sequence[str] = (),
-    tokens: int = 32,
-    micro_batch: int = 16,
-    steps: int = 12,
-    timeout_s: int = 900,
+    preset: Preset = "local",
+    set_: Set = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=512)] = 32,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, help="Samples of a process and step.")] = 16,
+    steps: Annotated[int, typer.Option("--steps", min=4, help="Steps of each run; the first two do not count.")] = 12,
+    timeout_s: Annotated[int, typer.Option("--timeout-s", min=1, help="Of each run.")] = 900,
 ) -> dict[str, Any]:
-    """Medians over the steps after the first two; seconds, bytes and bytes per second."""
-    settings = [*overrides, f"memory.strategy={STRATEGY}", "training.precision=fp32"]
+    """A step of two processes over gloo, beside what the scaling model of `plan` predicts from a step of one: medians."""
+    settings = [*(set_ or ()), f"memory.strategy={STRATEGY}", "training.precision=fp32"]
     job = {"preset": preset, "set": settings, "tokens": tokens, "micro_batch": micro_batch, "steps": steps}
     alone, both = _processes(job, 1, timeout_s), _processes(job, 2, timeout_s)
     num_bytes = 4 * parameters_of(load_config(preset, settings)).total
@@ -61,22 +62,6 @@ def bench_scaling(
         "efficiency": {"predicted": one_s / predicted, "observed": one_s / two_s},
         "spread": {"one": alone["spread"], "two": both["spread"]},
     }  # fmt: skip
-
-
-def show(result: dict[str, Any]) -> None:
-    step, share = result["two_ranks_step_s"], result["efficiency"]
-    rows = [
-        ("step of one rank, s", "", f"{result['one_rank_step_s']:.4f}"),
-        ("step of two ranks, s", f"{step['predicted']:.4f}", f"{step['observed']:.4f}"),
-        ("efficiency", f"{share['predicted']:.3f}", f"{share['observed']:.3f}"),
-    ]
-    console.print(
-        table(f"scaling of {result['preset']} from one to two processes", ("", "predicted", "observed"), rows)
-    )
-    console.print(
-        f"gloo: {result['gloo_bytes_per_s'] / 1e6:.0f} MB/s for {result['bytes_of_weights'] / 1e6:.1f} MB of weights; "
-        f"load {result['load_average']:.1f} on {result['cores']} cores"
-    )
 
 
 def _processes(job: dict[str, Any], world_size: int, timeout_s: int) -> dict[str, Any]:

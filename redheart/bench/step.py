@@ -10,12 +10,13 @@ read from a tensor, a check inside an operation. They are counted on the CPU, wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +25,7 @@ from redheart.bench.timing import interleaved
 from redheart.config import load_config
 from redheart.losses.combine import factors
 from redheart.model.build import build_model
+from redheart.options import Preset, Repeats, Set
 from redheart.tasks import GATES, TASKS, task_weights
 from redheart.train import stages
 from redheart.train.engine import make_engine
@@ -81,16 +83,14 @@ def counting() -> Iterator[tuple[Counter[str], Counter[str]]]:
 
 
 def bench_step(
-    preset: str = "local", overrides: Sequence[str] = (), micro_batch: int = 16, repeats: int = 7
+    preset: Preset = "local",
+    set_: Set = None,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, help="Of the timed step.")] = 16,
+    repeats: Repeats = 7,
 ) -> dict[str, Any]:
-    """Counts and samples/s of the plain engine on the CPU; see the module's docstring."""
-    settings = [
-        "memory.strategy=plain",
-        "training.precision=fp32",
-        f"training.global_batch_size={micro_batch}",
-        *overrides,
-    ]
-    config = load_config(preset, settings)
+    """Operations, parameter tensors and waits of a training step, counted; samples per second beside matrix products."""
+    settings = ["memory.strategy=plain", "training.precision=fp32", f"training.global_batch_size={micro_batch}"]
+    config = load_config(preset, settings + (set_ or []))
     engine = make_engine(lambda place: build_model(config, None, place), config, 1, micro_batch)
     scale = factors(task_weights(config.loss), dict.fromkeys((*TASKS, *GATES), 1.0), config.loss.constant_floor)
 

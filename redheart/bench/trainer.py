@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from torch import nn
 
 from redheart.caches import cache_directory
@@ -38,6 +38,7 @@ from redheart.device import compute_device
 from redheart.evaluation.curves import scalars
 from redheart.losses.combine import factors
 from redheart.model.build import build_model
+from redheart.options import Preset, Rounds, Set
 from redheart.schema import Batch, RedHeartError
 from redheart.tasks import constant_losses, task_weights
 from redheart.train import stages
@@ -50,14 +51,23 @@ WARM = 10  # steps of a leg that do not count
 
 
 def bench_trainer(
-    data: Path | None, preset: str, overrides: Sequence[str], strategy: str, steps: int, rounds: int
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A prepared directory. [default: the shipped texts, prepared once]")
+    ] = None,
+    preset: Preset = "local",
+    set_: Set = None,
+    strategy: Annotated[
+        str, typer.Option("--strategy", help="memory.strategy of ours and of Transformers' Trainer.")
+    ] = "plain",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of a leg that are timed.")] = 40,
+    rounds: Rounds = 3,
 ) -> dict[str, Any]:
-    """Samples per second of each leg as medians of interleaved rounds; `data`: prepared, else the shipped corpus without labelling."""
+    """Samples per second of `train`, beside a bare torch loop and Transformers' Trainer on the same shards, in turns."""
     directory = data or cache_directory() / "bench-trainer"
     if not data:
         prepare(["everyday"], directory, DataConfig(labeler=LabelerConfig(max_texts=0)))
     never = ("evaluate_every", "checkpoint_every", "synergy_every")
-    settings = [*overrides, f"memory.strategy={strategy}", *(f"training.{name}=1000000" for name in never)]
+    settings = [*(set_ or ()), f"memory.strategy={strategy}", *(f"training.{name}=1000000" for name in never)]
     window = (config := load_config(preset, settings)).training.log_every
     warm, timed = -(-WARM // window) * window, -(-steps // window) * window  # whole windows of the log
     job = {"data": str(directory), "preset": preset, "set": settings, "warm": warm, "steps": warm + timed}

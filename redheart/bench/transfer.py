@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.evaluation.curves import TOTAL, Line, draw, scalars
 from redheart.files import read_sealed_json, write_json, write_sealed_json
 from redheart.memory.plan import parameters_of
+from redheart.options import Data, Set
 from redheart.owned import make_directory, own
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import committed
@@ -31,29 +34,36 @@ Curve = list[list[float]]  # [[step, dev loss], …] in order
 
 
 def bench_transfer(
-    data: str,
-    out: Path,
-    small: str = "local",
-    large: str = "base",
-    source_steps: int = 400,
-    steps: int = 400,
-    evaluate_every: int = 20,
-    seeds: Sequence[int] = (0, 1, 2),
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
-    overrides: Sequence[str] = (),
+    data: Data,
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory of the runs and of transfer.json; a finished run is kept.")
+    ],
+    small: Annotated[str, typer.Option("--small", help="Preset that is trained first.")] = "local",
+    large: Annotated[
+        str, typer.Option("--large", help="Preset it grows to; its settings are those of all runs.")
+    ] = "base",
+    source_steps: Annotated[int, typer.Option("--source-steps", min=1)] = 400,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of every run after the source.")] = 400,
+    evaluate_every: Annotated[int, typer.Option("--evaluate-every", min=1)] = 20,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="May be repeated. [default: 0, 1, 2]")] = None,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option("--learning-rate", help="May be repeated. [default: 1e-4, 3e-4, 1e-3]")
+    ] = None,
+    set_: Set = None,
 ) -> dict[str, Any]:
-    """Runs what is not finished yet under `out`; curves and steps go to `out`/transfer.json, a picture to transfer.png."""
+    """Does growth pay? Steps to a dev loss: grown, from scratch, and the small network trained on."""
     make_directory(out, "--out")
-    bench = _Bench(data, out, small, large, source_steps, steps, evaluate_every, overrides)
+    bench = _Bench(data, out, small, large, source_steps, steps, evaluate_every, set_ or ())
+    seeds, learning_rates = seed or (0, 1, 2), learning_rate or (1e-4, 3e-4, 1e-3)
     rate = {"source": bench.tune("source", seeds[0], learning_rates, None)}
     origin = bench.path("source", seeds[0], rate["source"])
     rate |= {arm: bench.tune(arm, seeds[0], learning_rates, origin) for arm in ARMS}
     lines = []
-    for seed in seeds:
-        curves = {"source": bench.curve("source", seed, rate["source"], None)}
-        origin = bench.path("source", seed, rate["source"])
-        curves |= {arm: bench.curve(arm, seed, rate[arm], origin) for arm in ARMS}
-        lines.append({"seed": seed, "curves": curves, **compare(curves, bench.share)})
+    for number in seeds:
+        curves = {"source": bench.curve("source", number, rate["source"], None)}
+        origin = bench.path("source", number, rate["source"])
+        curves |= {arm: bench.curve(arm, number, rate[arm], origin) for arm in ARMS}
+        lines.append({"seed": number, "curves": curves, **compare(curves, bench.share)})
     result = {
         "small": small, "large": large, "source_steps": source_steps, "steps": steps, "cost_of_a_small_step": bench.share,
         "learning_rates": rate, "tuning": bench.tuning, "seeds": lines,

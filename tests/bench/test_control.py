@@ -168,7 +168,7 @@ def files(out: Path) -> dict[str, tuple[int, int]]:
 
 def test_a_whole_bench_and_what_is_kept_of_it(data: Path, tmp_path: Path):
     out = tmp_path / "bench"
-    asked = {"widths": (16,), "seeds": (0, 1), "steps": 3, "evaluations": 1, "overrides": TINY}
+    asked = {"widths": [16], "seeds": 2, "steps": 3, "evaluations": 1, "set_": TINY}
     told = bench_control(str(data), out, **asked)
     names = list(told["legs"])
     preset, small, equal = names
@@ -198,17 +198,17 @@ def test_a_whole_bench_and_what_is_kept_of_it(data: Path, tmp_path: Path):
     before = files(out)
     assert bench_control(str(data), out, **asked)["legs"] == legs
     assert files(out) == before
-    only = asked | {"seeds": (0,)}
+    only = asked | {"seeds": 1}
     judged = bench_control(str(data), out, **only, split="test")
     assert set(files(out).items()) > set(before.items())  # nothing is trained again to be judged on test
     assert "counterfactual" not in judged["legs"][small]["metrics"]
     assert judged["legs"][small]["metrics"]["emotion"]["sd"] is None
     with pytest.raises(RedHeartError, match=r"local-seed0\.json was made with other data, settings or code"):
-        bench_control(str(data), out, **only | {"overrides": [*TINY, "model.dropout=0.3"]})
+        bench_control(str(data), out, **only | {"set_": [*TINY, "model.dropout=0.3"]})
     (out / "control-16-seed0.safetensors").write_bytes(b"")
     (out / "control-16-seed0-dev.json").unlink()
     with pytest.raises(RedHeartError, match="is not what was trained"):
-        bench_control(str(data), out, **only, with_preset=False, equal_size=False)
+        bench_control(str(data), out, **only, controls_only=True, equal_size=False)
 
 
 def test_a_control_reads_what_the_network_reads(data: Path, tmp_path: Path, monkeypatch):
@@ -221,11 +221,11 @@ def test_a_control_reads_what_the_network_reads(data: Path, tmp_path: Path, monk
         return batches
 
     monkeypatch.setattr(SampleStream, "window", spied)
-    asked = {"widths": (16,), "equal_size": False, "seeds": (3,), "steps": 12, "evaluations": 1}
-    alone = bench_control(str(data), tmp_path, overrides=TINY, **asked, with_preset=False)["legs"]
+    asked = {"widths": [16], "equal_size": False, "seeds": 1, "steps": 12, "evaluations": 1}
+    alone = bench_control(str(data), tmp_path, set_=TINY, **asked, controls_only=True)["legs"]
     control, read[:] = [*read], []
     left_out = [*TINY, "model.ablate=[analyzers.emotion, aux.utility]"]
-    told = bench_control(str(data), tmp_path, overrides=left_out, **asked, name="without")
+    told = bench_control(str(data), tmp_path, set_=left_out, **asked, name="without")
     assert control == read  # of the network alone: the control is not trained again for another network
     assert told["legs"]["control-16"] == alone["control-16"]
     assert list(told["legs"]["without"]["metrics"]) == [
@@ -236,10 +236,10 @@ def test_a_control_reads_what_the_network_reads(data: Path, tmp_path: Path, monk
     ]
     assert "total" not in told["legs"]["without"]["dev_loss"]
     assert told["difference"]["control-16"].keys() == told["legs"]["without"]["metrics"].keys()
-    logged = read_sealed_lines(tmp_path / "without-seed3" / "samples-rank0.jsonl", "")
+    logged = read_sealed_lines(tmp_path / "without-seed0" / "samples-rank0.jsonl", "")
     assert [line["ids"] for line in logged] == control
     stream = SampleStream(data, "train")
-    direct = [[i for b in stream.micro_batches(s, 3, 16, 8, 0, 1) for i in b.ids] for s in range(12)]
+    direct = [[i for b in stream.micro_batches(s, 0, 16, 8, 0, 1) for i in b.ids] for s in range(12)]
     assert control == direct
     assert sorted(chain(*control)) == sorted(f"train{n}" for n in range(ROWS["train"]))
 

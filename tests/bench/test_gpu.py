@@ -174,8 +174,8 @@ def test_the_command_fails_with_the_plans_own_choice(preset: str, tmp_path: Path
     result = fake(preset, tmp_path, monkeypatch, answer, caps=["8GiB"])
     assert sum(c["is_chosen"] for c in result["cases"]) == 1
     assert not result["ok"]
-    monkeypatch.setattr(gpu, "bench_gpu", lambda *_: result)
-    assert CliRunner().invoke(app, ["bench", "gpu"]).exit_code == 1
+    asked = ["bench", "gpu", "--presets", preset, "--tokens", "8", "--caps", "8GiB", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, asked).exit_code == 1
 
 
 def test_the_target_counts_cases_inside_its_memory():

@@ -25,7 +25,7 @@ def test_finished_runs_are_compared_seed_by_seed(tmp_path: Path):
         write_run(tmp_path / "work" / name, last)
     write_run(tmp_path / "work" / "adamw_again-seed1", 3.06)
     out = tmp_path / "parity.json"
-    told = bench_parity(tmp_path / "data", tmp_path / "work", "local", [], 100, 2, 1, out, controls=[1])
+    told = bench_parity(tmp_path / "data", tmp_path / "work", "local", [], 100, 2, 1, out, control=[1])
     assert told["relative_difference_by_seed"] == pytest.approx([0.01, -0.01], abs=1e-6)
     assert told["relative_difference"] == pytest.approx(4.99 / 5 - 1, abs=1e-6)
     assert told["relative_difference_of_controls"] == {1: pytest.approx(0.02, abs=1e-6)}
