@@ -31,7 +31,7 @@ from redheart.console import console, table
 from redheart.files import read_json, read_sealed_json, write_json, write_sealed_json
 from redheart.memory.activations import PAIR_SHARE
 from redheart.memory.budget import gib
-from redheart.memory.plan import GIB, Candidate, Card, Plan, plan
+from redheart.memory.plan import GIB, Candidate, Card, Plan, fastest, plan, smallest
 from redheart.memory.states import STRATEGIES
 from redheart.owned import make_directory
 from redheart.schema import RedHeartError
@@ -263,18 +263,17 @@ def _cases(
     offered: Plan, config: RunConfig, cap: float | None, strategies: Sequence[Strategy], is_reference: bool = False
 ) -> tuple[list[Case], list[dict[str, Any]]]:
     """(what runs, the plan's choice first; the strategies that do not fit and why)."""
-    best = offered.chosen if any(c.fits for c in offered.candidates) else None
+    best = fastest(offered.candidates)
     picked: list[Candidate] = []
     absent = []
     for strategy in strategies:
         candidates = [c for c in offered.candidates if c.strategy == strategy]
-        fitting = [c for c in candidates if c.fits]
-        if fitting:
-            picked.append(min(fitting, key=lambda c: (c.step_s, c.gpu_peak)))
+        if (fitting := fastest(candidates)) is not None:
+            picked.append(fitting)
             continue
         why = "not offered here"
         if candidates:
-            least = min(candidates, key=lambda c: (c.gpu_peak, c.host_peak))
+            least = smallest(candidates)
             why = f"the smallest needs {least.gpu_peak / GIB:.2f} GiB on the GPU and {least.host_peak / GIB:.2f} GiB on the host"
         absent.append(_left_out(config.preset, offered.tokens, cap, strategy, why))
     picked.sort(key=lambda c: c is not best)

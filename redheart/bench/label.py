@@ -13,13 +13,12 @@ import time
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
 from redheart.config import DataConfig, LabelerConfig
 from redheart.console import console, progress, quiet_libraries
 from redheart.data.gather import gather
-from redheart.data.llm_labels import LlmScorer, layer_dtype, load_llm
+from redheart.data.llm_labels import LlmScorer, generate, layer_dtype, load_llm
 from redheart.data.questions import EXAMPLES, FORM, lists
 
 BATCH, MAX_NEW_TOKENS = 8, 160
@@ -46,7 +45,7 @@ def bench_label(
     failed = {"scoring": 0, "generation": 0}
     scorer.score(chosen[:BATCH])
     for model in generators.values():
-        generate(model, tokenizer, chosen[:BATCH], False, 2)
+        write(model, tokenizer, chosen[:BATCH], False, 2)
     with progress("bench label", texts, 0) as (bar, task):
         for start in range(0, texts, BATCH):
             batch = chosen[start : start + BATCH]
@@ -59,7 +58,7 @@ def bench_label(
             for name, model in generators.items():
                 begin = time.perf_counter()
                 forms = [
-                    [parse(a) for a in generate(model, tokenizer, batch, reverse, MAX_NEW_TOKENS)]
+                    [parse(a) for a in write(model, tokenizer, batch, reverse, MAX_NEW_TOKENS)]
                     for reverse in (False, True)
                 ]
                 seconds[name] += time.perf_counter() - begin
@@ -93,17 +92,10 @@ def prompt(text: str, reverse: bool) -> str:
     return f"A JSON object is written about each text. Every value is one word of its list.\n{lists(reverse)}\n{examples}Text: {text}\n"
 
 
-def generate(model: Any, tokenizer: Any, texts: list[str], reverse: bool, max_new_tokens: int) -> list[str]:
+def write(model: Any, tokenizer: Any, texts: list[str], reverse: bool, max_new_tokens: int) -> list[str]:
     """What the model writes after each prompt, up to the first closing brace."""
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    given = tokenizer([prompt(t, reverse) for t in texts], return_tensors="pt", padding=True)
-    with torch.inference_mode():
-        ids = model.generate(
-            **given, max_new_tokens=max_new_tokens, do_sample=False, stop_strings=["}"], tokenizer=tokenizer,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-    written = tokenizer.batch_decode(ids[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    new = generate(model, tokenizer, [prompt(t, reverse) for t in texts], max_new_tokens, "}")
+    written = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.split("}")[0].strip() + "}" for text in written]
 
 

@@ -26,8 +26,8 @@ from redheart.losses.combine import combine
 from redheart.model.build import build_model
 from redheart.model.redheart import RedHeartModel
 from redheart.options import Preset, Repeats, Set
-from redheart.schema import LABELS
 from redheart.tasks import loss_counts, task_losses, task_weights
+from redheart.train.measure import synthetic_batch
 
 GEMM = 2048  # edge of the matrix product whose speed the modules' is compared with
 
@@ -90,15 +90,12 @@ def _step(
     model: RedHeartModel, config: RunConfig, tokens: int, rows: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], None]:
     """Forward, losses and backward of a micro-batch in which everything is labelled, without contrast texts."""
-    features = torch.randn(rows, tokens, config.model.encoder_width, device=device, dtype=dtype)
-    mask = torch.ones(rows, tokens, dtype=torch.bool, device=device)
-    labels = {n: torch.rand(rows, label.size, device=device) for n, label in LABELS.items()}
-    weights = {n: torch.ones_like(v) for n, v in labels.items()}
-    keys = torch.arange(rows, device=device)
-    counts, factors = loss_counts(weights, rows), task_weights(config.loss)
+    batch = synthetic_batch(rows, tokens, config.model.encoder_width).to(device, dtype)
+    counts, factors = loss_counts(batch.weights, rows), task_weights(config.loss)
 
     def step() -> None:
-        losses = task_losses(model(features, mask, sample_keys=keys), labels, weights, config.loss)
+        outputs = model(batch.features, batch.mask, sample_keys=batch.keys)
+        losses = task_losses(outputs, batch.labels, batch.weights, config.loss)
         combine({n: v for n, (v, _) in losses.items()}, counts, factors, 1).backward()
         model.zero_grad(set_to_none=True)
 

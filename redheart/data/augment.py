@@ -11,6 +11,7 @@ WORK/written-rankN.txt, a line per text: a kill costs at most the last batch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -26,7 +27,7 @@ from redheart.console import console, progress
 from redheart.data.encode import TextEncoder, wait_for
 from redheart.data.label_quality import calibrated
 from redheart.data.labelling import chosen
-from redheart.files import write_json
+from redheart.files import check_sealed_json, sealed_line, write_json
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import SPLITS, RedHeartError
 
@@ -177,7 +178,7 @@ def _write(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) ->
                         "key": _key(record), "text": text, "similarity": float(means[i] @ means[i + len(rows)]),
                         "before": logp[i].tolist(), "after": logp[i + len(rows)].tolist(),
                     }  # fmt: skip
-                    file.write(sealed(line) + "\n")
+                    file.write(sealed_line(line))
                 file.flush()
                 rate = llm.tokens_written / (time.monotonic() - begin)
                 bar.update(task, advance=len(rows), note=f"{llm.tokens_written:,} tokens written, {rate:,.0f}/s")
@@ -195,21 +196,10 @@ def _written(work: Path, mend: int | None = None) -> dict[str, dict[str, Any]]:
             with path.open("r+b") as file:
                 file.truncate(whole)
         for line in content[:whole].splitlines():
-            text, _, digest = line.rpartition(b"\t")
-            if digest == _sum(text):
-                rewrite = json.loads(text)
+            with contextlib.suppress(ValueError, RedHeartError):
+                rewrite = check_sealed_json(json.loads(line), path, "")
                 lines[rewrite["key"]] = rewrite
     return lines
-
-
-def sealed(line: Mapping[str, Any]) -> str:
-    """A line of written-rankN.txt: JSON, a tab, and the start of the JSON's sha256."""
-    text = json.dumps(line, ensure_ascii=False)
-    return f"{text}\t{_sum(text.encode()).decode()}"
-
-
-def _sum(text: bytes) -> bytes:
-    return hashlib.sha256(text).hexdigest()[:16].encode()
 
 
 def _again(record: dict[str, Any], text: str) -> dict[str, Any]:

@@ -257,15 +257,8 @@ def _open(spec: str, config: DataConfig) -> _Opened:
         if columns:
             raise RedHeartError(f"data.columns.{name}: {name} has a converter: name the source otherwise to map it")
         rows = known.read(path if given else everyday.folder())
-        return _Opened(
-            name,
-            path.name if given else "shipped with redheart",
-            known.licence,
-            rows,
-            known.lang,
-            known.non_commercial,
-            known.published,
-        )
+        origin = path.name if given else "shipped with redheart"
+        return _Opened(name, origin, known.licence, rows, known.lang, known.non_commercial, known.published)
     looks_like_hub = (
         known is None and HUB_ID.fullmatch(given) is not None and path.suffix.lower() not in tabular.SUFFIXES
     )

@@ -174,21 +174,13 @@ class LlmScorer:
                 scores.append(logits[:, :, line, words] - total[:, :, line, None])
         return torch.cat(scores, -1).numpy()
 
-    @torch.inference_mode()
     def write(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """The line that follows each prompt, greedy; empty where it does not end within `max_new_tokens`."""
-        self.tokenizer.padding_side = "left"
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        given = self.tokenizer(list(prompts), return_tensors="pt", padding=True)
         self.model.set_attn_implementation("sdpa")
         try:
-            ids = self.model.generate(
-                **given, max_new_tokens=max_new_tokens, do_sample=False, stop_strings=["\n"], tokenizer=self.tokenizer,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )  # fmt: skip
+            new = generate(self.model, self.tokenizer, prompts, max_new_tokens, "\n")
         finally:
             self.model.set_attn_implementation(self.attention)
-        new = ids[:, given["input_ids"].shape[1] :]
         self.tokens_written += int((new != self.tokenizer.pad_token_id).sum())
         lines = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         ended = [
@@ -200,6 +192,19 @@ class LlmScorer:
         """Token ids of every line's prompt, written out: what `logits` computes at once. Forms, then lines."""
         head = self.prefix + self._ids(text)[:MAX_TEXT_TOKENS] + self.tail
         return [head + opening + line for opening, lines in self.branches() for line in lines]
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, stop: str) -> torch.Tensor:
+    """The tokens that follow each prompt, greedy, [prompts, at most max_new_tokens]; those behind the first `stop` are padding."""
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    given = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    ids: torch.Tensor = model.generate(
+        **given, max_new_tokens=max_new_tokens, do_sample=False, stop_strings=[stop], tokenizer=tokenizer,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return ids[:, given["input_ids"].shape[1] :]
 
 
 def instruction() -> str:

@@ -9,6 +9,7 @@ candidates, and are stated with every plan. Host figures of several ranks are th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -155,10 +156,10 @@ class Plan:
 
     @property
     def chosen(self) -> Candidate:
-        fitting = [c for c in self.candidates if c.fits]
-        if not fitting:
+        best = fastest(self.candidates)
+        if best is None:
             raise RedHeartError(self.no_fit())
-        return min(fitting, key=lambda c: (c.step_s, c.gpu_peak))
+        return best
 
     def no_fit(self) -> str:
         """What is too small, and the smallest budget that works."""
@@ -178,7 +179,7 @@ class Plan:
             least = min(by_host, key=lambda c: c.host_peak)
             ways.append(f"--host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}")
         if not ways:
-            least = min(self.candidates, key=lambda c: (c.gpu_peak, c.host_peak))
+            least = smallest(self.candidates)
             ways.append(
                 f"--gpu-memory {least.gpu_peak / GIB:.2f}GiB --host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}"
             )
@@ -196,6 +197,15 @@ class Plan:
             "flops_per_sample": self.flops_per_sample,
             "assumed": asdict(self.card),
         }
+
+
+def fastest(candidates: Iterable[Candidate]) -> Candidate | None:
+    """Of those that fit; None where none does."""
+    return min((c for c in candidates if c.fits), key=lambda c: (c.step_s, c.gpu_peak), default=None)
+
+
+def smallest(candidates: Iterable[Candidate]) -> Candidate:
+    return min(candidates, key=lambda c: (c.gpu_peak, c.host_peak))
 
 
 def _named(c: Candidate) -> str:

@@ -9,7 +9,7 @@ from redheart.console import console
 from redheart.device import has_gpu
 from redheart.memory.activations import MicroStep, measured
 from redheart.memory.budget import budget_of, local_world_size, resident
-from redheart.memory.plan import GIB, Candidate, Request, parameters_of, plan, predict
+from redheart.memory.plan import GIB, Candidate, Request, fastest, parameters_of, plan, predict
 from redheart.memory.show import plan_table, show_memory
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
@@ -48,9 +48,9 @@ def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, to
     show_memory(planned, gpu_bytes, int(host * GIB))
     on_gpu = "" if on_cpu else f"{planned.gpu_peak / GIB:.2f} GiB on the GPU and "
     need = f"{strategy} with micro-batch {micro_batch_size} needs {on_gpu}{planned.host_peak / GIB:.2f} GiB on the host"
-    if not any(c.fits for c in others.candidates):
+    best = fastest(others.candidates)
+    if best is None:
         raise RedHeartError(f"{need}, there is {budget}; {others.no_fit()}")
-    best = others.chosen
     raise RedHeartError(
         f"{need}, there is {budget}: choose "
         f"--set memory.strategy={best.strategy} --set training.micro_batch_size={best.micro_batch_size} "

@@ -16,7 +16,7 @@ from typing import Any
 
 from redheart.config import RunConfig
 from redheart.console import console, table
-from redheart.memory.plan import Candidate, Card, Plan, Request, parameters_of, step_times
+from redheart.memory.plan import Candidate, Card, Plan, Request, fastest, parameters_of, step_times
 from redheart.memory.states import REDUCE_BUCKET
 
 NODES = (2, 8, 64)
@@ -40,22 +40,14 @@ class Efficiency:
     strategy: str
     micro_batch_size: int  # at most
     network_gbit: float
-    measured: bool  # one node's step was measured, not estimated
+    one_node_step: str  # measured or estimated
     samples_per_node: int  # of a step, in `weak`
     weak: tuple[Point, ...]
     strong: tuple[Point, ...]
+    latency_s: float = LATENCY_S
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "strategy": self.strategy,
-            "micro_batch_size": self.micro_batch_size,
-            "network_gbit": self.network_gbit,
-            "latency_s": LATENCY_S,
-            "one_node_step": "measured" if self.measured else "estimated",
-            "samples_per_node": self.samples_per_node,
-            "weak": [asdict(p) for p in self.weak],
-            "strong": [asdict(p) for p in self.strong],
-        }
+        return asdict(self)
 
 
 def efficiency(
@@ -72,12 +64,11 @@ def efficiency(
     `step_seconds`: a measured step of one node alone on its share of the batch (global batch ÷ nodes of the plan); the estimate of
     everything that happens inside a node is scaled to it. Raises RedHeartError where nothing fits.
     """
-    chosen = plan.chosen
-    if chosen.strategy == "plain":
-        others = [c for c in plan.candidates if c.fits and c.strategy != "plain"]
-        if not others:
-            return None
-        chosen = min(others, key=lambda c: (c.step_s, c.gpu_peak))
+    chosen: Candidate | None = plan.chosen
+    if plan.chosen.strategy == "plain":
+        chosen = fastest(c for c in plan.candidates if c.strategy != "plain")
+    if chosen is None:
+        return None
     gbit = network_gbit or plan.card.network_bytes * plan.gpus_per_node * 8 / 1e9
     card = replace(plan.card, network_bytes=gbit * 1e9 / 8 / plan.gpus_per_node)
     model = _Model(config, plan, chosen, card)
@@ -85,22 +76,12 @@ def efficiency(
     if step_seconds is not None:
         model.scale = step_seconds / model.point(1, per_node)[0]
     counts = sorted({1, plan.nodes, *nodes})
+    whole = config.training.global_batch_size
+    shared = {n: whole // n for n in counts if whole % (n * plan.gpus_per_node) == 0}
     return Efficiency(
-        chosen.strategy,
-        chosen.micro_batch_size,
-        gbit,
-        step_seconds is not None,
-        per_node,
-        model.curve(dict.fromkeys(counts, per_node), weak=True),
-        model.curve(
-            {
-                n: config.training.global_batch_size // n
-                for n in counts
-                if config.training.global_batch_size % (n * plan.gpus_per_node) == 0
-            },
-            weak=False,
-        ),
-    )
+        chosen.strategy, chosen.micro_batch_size, gbit, "estimated" if step_seconds is None else "measured", per_node,
+        model.curve(dict.fromkeys(counts, per_node), weak=True), model.curve(shared, weak=False),
+    )  # fmt: skip
 
 
 class _Model:
@@ -152,7 +133,7 @@ def show_efficiency(shown: Efficiency | None) -> None:
         rows.append((p.nodes, f"{p.step_s:.3f}", f"{p.network_s:.3f}", f"{p.efficiency:.2f}", *shared))
     title = (
         f"more nodes: {shown.strategy}, {shown.network_gbit:g} Gbit/s a node, one node's step "
-        f"{'measured' if shown.measured else 'estimated'}; weak: {shown.samples_per_node} samples a node, strong: the batch shared"
+        f"{shown.one_node_step}; weak: {shown.samples_per_node} samples a node, strong: the batch shared"
     )
     columns = ("nodes", "step s", "network s", "efficiency", "strong: step s", "efficiency")
     console.print(table(title, columns, rows))

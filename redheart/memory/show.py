@@ -9,20 +9,10 @@ from rich.text import Text
 
 from redheart.console import console, table
 from redheart.memory.budget import Budget
-from redheart.memory.plan import GIB, Candidate, Plan
+from redheart.memory.plan import GIB, Candidate, Plan, fastest, smallest
 
-COLORS = [
-    "red",
-    "yellow",
-    "green",
-    "cyan",
-    "blue",
-    "magenta",
-    "bright_red",
-    "bright_yellow",
-    "bright_green",
-    "bright_cyan",
-]
+PLAIN = ("red", "yellow", "green", "cyan", "blue", "magenta")
+COLORS = (*PLAIN, *(f"bright_{color}" for color in PLAIN))
 WIDTH = 60  # characters of a full bar
 
 
@@ -47,22 +37,17 @@ def plan_table(plan: Plan) -> Table:
     rows = []
     for strategy in dict.fromkeys(c.strategy for c in plan.candidates):
         candidates = [c for c in plan.candidates if c.strategy == strategy]
-        fitting = [c for c in candidates if c.fits]
-        best = (
-            min(fitting, key=lambda c: c.step_s)
-            if fitting
-            else min(candidates, key=lambda c: (c.gpu_peak, c.host_peak))
-        )
+        best = fastest(candidates) or smallest(candidates)
         rows.append(
             (
-                ("→ " if fitting and best is plan.chosen else "  ") + strategy,
+                ("→ " if best.fits and best is plan.chosen else "  ") + strategy,
                 best.micro_batch_size,
                 best.gradient_accumulation_steps,
                 "yes" if best.activation_checkpointing else "no",
                 "–" if plan.gpu_memory is None else f"{best.gpu_peak / GIB:.2f}",
                 f"{best.host_peak / GIB:.2f}",
-                f"{best.samples_per_s:.1f}" if fitting else "does not fit",
-                best.bound if fitting else "",
+                f"{best.samples_per_s:.1f}" if best.fits else "does not fit",
+                best.bound if best.fits else "",
             )
         )
     where = "on the CPU" if plan.gpu_memory is None else f"{plan.gpu_memory / GIB:.1f} GiB of GPU memory"

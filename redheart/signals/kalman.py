@@ -11,6 +11,7 @@ rounding; Särkkä and García-Fernández (2021), "Temporal Parallelization of B
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -183,9 +184,9 @@ def last_posterior(
     dtype, fp32 or fp64. On a CPU rows are measured one by one, in the order of H; else by a tree of ⌈log₂ T⌉ levels.
     """
     if native.kernels_serve(mean, variance, F, Q, *each, *last):
-        args = [x.contiguous() for x in (mean, variance, F, Q, *each, *last, mask)]
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in args)
-        return _filter(*args, keep)[:2]
+        given = [x.contiguous() for x in (mean, variance, F, Q, *each, *last)]
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        return _filter(given, mask.contiguous(), keep)[:2]
     with torch.autocast(mean.device.type, enabled=False):
         shape = (*mask.shape, *F.shape)
         steps = combine(predict_element(F.expand(shape), Q.expand(shape)), update_element(*each.information()))
@@ -268,91 +269,58 @@ _contraction.register_autograd(_adjoint_of_bound, setup_context=_remember_bound)
 
 @torch.library.custom_op("redheart::kalman", mutates_args=())
 def _filter(
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    F: torch.Tensor,
-    Q: torch.Tensor,
-    H: torch.Tensor,
-    z: torch.Tensor,
-    precision: torch.Tensor,
-    last_H: torch.Tensor,
-    last_z: torch.Tensor,
-    last_precision: torch.Tensor,
-    mask: torch.Tensor,
-    keep: bool,
+    given: Sequence[torch.Tensor], mask: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = _outputs(mean, mask, keep)
-    counts = (*mask.shape, mean.shape[-1], H.shape[0], last_H.shape[0])
-    args = (mean, variance, F, Q, H, z, precision, last_H, last_z, last_precision, mask, *counts)
-    native.call("kalman", mean.dtype, *args, *out)
+    """`given`: mean, variance, F, Q, then H, z and precision of each step and of the last; `keep`: what a backward pass needs."""
+    out = _outputs(given, mask, keep)
+    native.call("kalman", given[0].dtype, *given, mask, *_counts(given, mask), *out)
     return out
 
 
-def _outputs(mean: torch.Tensor, mask: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outputs(given: Sequence[torch.Tensor], mask: torch.Tensor, keep: bool) -> Any:
     """Mean, covariance, and room for the moments behind every step, texts in groups of 64 bytes side by side."""
+    mean = given[0]
     (batch, steps), size, lanes = mask.shape, mean.shape[-1], 64 // mean.element_size()
     moments = mean.new_empty((batch + lanes - 1) // lanes if keep else 0, steps + 1, size + size * size, lanes)
     return torch.empty_like(mean), mean.new_empty(batch, size, size), moments
 
 
+def _counts(given: Sequence[torch.Tensor], mask: torch.Tensor) -> tuple[int, ...]:
+    return (*mask.shape, given[0].shape[-1], given[4].shape[0], given[7].shape[0])
+
+
 @torch.library.custom_op("redheart::kalman_backward", mutates_args=())
 def _filter_backward(
-    grad_mean: torch.Tensor,
-    grad_covariance: torch.Tensor,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    F: torch.Tensor,
-    H: torch.Tensor,
-    z: torch.Tensor,
-    precision: torch.Tensor,
-    last_H: torch.Tensor,
-    last_z: torch.Tensor,
-    last_precision: torch.Tensor,
-    mask: torch.Tensor,
-    moments: torch.Tensor,
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
-    args = (mean, variance, F, H, z, precision, last_H, last_z, last_precision)
-    out = tuple(torch.empty_like(x) for x in (mean, variance, F, F, H, z, precision, last_H, last_z, last_precision))
-    counts = (*mask.shape, mean.shape[-1], H.shape[0], last_H.shape[0])
-    native.call("kalman_backward", mean.dtype, grad_mean, grad_covariance, *args, mask, moments, *counts, *out)
-    return out  # type: ignore[return-value]
+    grads: Sequence[torch.Tensor], given: Sequence[torch.Tensor], mask: torch.Tensor, moments: torch.Tensor
+) -> list[torch.Tensor]:
+    out = [torch.empty_like(x) for x in given]
+    but_q = (*given[:3], *given[4:])
+    native.call("kalman_backward", given[0].dtype, *grads, *but_q, mask, moments, *_counts(given, mask), *out)
+    return out
 
 
-@_filter.register_fake
-def _(mean: torch.Tensor, *args: Any) -> Any:
-    return _outputs(mean, *args[-2:])
+_filter.register_fake(_outputs)
 
 
 @_filter_backward.register_fake
-def _(grad_mean: torch.Tensor, grad_covariance: torch.Tensor, mean: Any, variance: Any, F: Any, *args: Any) -> Any:
-    return tuple(torch.empty_like(x) for x in (mean, variance, F, F, *args[:6]))
+def _(grads: Any, given: Sequence[torch.Tensor], *_: Any) -> list[torch.Tensor]:
+    return [torch.empty_like(x) for x in given]
 
 
 def _remember_steps(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    mean, variance, F, _, *rest, _ = inputs
-    ctx.save_for_backward(mean, variance, F, *rest, output[2])
+    given, mask, _ = inputs
+    ctx.save_for_backward(*given, mask, output[2])
 
 
 def _adjoint_of_steps(ctx: Any, mean: torch.Tensor | None, covariance: torch.Tensor | None, _: Any) -> Any:
+    *given, mask, moments = ctx.saved_tensors  # asked for once: a recomputed pass gives them once
     if mean is None and covariance is None:
-        return (None,) * 12
-    saved = ctx.saved_tensors  # asked for once: a recomputed pass gives them once
-    first, size = saved[0], saved[0].shape[-1]
+        return [None] * len(given), None, None
+    first, size = given[0], given[0].shape[-1]
     mean = torch.zeros_like(first) if mean is None else mean
     covariance = first.new_zeros(first.shape[0], size, size) if covariance is None else covariance
-    return *_filter_backward(mean.contiguous(), covariance.contiguous(), *saved), None, None
+    return _filter_backward([mean.contiguous(), covariance.contiguous()], given, mask, moments), None, None
 
 
 _filter.register_autograd(_adjoint_of_steps, setup_context=_remember_steps)

@@ -18,6 +18,7 @@ from redheart.data.labelling import NUM_WORDS
 from redheart.data.llm_labels import LlmScorer
 from redheart.data.questions import FORM
 from redheart.data.sources.records import parse_record
+from redheart.files import sealed_line
 from redheart.schema import RedHeartError
 
 FACTS = {"mine": {"origin": "mine.json", "licence": "the user's own", "non_commercial": False}}
@@ -89,9 +90,11 @@ def all_kept(monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
 
 def test_paraphrases_are_further_training_rows_marked_as_derived(work: Path, monkeypatch: pytest.MonkeyPatch):
     all_kept(monkeypatch, 2)
-    lines = [json.loads(line.split("\t")[0]) for line in (work / "written-rank0.txt").read_text().splitlines()]
-    renamed = [module.sealed(line | {"text": f"{line['text']} It is version {i}."}) for i, line in enumerate(lines)]
-    (work / "written-rank0.txt").write_text("\n".join(renamed) + "\n")
+    lines = [json.loads(line) for line in (work / "written-rank0.txt").read_text().splitlines()]
+    for line in lines:
+        del line["sha256"]
+    renamed = [sealed_line(line | {"text": f"{line['text']} It is version {i}."}) for i, line in enumerate(lines)]
+    (work / "written-rank0.txt").write_text("".join(renamed))
     before = records()
     after, facts = augment(before, FACTS, work, config("paraphrase"))
     new = [r for r in after if r["source"] == "mine+paraphrase"]
@@ -101,8 +104,8 @@ def test_paraphrases_are_further_training_rows_marked_as_derived(work: Path, mon
     assert facts["mine+paraphrase"]["rejected"] == {"no good": 4}
     assert facts["mine+paraphrase"]["licence"] == "the user's own"
     assert len({r["id"] for r in after}) == len(after)
-    repeated = [module.sealed(line | {"text": "Held out!"}) for line in lines]
-    (work / "written-rank0.txt").write_text("\n".join(repeated) + "\n")
+    repeated = [sealed_line(line | {"text": "Held out!"}) for line in lines]
+    (work / "written-rank0.txt").write_text("".join(repeated))
     after, facts = augment(before, FACTS, work, config("paraphrase"))
     assert after == before
     assert facts["mine+paraphrase"]["rejected"] == {"a text that is there already": 2, "no good": 4}
@@ -126,7 +129,7 @@ def test_a_kill_costs_the_last_batch_at_most(work: Path, monkeypatch: pytest.Mon
     file = work / "written-rank0.txt"
     lines = file.read_bytes().splitlines(keepends=True)
     assert len(lines) == 6
-    assert all(np.isfinite(json.loads(line.split(b"\t")[0])["before"]).all() for line in lines)
+    assert all(np.isfinite(json.loads(line)["before"]).all() for line in lines)
     file.write_bytes(b"".join(lines[:4]) + lines[4][:100])  # the kill
     asked: list[str] = []
     write = LlmScorer.write

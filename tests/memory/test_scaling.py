@@ -92,7 +92,7 @@ def test_a_point_by_hand():
 
 def test_a_measured_step_replaces_the_estimate():
     found = told(step_seconds=3.0)
-    assert found.measured
+    assert found.one_node_step == "measured"
     assert found.weak[0].step_s == pytest.approx(3.0)
     assert found.strong[0].step_s == pytest.approx(3.0)
     estimate = told()
