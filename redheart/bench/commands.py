@@ -31,6 +31,7 @@ BENCHES = {
     "transfer": "Does growth pay? Steps to a dev loss: grown, and from scratch.",
     "scaling": "A step of two processes over gloo, beside what `plan` predicts.",
 }
+MOST_COLUMNS = 8  # of a table that a terminal shows
 OWN_TABLES = {"gpu", "ablation", "control", "transfer"}  # their files have a `show`
 
 
@@ -76,16 +77,24 @@ def _command(name: str) -> Any:
 
 
 def show(title: str, result: Mapping[str, Any]) -> None:
-    """One table of the single figures, and one of every group of them; what lies deeper (curves, for instance) only the JSON has."""
-    groups = {name: value for name, value in result.items() if isinstance(value, dict)}
-    console.print(table(title, ("figure", "measured"), [(k, _cell(v)) for k, v in result.items() if k not in groups]))
-    for name, group in groups.items():
-        rows = {k: v if isinstance(v, dict) else {"": v} for k, v in group.items()}
-        columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-        if len(columns) <= 8:
-            console.print(
-                table("", (name, *columns), [(k, *(_cell(v.get(c, "")) for c in columns)) for k, v in rows.items()])
-            )
+    """The single figures in a table, groups of the same names side by side in another, and one of each group of groups.
+
+    What lies deeper, or is too wide (curves, for instance), only the JSON has.
+    """
+    single = {name: value for name, value in result.items() if not isinstance(value, dict)}
+    console.print(table(title, ("figure", "measured"), [(k, _cell(v)) for k, v in single.items()]))
+    tables: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
+    for name, group in result.items():
+        for row, value in group.items() if isinstance(group, dict) else ():
+            if isinstance(value, dict):
+                tables.setdefault((name, None), {})[row] = value
+            else:
+                tables.setdefault(("", next(iter(group))), {}).setdefault(row, {})[name] = value
+    for (name, _), rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        if len(columns) <= MOST_COLUMNS:
+            lines = [(k, *(_cell(row.get(column, "")) for column in columns)) for k, row in rows.items()]
+            console.print(table("", (name, *columns), lines))
 
 
 def _cell(value: Any) -> str:
