@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from redheart.console import console, emit, table
 from redheart.options import Json
@@ -73,7 +74,7 @@ def _command(name: str) -> Any:
     command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}  # type: ignore[attr-defined]
     single = typer.Typer(rich_markup_mode=None, add_completion=False)
     single.command(name, help=inspect.getdoc(measure))(command)
-    return typer.main.get_command(single)
+    return get_command(single)
 
 
 def show(title: str, result: Mapping[str, Any]) -> None:
