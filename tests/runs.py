@@ -184,7 +184,7 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
 
 def losses(run: Path) -> dict[int, float]:
     """Training loss by optimizer step."""
-    return scalars(run, "loss/total")
+    return scalars(run, "0_overview/loss")
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ import typer
 
 from redheart.config import load_config
 from redheart.console import progress
-from redheart.evaluation.curves import LOSS, TOTAL, Line, draw, scalars
+from redheart.evaluation.curves import TOTAL, Line, dev_losses, draw
 from redheart.files import write_json
 from redheart.options import Preset, Set
 from redheart.owned import check_can_make, make_directory
@@ -73,22 +73,22 @@ def bench_parity(
             training.max_steps={steps} training.evaluate_every={every} training.checkpoint_every={steps}
             training.evaluate_rows=1000000 training.synergy_every={10 * steps} training.log_every=50""".split()
         settings += [f"optimizer.eps={eps!r}"] * (name == CONTROL) + [*overrides]
-        if len(scalars(directory, LOSS).get(TOTAL, {})) < 11:
+        if len(dev_losses(directory).get(TOTAL, {})) < 11:
             command = [sys.executable, "-m", "redheart", "train", "--preset", preset, "--data", str(data)]
             command += ["--out", str(directory), "--overwrite", *(x for s in settings for x in ("--set", s))]
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
             done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
             if done.returncode:
                 raise RedHeartError(f"{directory} failed: {done.stderr.strip().splitlines()[-1:]}")
-        return scalars(directory, LOSS)
+        return dev_losses(directory)
 
     curves: dict[tuple[str, int], dict[int, float]] = {}
     answers: dict[str, dict[str, list[float]]] = {}
     with progress("parity", len(keys), 0) as (bar, task), ThreadPoolExecutor(jobs) as pool:
         for key, losses in zip(keys, pool.map(lambda k: run(*k), keys), strict=True):
             curves[key] = curve = losses.pop(TOTAL)
-            for tag, of_answer in losses.items():
-                answers.setdefault(tag.removeprefix(LOSS), {}).setdefault(key[0], []).append(of_answer[max(of_answer)])
+            for answer, of_answer in losses.items():
+                answers.setdefault(answer, {}).setdefault(key[0], []).append(of_answer[max(of_answer)])
             bar.update(task, advance=1, note=f"{key[0]} seed {key[1]}: {curve[max(curve)]:.5f}")
     final = {name: [curves[name, s][steps] for s in range(seeds)] for name in STRATEGIES}
     by_seed = [b / a - 1 for a, b in zip(final["adamw"], final["adamw_8bit"], strict=True)]

@@ -35,7 +35,7 @@ from redheart.console import console
 from redheart.data.prepare import prepare
 from redheart.data.stream import SampleStream
 from redheart.device import compute_device
-from redheart.evaluation.curves import scalars
+from redheart.evaluation.curves import RATE, scalars
 from redheart.losses.combine import factors
 from redheart.model.build import build_model
 from redheart.options import Preset, Rounds, Set
@@ -97,7 +97,7 @@ def _redheart(job: dict[str, Any], config: RunConfig) -> float:
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
         train(config, job["data"], run)
-        rates = [rate for step, rate in scalars(run, "samples_per_s")["samples_per_s"].items() if step > job["warm"]]
+        rates = [rate for step, rate in scalars(run, RATE)[RATE].items() if step > job["warm"]]
     return statistics.harmonic_mean(rates)
 
 

@@ -18,7 +18,7 @@ import typer
 
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
-from redheart.evaluation.curves import TOTAL, Line, draw, scalars
+from redheart.evaluation.curves import TOTAL, Line, dev_losses, draw
 from redheart.files import read_sealed_json, write_json, write_sealed_json
 from redheart.memory.plan import parameters_of
 from redheart.options import Data, Set
@@ -178,7 +178,7 @@ class _Bench:
             raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")
         own(run, "run", ["finished.json"])
         write_sealed_json(
-            run / "finished.json", {"dev_loss": sorted(scalars(run)[TOTAL].items()), "seconds": done.seconds}
+            run / "finished.json", {"dev_loss": sorted(dev_losses(run)[TOTAL].items()), "seconds": done.seconds}
         )
 
     def _config(self, arm: str, seed: int, learning_rate: float) -> RunConfig:

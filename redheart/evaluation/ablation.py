@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redheart.evaluation.answers import Answers, cuts, metric, sums
+from redheart.evaluation.answers import Answers, cuts, resampled, sums
 from redheart.tasks import TASKS
 
 METRIC = {"multilabel": "macro_f1", "binary": "accuracy", "score": "pearson"}
@@ -60,19 +60,11 @@ def effects(
             cut = [cuts(dev, held_out, same_rows) if dev and held_out else None for dev, held_out in sides]
         present = sums(kind, one, cut[0])
         absent = sums(kind, without[1][name], cut[1]) if name in without[1] else None
-        draws = np.random.default_rng(seed).multinomial(
-            len(present), np.full(len(present), 1 / len(present)), resamples
-        )
-        values = [_resampled(kind, x, draws) if x is not None else np.zeros(resamples + 1) for x in (present, absent)]
+        values = [
+            resampled(kind, x, resamples, seed) if x is not None else np.zeros(resamples + 1) for x in (present, absent)
+        ]
         difference = values[0] - values[1]
         low, high = np.percentile(difference[1:], [2.5, 97.5])
         figures = (float(values[0][0]), float(values[1][0]), float(difference[0]), float(low), float(high))
         lines.append(Effect(module, how, name, METRIC[kind], len(present), *figures))
     return lines
-
-
-def _resampled(kind: str, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The metric on all rows, then on each resample [1 + resamples]."""
-    flat = rows.reshape(len(rows), -1)
-    total = np.concatenate([flat.sum(0, keepdims=True), draws.astype(flat.dtype) @ flat])
-    return metric(kind, total.reshape(-1, *rows.shape[1:]))

@@ -28,13 +28,15 @@ class Answers:
     """Predictions, labels and label weights (0: no label) of one final answer on one split, [N, size] each; rows with no label are
     left out.
 
-    `halves` [N] deals the rows in two by the hashes of their ids, for thresholds on the rows they are chosen from.
+    `halves` [N] deals the rows in two by the hashes of their ids, for thresholds on the rows they are chosen from. `numbers` [N]:
+    their places in the split.
     """
 
     prediction: np.ndarray
     target: np.ndarray
     weight: np.ndarray
     halves: np.ndarray | None = None
+    numbers: np.ndarray | None = None
 
     @property
     def known(self) -> np.ndarray:
@@ -82,7 +84,7 @@ def collect(
                 check_finite({f"predictions of {name}": prediction[rows]})
                 tensors = (prediction[rows], batch.labels[task.label][rows], weight[rows])
                 halves = np.array([zlib.crc32(batch.ids[i].encode()) % 2 for i in rows.nonzero()[:, 0].tolist()])
-                parts.setdefault(name, []).append((*(t.numpy() for t in tensors), halves))
+                parts.setdefault(name, []).append((*(t.numpy() for t in tensors), halves, batch.keys[rows].numpy()))
     return {n: Answers(*(np.concatenate(x) for x in zip(*p, strict=True))) for n, p in parts.items()}
 
 
@@ -121,7 +123,8 @@ def sums(kind: str, given: Answers, cut: np.ndarray | None) -> np.ndarray:
         positive, true = p > cut, t > 0.5
         terms = [positive & true, positive & ~true, ~positive & true]
     elif kind == "binary":
-        terms = [(p > 0.5) == (t > 0.5), np.ones_like(known)]
+        # who says neither is right half of the time (metrics.pair_tally)
+        terms = [np.where(p == 0.5, 0.5, (p > 0.5) == (t > 0.5)), np.ones_like(known)]
     else:
         terms = [np.ones_like(p), p, t, p * p, t * t, p * t]
     return np.stack([np.where(known, x, 0).astype(np.float32 if kind != "score" else float) for x in terms], 1)
@@ -139,6 +142,17 @@ def metric(kind: str, total: np.ndarray) -> np.ndarray:
     moves = (var_t > 1e-9).any(tuple(range(var_t.ndim - 1)))  # entries that people labelled at all
     r = (n * pt - p * t) / np.sqrt(np.maximum(var_p * var_t, 1e-18))
     return r[..., moves].mean(-1)
+
+
+def resampled(kind: str, rows: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """The metric on all rows [N, terms, size], then on each of so many bootstrap samples of them [1 + resamples]; with one seed the
+    same rows are drawn of every side that has N (Efron and Tibshirani 1993, ch. 13)."""
+    flat, generator = rows.reshape(len(rows), -1), np.random.default_rng(seed)
+    total = [flat.sum(0, keepdims=True)]
+    for start in range(0, resamples, 50):  # a draw of N rows is N counts
+        draws = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), min(50, resamples - start))
+        total.append(draws.astype(flat.dtype) @ flat)
+    return metric(kind, np.concatenate(total).reshape(-1, *rows.shape[1:]))
 
 
 def tuned_macro_f1(dev: Answers, held_out: Answers, same_rows: bool = False) -> float:

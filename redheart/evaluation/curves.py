@@ -1,4 +1,4 @@
-"""Losses of runs over their steps: read from what TensorBoard holds of them, and drawn."""
+"""Losses of runs over their steps: where they stand in TensorBoard (train/board.py), read from there, and drawn."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LOSS = "dev_loss/"
-TOTAL = f"{LOSS}total"
+from redheart.tasks import TASKS
+
+# in the order in which TensorBoard shows them
+OVERVIEW, QUALITY, MODULES, SYNERGY = "0_overview", "1_quality", "2_modules", "3_synergy"
+# weighted sums over all answers
+LOSS, DEV, CONSTANT = f"{OVERVIEW}/loss", f"{OVERVIEW}/dev_loss", f"{OVERVIEW}/constant"
+RATE = f"{OVERVIEW}/samples_per_s"
+TOTAL = "total"
+Scalars = Mapping[str, Mapping[int, float]]  # tag -> step -> value
+
+
+def tag(task: str, name: str) -> str:
+    """Of a figure of a task: `train_loss`, `dev_loss`, `constant` …"""
+    return f"{QUALITY if task in TASKS and TASKS[task].final else MODULES}/{task}/{name}"
 
 
 class Line(NamedTuple):
@@ -23,8 +35,15 @@ def scalars(run: Path, prefix: str = "") -> dict[str, dict[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(prefix)]
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}
+    names = [name for name in events.Tags()["scalars"] if name.startswith(prefix)]
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in names}
+
+
+def dev_losses(run: Path) -> dict[str, dict[int, float]]:
+    """Dev loss by step of every task, and the weighted `total`; empty where there is none."""
+    found = scalars(run)
+    names = {TOTAL: DEV, **{task: tag(task, "dev_loss") for task in TASKS}}
+    return {name: found[place] for name, place in names.items() if place in found}
 
 
 def figure(width: float, height: float) -> Any:
@@ -53,7 +72,7 @@ def draw(lines: Iterable[Line], path: Path, marks: Iterable[float] = (), **setti
 def learning_curve(run: Path) -> Path | None:
     """Draws training and dev loss from the run's TensorBoard events; None where there are none."""
     tags, path = scalars(run), run / "learning_curve.png"
-    names = {"loss/total": ("C0.-", "training batch"), TOTAL: ("C1.-", "dev")}
+    names = {LOSS: ("C0.-", "training batch"), DEV: ("C1.-", "dev")}
     lines = [Line(tags[tag], *look) for tag, look in names.items() if tag in tags]
     if lines:
         draw(lines, path, ylabel="weighted loss (1 per task = constant predictor)")

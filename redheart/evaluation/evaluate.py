@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,13 +24,27 @@ from redheart.schema import LABELS, ORIGINS, Batch, RedHeartError
 from redheart.tasks import TASKS, packed_losses
 
 Row = tuple[str, str]  # task, origin
+METRICS = {
+    "multilabel": ("macro_f1", "mae"),
+    "binary": ("accuracy",),
+    "score": ("mae", "pearson"),
+}  # that are shown, by kind
+SAID = 8  # of how many rows predictions are kept
+
+
+class Said(NamedTuple):
+    """What was predicted of a few rows: their numbers in the split [n], and predictions [n, size] by task."""
+
+    rows: np.ndarray
+    predictions: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """`losses`: loss ÷ labels per task; `total`: Σ factor·loss; `metrics`: by (task, origin), see metrics.summarise.
 
-    `not_finite`: how many labelled entries a task answered with a NaN or an infinity; it has no metrics for that origin.
+    `not_finite`: how many labelled entries a task answered with a NaN or an infinity; it has no metrics for that origin. `said`: on
+    the first rank, what was said of the first rows.
     """
 
     rows: int
@@ -36,6 +52,7 @@ class Evaluation:
     total: float
     metrics: dict[Row, dict[str, float]]
     not_finite: dict[Row, int]
+    said: Said | None = None
 
     def check_finite(self) -> None:
         """Raises RedHeartError that names the answers or losses that are not finite."""
@@ -68,7 +85,7 @@ def evaluate(
     names: tuple[str, ...] = ()
     totals: torch.Tensor | None = None  # on the device: reading them at every batch would wait for it
     tallies = {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in _rows()}
-    seen = 0
+    seen, said = 0, None
     was_training = model.training
     model.eval()
     with together(forward_has_collectives):
@@ -81,13 +98,16 @@ def evaluate(
             names, *parts = packed_losses(outputs, *on_device.side_by_side(), config)
             own = torch.stack(parts).double()
             totals = own if totals is None else totals + own
-            add_tallies(tallies, predict_all(outputs), batch)
+            predictions = predict_all(outputs)
+            add_tallies(tallies, predictions, batch)
+            if said is None and rank == 0:
+                said = Said(batch.keys[:SAID].numpy(), {name: p[:SAID] for name, p in predictions.items()})
     model.train(was_training)
     if totals is not None:
         for name, value, count in zip(names, *totals.tolist(), strict=True):
             if name in TASKS:
                 sums[name], counts[name] = value, count
-    return _merge(seen, sums, counts, tallies, factors)
+    return replace(_merge(seen, sums, counts, tallies, factors), said=said)
 
 
 def _batches(

@@ -1,26 +1,39 @@
-"""What a run shows while it runs: TensorBoard scalars, from the main process.
+"""What a run shows while it runs: TensorBoard, from the main process, told as a story from the first screen on.
 
-loss/TASK, loss/total, dev_loss/…, dev/TASK/ORIGIN/METRIC, learning_rate, grad_norm/MODULE, grad_norm/total, samples_per_s,
-memory/host_rss_gib, memory/gpu_allocated_gib, memory/gpu_reserved_gib, skipped_steps, synergy/… (train/synergy.py);
-micro_batch_size, with a text under `out_of_memory`, wherever it had to shrink (train/oom.py).
+0_overview/  loss, dev_loss and the constant predictor's, learning_rate, samples_per_s, memory, grad_norm, skipped_steps; micro_batch_size,
+             with a text under `out_of_memory`, wherever it had to shrink (train/oom.py)
+1_quality/ANSWER/  train_loss, dev_loss, constant, and metrics by who made the labels
+2_modules/MODULE/  grad_norm, and train_loss and dev_loss of what it says alone
+3_synergy/  train/synergy.py
+Charts with the constant predictor's line are under custom scalars; the configuration and a few dev texts with what was said of them
+are texts; at the end of a run its settings and last figures are under hparams. evaluation/curves.py names the tags, and reads them.
 """
 
 from __future__ import annotations
 
+import html
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.progress import Progress, TaskID
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
 
+from redheart.config import RunConfig, config_keys, dump_config, leaves
 from redheart.console import clock, console, progress
+from redheart.data.stream import SampleStream
 from redheart.device import has_gpu
-from redheart.evaluation.evaluate import Evaluation
+from redheart.evaluation.curves import CONSTANT, DEV, LOSS, MODULES, OVERVIEW, RATE, SYNERGY, tag
+from redheart.evaluation.evaluate import METRICS, Evaluation
+from redheart.evaluation.examples import Example, shown
 from redheart.ranks import is_main
+from redheart.tasks import TASKS
+from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
 
 GIB = 2**30
@@ -29,18 +42,19 @@ GIB = 2**30
 class Board:
     """Writes to RUN/tensorboard; on a resume, events of steps after the checkpoint's are hidden."""
 
-    def __init__(self, run: Path, start_step: int, total_steps: int):
+    def __init__(self, run: Path, config: RunConfig, state: Progress, factors: Mapping[str, float], total_steps: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = (
-            SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-            if is_main()
-            else None
-        )
+        self._config, self._scales, self._factors = config, state.scales, factors
         self._clock, self._samples = time.perf_counter(), 0
-        self._start, self._first, self._total = self._clock, start_step, total_steps
+        self._start, self._first, self._total = self._clock, state.step, total_steps
+        self._last: dict[str, float] = {}  # of the last look at dev
+        self._writer = None
+        if is_main():
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1 if state.step else None)
+            self._writer.add_text("config", f"```yaml\n{dump_config(config)}```", state.step)
 
-    def progress(self) -> AbstractContextManager[tuple[Progress, TaskID]]:
+    def progress(self) -> AbstractContextManager[tuple[Bar, TaskID]]:
         """The bar of the run; where stderr is no terminal nothing, since `train` says a line there."""
         return progress("training", self._total, self._first, lines=False)
 
@@ -55,36 +69,46 @@ class Board:
         now = time.perf_counter()
         rate = self._samples / (now - self._clock)
         self._clock, self._samples = now, 0
-        values = {f"loss/{name}": value for name, value in losses.items()} | {"loss/total": total}
-        values |= {f"grad_norm/{module}": v for module, v in update.module_norms.items()}
-        values |= {"grad_norm/total": update.grad_norm, "learning_rate": learning_rate, "samples_per_s": rate}
-        values |= memory() | {"skipped_steps": float(skipped)}
+        values = {LOSS: total, f"{OVERVIEW}/learning_rate": learning_rate, RATE: rate}
+        values |= {f"{OVERVIEW}/grad_norm": update.grad_norm, f"{OVERVIEW}/skipped_steps": float(skipped)}
+        values |= {f"{OVERVIEW}/{name}": v for name, v in memory().items()}
+        values |= {tag(name, "train_loss"): value for name, value in losses.items()}
+        values |= {f"{MODULES}/{module}/grad_norm": v for module, v in update.module_norms.items()}
         self._write(step, values)
         if not console.is_terminal:  # in the progress bar's stead
             left = (now - self._start) / (step - self._first) * (self._total - step)
-            held = ", ".join(
-                f"{k.removeprefix('memory/').removesuffix('_gib')} {v:.2f} GiB" for k, v in memory().items()
-            )
+            held = ", ".join(f"{name.removesuffix('_gib')} {gib:.2f} GiB" for name, gib in memory().items())
             console.print(
                 f"step {step}/{self._total}  loss {total:.4f}  {rate:.1f} samples/s  ETA {clock(left)}  {held}"
             )
         return rate
 
-    def dev(self, step: int, result: Evaluation) -> None:
-        values = {f"dev_loss/{name}": value for name, value in result.losses.items()} | {"dev_loss/total": result.total}
+    def dev(self, step: int, result: Evaluation, stream: SampleStream) -> None:
+        """Logs a look at dev: losses beside the constant predictor's, metrics, and some texts of the split with what was said."""
+        constant = sum(self._factors[name] * self._scales[name] for name in result.losses)
+        values = {DEV: result.total, CONSTANT: constant}
+        for name, value in result.losses.items():
+            values |= {tag(name, "dev_loss"): value}
+            values |= {tag(name, "constant"): self._scales[name]} if TASKS[name].final else {}
         for (task, origin), metrics in result.metrics.items():
-            values |= {f"dev/{task}/{origin}/{metric}": v for metric, v in metrics.items()}
+            wanted = METRICS[TASKS[task].kind] if TASKS[task].final else ()
+            values |= {tag(task, f"{origin}_{name}"): metrics[name] for name in wanted if name in metrics}
         self._write(step, values)
+        if self._writer and not self._last:
+            self._writer.add_custom_scalars(_charts([name for name in result.losses if TASKS[name].final]))
+        self._last = {name: v for name, v in values.items() if not name.startswith(MODULES)}
+        if self._writer and result.said:
+            self._writer.add_text("dev_texts", _table(shown(result.said, stream)), step)
 
     def synergy(self, step: int, values: Mapping[str, float]) -> None:
-        self._write(step, {f"synergy/{name}": value for name, value in values.items()})
+        self._write(step, {f"{SYNERGY}/{name}": value for name, value in values.items()})
 
     def out_of_memory(self, event: Mapping[str, Any]) -> None:
         """An entry of Progress.out_of_memory."""
         if self._writer:
             text = "\n".join(f"- {key}: {value}" for key, value in event.items())
             self._writer.add_text("out_of_memory", text, event["step"])
-            self._write(event["step"], {"micro_batch_size": event["micro_batch_size"]})
+            self._write(event["step"], {f"{OVERVIEW}/micro_batch_size": event["micro_batch_size"]})
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -92,7 +116,18 @@ class Board:
         self._clock, self._samples = time.perf_counter(), 0
 
     def close(self) -> None:
+        """The last thing that is written, for TensorBoard's table of runs, are the settings that are not the defaults, and which figures to
+        show beside them."""
         if self._writer:
+            from torch.utils.tensorboard.summary import hparams
+
+            settings = {
+                key: v if isinstance(v, bool | int | float | str) else str(v)
+                for key, v in leaves(self._config).items()
+                if (field := config_keys()[key]).is_required() or v != field.get_default(call_default_factory=True)
+            }
+            for summary in hparams(settings, self._last):
+                self._writer._get_file_writer().add_summary(summary)
             self._writer.close()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
@@ -102,10 +137,31 @@ class Board:
             self._writer.flush()
 
 
+def _charts(answers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Custom scalars: what belongs into one picture."""
+    lines = lambda *tags: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]  # noqa: E731
+    kinds = ("train_loss", "dev_loss", "constant")
+    return {
+        "overview": {"loss, dev loss and the constant predictor's": lines(LOSS, DEV, CONSTANT)},
+        "answers": {name: lines(*(tag(name, kind) for kind in kinds)) for name in answers},
+        "modules": {"gradient norms": ["Multiline", [f"^{MODULES}/.*/grad_norm$"]]},
+    }
+
+
+def _table(examples: list[Example]) -> str:
+    """Markdown, in which nothing of a text is markup; a text stands before the first of its answers."""
+    lines, before = ["| text | answer | label | said |", "|---|---|---|---|"], None
+    for one in examples:
+        text = re.sub(r"([\\`*_{}\[\]()#+\-.!|])", r"\\\1", " ".join(one.text.split())) if one.text != before else ""
+        lines.append(f"| {html.escape(text, quote=False)} | {one.answer} | {one.label:.2f} | {one.said:.2f} |")
+        before = one.text
+    return "\n".join(lines)
+
+
 def memory() -> dict[str, float]:
     """Resident memory of this process and, with a GPU, what torch holds there, in GiB."""
-    values = {"memory/host_rss_gib": psutil.Process().memory_info().rss / GIB}
+    values = {"host_rss_gib": psutil.Process().memory_info().rss / GIB}
     if has_gpu():
-        values["memory/gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-        values["memory/gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        values["gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
+        values["gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
     return values

@@ -1,7 +1,7 @@
 """Synergy analysis (part of COMPUTE, every `training.synergy_every` steps): how the tasks pull on the backbone and inform regret.
 
-To TensorBoard: synergy/cosine/A~B, the cosine between two tasks' gradients at the backbone's output (near 1: they want the same of
-it; below 0: they are in conflict), over the first rows of every rank's first micro-batch, and synergy/regret/KIND, SURD above
+To TensorBoard, under 3_synergy: cosine/A~B, the cosine between two tasks' gradients at the backbone's output (near 1: they want the same of
+it; below 0: they are in conflict), over the first rows of every rank's first micro-batch, and regret/KIND, SURD above
 chance of the recent predictions of regret given those of emotion (valence), Bentham (net value) and acceptability. Few rows and
 passes of the bare model keep it cheap; parameters get no gradient.
 """

@@ -54,7 +54,7 @@ class Trainer:
         self.factors = factors(task_weights(config.loss), state.scales, config.loss.constant_floor)
         self.guard = NonFiniteGuard(run, config.training.max_bad_steps)
         self.guard.skipped = state.skipped_steps
-        self.board, self.synergy = Board(run, state.step, total_steps), Synergy(config.loss)
+        self.board, self.synergy = Board(run, config, state, self.factors, total_steps), Synergy(config.loss)
         self.rehearsals = oom.Rehearsals(config)
         self.saved = state.step if checkpoint.holds(run, state.step) else None  # the step of the last checkpoint
         self.log = SampleLog(run, engine.rank, engine.world_size, state.step) if config.training.log_samples else None
@@ -137,7 +137,7 @@ class Trainer:
             engine.forward_has_collectives,
         )  # fmt: skip
         self.state.evaluated(result.total, result.losses)
-        self.board.dev(self.state.step, result)
+        self.board.dev(self.state.step, result, self.dev_stream)
         return result
 
     def _is_best(self, result: Evaluation) -> bool:

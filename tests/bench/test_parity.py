@@ -11,8 +11,8 @@ from redheart.bench.parity import bench_parity
 def write_run(directory: Path, last: float) -> None:
     with SummaryWriter(str(directory / "tensorboard")) as board:
         for step in range(0, 101, 10):
-            board.add_scalar("dev_loss/total", last + (100 - step) / 100, step)
-            board.add_scalar("dev_loss/heads.regret/regret", last / 10, step)
+            board.add_scalar("0_overview/dev_loss", last + (100 - step) / 100, step)
+            board.add_scalar("2_modules/heads.regret/regret/dev_loss", last / 10, step)
 
 
 def test_finished_runs_are_compared_seed_by_seed(tmp_path: Path):

@@ -1,20 +1,86 @@
-"""What a run says where stderr is no terminal."""
+"""What a run shows: what it writes to TensorBoard, read back and seen in a browser, and says where stderr is no terminal."""
 
+import json
 import re
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+from redheart.config import load_config
 from redheart.console import LiteralConsole
+from redheart.evaluation.examples import Example
+from redheart.tasks import TASKS
 from redheart.train import board
+from redheart.train.board import _table
+from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
+from tests.browser import browser, colours, look
+from tests.runs import scalars
+
+
+@pytest.fixture(scope="module")
+def events(whole_run: Path) -> EventAccumulator:
+    return EventAccumulator(str(whole_run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+
+
+def content(events: EventAccumulator, tag: str) -> bytes:
+    return events.Tensors(tag)[-1].tensor_proto.string_val[0]
+
+
+def test_the_first_tags_are_the_overview_and_then_come_quality_modules_synergy(events: EventAccumulator):
+    tags = sorted(events.Tags()["scalars"])
+    assert list(dict.fromkeys(tag.split("/")[0] for tag in tags)) == ["0_overview", "1_quality", "2_modules"]
+    overview = {"loss", "dev_loss", "constant", "learning_rate", "samples_per_s", "host_rss_gib", "grad_norm"}
+    assert {tag.split("/")[1] for tag in tags if tag.startswith("0_")} == overview | {"skipped_steps"}
+    final = {name for name, task in TASKS.items() if task.final}
+    assert {tag.split("/")[1] for tag in tags if tag.startswith("1_")} <= final
+
+
+def test_the_constant_predictor_s_line_is_that_of_the_losses_beside_it(whole_run: Path):
+    state = json.loads(next((whole_run / "checkpoints").glob("step-*/trainer.json")).read_text())
+    constant = scalars(whole_run, "1_quality/regret/constant")
+    assert set(constant) == {0, 10, 20}
+    assert constant == pytest.approx(dict.fromkeys(constant, state["scales"]["regret"]), rel=1e-6)
+    lines = {name: scalars(whole_run, f"0_overview/{name}")[0] for name in ("dev_loss", "constant")}
+    assert 0.5 < lines["dev_loss"] / lines["constant"] < 2  # a fresh network starts as the constant predictor
+
+
+def test_settings_figures_charts_and_texts_are_there(events: EventAccumulator, whole_run: Path):
+    assert "global_batch_size: 8" in content(events, "config/text_summary").decode()
+    said = content(events, "dev_texts/text_summary").decode().splitlines()
+    assert said[0] == "| text | answer | label | said |"
+    assert any(re.search(r"\| regret \| \d\.\d\d \| \d\.\d\d \|$", line) for line in said)
+    layout = layout_pb2.Layout.FromString(content(events, "custom_scalars__config__"))
+    assert [c.title for c in layout.category] == ["overview", "answers", "modules"]
+    tags = events.Tags()["scalars"]
+    for chart in layout.category[0].chart:
+        assert all(any(re.search(pattern, tag) for tag in tags) for pattern in chart.multiline.tag)
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    settings = plugin_data_pb2.HParamsPluginData.FromString(start).session_start_info.hparams
+    assert settings["training.global_batch_size"].number_value == 8
+    assert "training.seed" not in settings  # as it is by default
+    experiment = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(experiment).experiment.metric_infos
+    assert {"0_overview/dev_loss", "1_quality/regret/dev_loss"} <= {m.name.tag for m in metrics} <= set(tags)
+
+
+def test_of_a_text_nothing_is_markup():
+    line = _table([Example("a | b <img src=x>\n# *c*", "regret", 0.5, 0.25)]).splitlines()[-1]
+    assert line == r"| a \| b &lt;img src=x&gt; \# \*c\* | regret | 0.50 | 0.25 |"
 
 
 def test_a_line_for_every_logged_step_stands_in_for_the_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(board, "console", LiteralConsole(stderr=True))
-    shown = board.Board(tmp_path, 20, 100)
+    shown = board.Board(tmp_path, load_config("local"), Progress(step=20), {}, 100)
     shown._clock = shown._start = 0.0
     monkeypatch.setattr(board.time, "perf_counter", lambda: 10.0)
     shown.count(64)
@@ -25,3 +91,24 @@ def test_a_line_for_every_logged_step_stands_in_for_the_bar(
     assert re.fullmatch(
         r"step 40/100  loss 0\.7500  6\.4 samples/s  ETA 0:00:30  host_rss \d+\.\d\d GiB(, gpu_.*)?\n", told
     )
+
+
+@pytest.mark.slow  # TensorBoard and a browser take some 20 s
+def test_tensorboard_s_first_screen_is_the_overview(whole_run: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(whole_run / "tensorboard"), "--port", "0"]
+    with browser() as chromium, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            address = next(m[0] for line in server.stderr if (m := re.search(r"http://localhost:\d+/", line)))
+            deadline = time.monotonic() + 60
+            while b"0_overview" not in urllib.request.urlopen(f"{address}data/plugin/scalars/tags").read():
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            with look(chromium, f"{address}?darkMode=false#timeseries", 1400) as page:
+                page.locator("card-view").first.wait_for()
+                page.wait_for_timeout(3000)
+                assert "0_overview" in page.locator(".group-title").first.inner_text()
+                page.screenshot(path=tmp_path / "tensorboard.png")
+            assert colours(tmp_path / "tensorboard.png") > 50
+        finally:
+            server.terminate()

@@ -104,7 +104,7 @@ def test_8_bit_adam_under_zero_resumes_bitwise_and_learns(data: Path, tmp_path: 
     expected, got = last_weights(whole), last_weights(run)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[k], got[k]) for k in expected)
-    dev = scalars(whole, "dev_loss/total")
+    dev = scalars(whole, "0_overview/dev_loss")
     assert dev[20] < 0.9 * dev[0]
 
 
@@ -131,28 +131,28 @@ def test_cutting_the_batch_into_micro_batches_changes_nothing(data: Path, whole_
 
 
 def test_tensorboard_holds_what_a_run_is_judged_by(whole_run: Path):
-    tasks = ("emotion", "culture", "bentham", "acceptability", "ethics", "regret", "regret_views", "surd")
-    tasks = (*tasks, "heads.emotion/emotion", "aux.kalman/emotion", "analyzers.surd/density")
-    modules = (*MODULES, "total")
+    answers = ("emotion", "culture", "bentham", "acceptability", "ethics", "regret", "regret_views", "surd")
+    alone = ("heads.emotion/emotion", "aux.kalman/emotion", "analyzers.surd/density")
+    norms = [f"2_modules/{m}/grad_norm" for m in MODULES]
     for tag in [
-        *(f"loss/{t}" for t in tasks),
-        *(f"grad_norm/{m}" for m in modules),
-        "samples_per_s",
-        "memory/host_rss_gib",
+        *(f"1_quality/{t}/train_loss" for t in answers),
+        *(f"2_modules/{t}/train_loss" for t in alone),
+        *(f"0_overview/{name}" for name in ("loss", "grad_norm", "samples_per_s", "host_rss_gib")),
+        *norms,
     ]:
         values = scalars(whole_run, tag)
         assert len(values) == 20, tag
         assert all(0 < v < math.inf for v in values.values()), tag
-    rate = scalars(whole_run, "learning_rate")
+    rate = scalars(whole_run, "0_overview/learning_rate")
     assert rate[1] == pytest.approx(5e-4)  # one step of warm-up in twenty
     assert all(rate[k] > rate[k + 1] for k in range(2, 20))
-    assert set(scalars(whole_run, "dev_loss/total")) == {0, 10, 20}
-    squares = sum(scalars(whole_run, f"grad_norm/{m}")[7] ** 2 for m in modules[:-1])
-    assert squares**0.5 == pytest.approx(scalars(whole_run, "grad_norm/total")[7], rel=1e-4)
+    assert set(scalars(whole_run, "0_overview/dev_loss")) == {0, 10, 20}
+    squares = sum(scalars(whole_run, norm)[7] ** 2 for norm in norms)
+    assert squares**0.5 == pytest.approx(scalars(whole_run, "0_overview/grad_norm")[7], rel=1e-4)
 
 
 def test_the_dev_loss_falls(whole_run: Path):
-    dev = scalars(whole_run, "dev_loss/total")
+    dev = scalars(whole_run, "0_overview/dev_loss")
     assert dev[20] < 0.9 * dev[0]
 
 

@@ -62,7 +62,7 @@ def test_a_run_with_synergy_ends_and_resumes_bitwise(one_label_each, tmp_path, s
     whole, again = tmp_path / "whole", tmp_path / "again"
     train(one_label_each, whole, STEPS, *settings, "--set", "training.synergy_every=1", ranks=world)
     assert set(losses(whole)) == {2, 4}
-    assert set(scalars(whole, "dev_loss/total")) == {0, 3, 5}
+    assert set(scalars(whole, "0_overview/dev_loss")) == {0, 3, 5}
     if ranks > 1:
         unlike = [
             (step, sorted({*a, *b}, key=COMPARED.index))
@@ -71,7 +71,7 @@ def test_a_run_with_synergy_ends_and_resumes_bitwise(one_label_each, tmp_path, s
         ]
         assert unlike
         for step, pair in unlike:  # both gradients are known, and lie on different rows
-            assert scalars(whole, f"synergy/cosine/{'~'.join(pair)}")[step] == 0
+            assert scalars(whole, f"3_synergy/cosine/{'~'.join(pair)}")[step] == 0
 
     shutil.copytree(whole, again)
     train(one_label_each, again, STEPS, *settings, "--resume", again / "checkpoints" / f"step-{SAVED:08d}", ranks=world)
