@@ -8,6 +8,7 @@ setup(
     package_data={
         "redheart": ["presets/*.yaml"],
         "redheart.data": ["corpus/*.json"],
+        "redheart.evaluation": ["page.html"],
         "redheart.optim": ["csrc/*.cpp", "csrc/*.h"],
         "redheart.signals": ["csrc/*.cpp", "csrc/*.h"],
         "redheart.ds_configs": ["*.json"],

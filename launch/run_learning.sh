@@ -22,7 +22,7 @@ usage: bash launch/run_learning.sh MODE [options]
       --verbose                show all tables, and what the libraries say
       --help
 
-Everything a run makes lies under runs/MODE-DATE-TIME/: config.yaml, checkpoints/, tensorboard/, report.md.
+Everything a run makes lies under runs/MODE-DATE-TIME/: config.yaml, checkpoints/, tensorboard/, report.html, report.md.
 TEXT
 }
 wrong() { echo "run_learning: $*" >&2; usage; exit 2; }
@@ -120,7 +120,7 @@ echo "$run" >runs/last
 redheart evaluate --checkpoint "runs/$run" --data "$data" ${brief[@]+"${brief[@]}"}
 redheart predict --checkpoint "runs/$run" ${brief[@]+"${brief[@]}"} "I promised my father I would call on Sunday, and I forgot again."
 cat >&2 <<TEXT
-everything is in $root/runs/$run (report.md, learning_curve.png; tensorboard --logdir $root/runs/$run/tensorboard)
+everything is in $root/runs/$run (report.html, report.md; tensorboard --logdir $root/runs/$run/tensorboard)
 use it:          source $root/red_heart_env/bin/activate
 your own texts:  redheart train --data texts.csv --text body --label sorry=regret --label happy=emotion.joy --out runs/mine
 TEXT

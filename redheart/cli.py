@@ -261,7 +261,7 @@ def evaluate(
     result, path = validate(checkpoint, data, split, report, device, swap, all_)
     for one in [] if brief else [*result.terminal_tables(), result.footnote()]:
         console.print(one)
-    console.print("\n".join([*result.verdict.lines(), *([f"report: {path}"] if path else [])]))
+    console.print("\n".join([*result.verdict.lines(), *([f"report: {path} (.html: a page)"] if path else [])]))
     emit(result.to_json(), json_)
 
 
@@ -274,6 +274,17 @@ def calibrate(checkpoint: Checkpoint, data: ItsData = None, device: Device = "cp
     made = run(checkpoint, data, device)
     console.print(made.summary(), markup=False)
     emit(made.to_json(), json_)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="[default: any that is free]")] = 0,
+) -> None:
+    """Serve a page of a run while it trains, on this machine alone, until Ctrl-C: losses, answers, speed, memory."""
+    from redheart.train.watch import watch as serve
+
+    serve(run, port)
 
 
 @app.command()
@@ -342,15 +353,7 @@ def grow(
     from redheart.train.grow import grow as run
 
     report = run(checkpoint, load_config(to, set_ or ()), out, data, noise_snr_db, seed, verify, moments)
-    console.print(
-        f"grew {report.params_before:,} to {report.params_after:,} parameters, host peak {report.host_peak_gib:.2f} GiB: {out}"
-    )
-    if verify:
-        console.print(
-            f"largest difference {report.max_abs_difference:.1e} of an output's scale; "
-            f"dev loss {report.loss_before:.6f} before, {report.loss_after:.6f} after"
-        )
-    console.print(f"train it with: redheart train --preset {to} --init {out} --data DIR")
+    console.print(f"{report.summary(out)}\ntrain it with: redheart train --preset {to} --init {out} --data DIR")
     emit(asdict(report), json_)
 
 

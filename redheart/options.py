@@ -91,7 +91,10 @@ ConfigFile = Annotated[
 ]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Run directory. [default: runs/PRESET]")]
 ItsData = Annotated[str | None, typer.Option("--data", help="[default: the data it was trained on]")]
-ReportFile = Annotated[Path | None, typer.Option("--report", help="Write report.md here. [default: the run directory]")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", help="Write report.md here, and report.html beside it. [default: the run directory]"),
+]
 Samples = Annotated[
     int | None, typer.Option("--samples", min=1, help="Only the first N records, splits in proportion.")
 ]

@@ -39,7 +39,7 @@ def look(chromium: Any, address: str, width: int, height: int = 900, offline: bo
         page.on("requestfailed", lambda request: complaints.append(f"{request.url}: {request.failure}"))
         page.goto(address)
         yield page
-    assert complaints == []
+    assert not complaints, complaints
 
 
 def scrolls_sideways(page: Any) -> bool:

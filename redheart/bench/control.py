@@ -34,9 +34,9 @@ from redheart.data.shards import content_digest
 from redheart.data.stream import SampleStream
 from redheart.device import has_gpu
 from redheart.evaluation.answers import answers
-from redheart.evaluation.curves import figure
 from redheart.evaluation.evaluate import Evaluation, evaluate
 from redheart.evaluation.measures import Measured, measure, over_seeds, paired
+from redheart.evaluation.page import figure
 from redheart.files import read_sealed_json, sha256_of, write_json, write_sealed_json
 from redheart.losses.combine import factors
 from redheart.memory.activations import code_digest

@@ -59,10 +59,10 @@ def effects(
             sides = [(x[0].get(name), x[1].get(name)) for x in (whole, without)]
             cut = [cuts(dev, held_out, same_rows) if dev and held_out else None for dev, held_out in sides]
         present = sums(kind, one, cut[0])
-        absent = sums(kind, without[1][name], cut[1]) if name in without[1] else None
-        values = [
-            resampled(kind, x, resamples, seed) if x is not None else np.zeros(resamples + 1) for x in (present, absent)
-        ]
+        if name in without[1]:
+            values = resampled(kind, present, sums(kind, without[1][name], cut[1]), resamples=resamples, seed=seed)
+        else:
+            values = [*resampled(kind, present, resamples=resamples, seed=seed), np.zeros(resamples + 1)]
         difference = values[0] - values[1]
         low, high = np.percentile(difference[1:], [2.5, 97.5])
         figures = (float(values[0][0]), float(values[1][0]), float(difference[0]), float(low), float(high))

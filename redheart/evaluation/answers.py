@@ -144,15 +144,16 @@ def metric(kind: str, total: np.ndarray) -> np.ndarray:
     return r[..., moves].mean(-1)
 
 
-def resampled(kind: str, rows: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """The metric on all rows [N, terms, size], then on each of so many bootstrap samples of them [1 + resamples]; with one seed the
-    same rows are drawn of every side that has N (Efron and Tibshirani 1993, ch. 13)."""
-    flat, generator = rows.reshape(len(rows), -1), np.random.default_rng(seed)
+def resampled(kind: str, *sides: np.ndarray, resamples: int = 1000, seed: int = 0) -> list[np.ndarray]:
+    """Of every side's rows [N, terms, size] the metric on all of them, then on each bootstrap sample, the same rows of every side:
+    [1 + resamples] (Efron and Tibshirani 1993, ch. 13)."""
+    flat, generator = np.concatenate([rows.reshape(len(rows), -1) for rows in sides], 1), np.random.default_rng(seed)
     total = [flat.sum(0, keepdims=True)]
-    for start in range(0, resamples, 50):  # a draw of N rows is N counts
+    for start in range(0, resamples, 50):  # a sample of N rows is N counts
         draws = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), min(50, resamples - start))
         total.append(draws.astype(flat.dtype) @ flat)
-    return metric(kind, np.concatenate(total).reshape(-1, *rows.shape[1:]))
+    parts = np.split(np.concatenate(total), len(sides), 1)
+    return [metric(kind, part.reshape(-1, *rows.shape[1:])) for part, rows in zip(parts, sides, strict=True)]
 
 
 def tuned_macro_f1(dev: Answers, held_out: Answers, same_rows: bool = False) -> float:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from redheart.evaluation.page import Picture, figure
 from redheart.tasks import TASKS
 
-# in the order in which TensorBoard shows them
-OVERVIEW, QUALITY, MODULES, SYNERGY = "0_overview", "1_quality", "2_modules", "3_synergy"
-# weighted sums over all answers
-LOSS, DEV, CONSTANT = f"{OVERVIEW}/loss", f"{OVERVIEW}/dev_loss", f"{OVERVIEW}/constant"
+OVERVIEW, QUALITY, MODULES, SYNERGY = (
+    "0_overview",
+    "1_quality",
+    "2_modules",
+    "3_synergy",
+)  # in the order TensorBoard shows them
+LOSS, DEV, CONSTANT = (
+    f"{OVERVIEW}/{name}" for name in ("loss", "dev_loss", "constant")
+)  # weighted sums over all answers
 RATE = f"{OVERVIEW}/samples_per_s"
 TOTAL = "total"
 Scalars = Mapping[str, Mapping[int, float]]  # tag -> step -> value
@@ -46,16 +53,6 @@ def dev_losses(run: Path) -> dict[str, dict[int, float]]:
     return {name: found[place] for name, place in names.items() if place in found}
 
 
-def figure(width: float, height: float) -> Any:
-    """An empty picture of so many inches, drawn without a screen; axes of it are made with `subplots`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made
-
-
 def draw(lines: Iterable[Line], path: Path, marks: Iterable[float] = (), **settings: Any) -> None:
     """Lines over optimizer steps; `marks`: losses as dotted lines across; `settings` of the axes, such as ylabel and yscale."""
     picture = figure(7, 4.5)
@@ -69,11 +66,24 @@ def draw(lines: Iterable[Line], path: Path, marks: Iterable[float] = (), **setti
     picture.savefig(path, dpi=120)
 
 
-def learning_curve(run: Path) -> Path | None:
-    """Draws training and dev loss from the run's TensorBoard events; None where there are none."""
-    tags, path = scalars(run), run / "learning_curve.png"
-    names = {LOSS: ("C0.-", "training batch"), DEV: ("C1.-", "dev")}
-    lines = [Line(tags[tag], *look) for tag, look in names.items() if tag in tags]
-    if lines:
-        draw(lines, path, ylabel="weighted loss (1 per task = constant predictor)")
-    return path if lines else None
+def learning_curves(found: Scalars, kept: int | None = None) -> Picture | None:
+    """Losses of all answers together and of each, with the constant predictor's as a line across and the step of the checkpoint that
+    was `kept` as one upright; from all `scalars` of a run, None where there are none."""
+    names: dict[str, tuple[str, ...]] = {"all answers, weighted": (LOSS, DEV, CONSTANT)}
+    names |= {n: tuple(tag(n, k) for k in ("train_loss", "dev_loss", "constant")) for n, t in TASKS.items() if t.final}
+    panels = [
+        partial(_panel, name, [found.get(t, {}) for t in of], kept) for name, of in names.items() if of[0] in found
+    ]
+    return Picture("learning_curve.png", "losses over the steps", panels) if panels else None
+
+
+def _panel(name: str, lines: Sequence[Mapping[int, float]], kept: int | None, axes: Any) -> None:
+    train, dev, constant = lines
+    axes.plot(train.keys(), train.values(), "C0-", lw=0.8, alpha=0.7, label="training batch")
+    axes.plot(dev.keys(), dev.values(), "C1.-", lw=1.4, label="dev")
+    if constant:
+        axes.axhline(constant[max(constant)], color="grey", lw=0.9, ls=":", label="constant predictor")
+    if kept is not None:
+        axes.axvline(kept, color="tab:red", lw=0.9, ls="--", label=f"kept: step {kept}")
+    axes.set(title=name, xlabel="optimizer step", ylabel="loss")
+    axes.legend(fontsize=7)

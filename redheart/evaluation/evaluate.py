@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class Evaluation:
     total: float
     metrics: dict[Row, dict[str, float]]
     not_finite: dict[Row, int]
-    said: Said | None = None
+    said: Said | None = field(default=None, compare=False)
 
     def check_finite(self) -> None:
         """Raises RedHeartError that names the answers or losses that are not finite."""

@@ -32,7 +32,7 @@ def shown(said: Said, stream: SampleStream) -> list[Example]:
             label = np.array([np.nan if v is None else v for v in _list(given)], float)
             if label.size and not np.isnan(label).all():
                 k = int(np.nanargmax(label))
-                found.append(Example(_text(row), _entry(task, k), float(label[k]), float(predictions[place, k])))
+                found.append(Example(_text(row, task), _entry(task, k), float(label[k]), float(predictions[place, k])))
     return found
 
 
@@ -46,7 +46,7 @@ def worst(held_out: Mapping[str, Answers], stream: SampleStream, each: int = 3) 
         for place, row in zip(rows, stream.rows(given.numbers[rows]), strict=True):
             k = int(error[place].argmax())
             label, said = float(given.target[place, k]), float(given.prediction[place, k])
-            found.append(Example(_text(row), _entry(task, k), label, said))
+            found.append(Example(_text(row, task), _entry(task, k), label, said))
     return found
 
 
@@ -61,9 +61,9 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _text(row: Mapping[str, Any]) -> str:
-    """With the text it is compared to, where there is one."""
-    return row["text"] if row["contrast_text"] is None else f"{row['text']} ⟷ {row['contrast_text']}"
+def _text(row: Mapping[str, Any], task: str) -> str:
+    """Of an answer about two texts both of them."""
+    return f"{row['text']} ⟷ {row['contrast_text']}" if TASKS[task].kind == "binary" else row["text"]
 
 
 def _entry(task: str, k: int) -> str:

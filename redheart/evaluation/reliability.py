@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from redheart.evaluation.answers import Answers
 from redheart.evaluation.calibration import Line, crossed, uncalibrated, with_lines
-from redheart.evaluation.curves import figure
+from redheart.evaluation.page import Picture
 from redheart.schema import LABELS
 from redheart.tasks import TASKS
 
 BINS = 15
 BINNED = f"{BINS} bins of equal mass over all labelled entries of an answer"
 COLUMNS = ("answer", "texts", "ECE ↓", "calibrated", "Brier ↓", "calibrated", "mae ↓", "calibrated")
-DIAGRAM = "reliability.png"
 
 
 @dataclass(frozen=True)
@@ -115,16 +114,15 @@ def _entry_error(given: Answers, entry: int) -> float:
     return calibration_error(given.prediction[known, entry].astype(float), given.target[known, entry].astype(float))
 
 
-def draw(found: list[Reliability], path: Path) -> None:
+def picture(found: list[Reliability]) -> Picture:
     """A panel per answer: mean label over mean prediction of every bin, before and after; on the diagonal they agree."""
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    picture = figure(3.4 * columns, 3.2 * rows)
-    for number, one in enumerate(found, 1):
-        axes, label = picture.add_subplot(rows, columns, number), LABELS[TASKS[one.task].label]
-        axes.plot([label.low, label.high], [label.low, label.high], color="grey", lw=0.8, ls=":")
-        for side, look, name in ((one.before, "C1.-", "before"), (one.after, "C0.-", "calibrated")):
-            axes.plot(side.bins[:, 0], side.bins[:, 1], look, lw=1.2, label=f"{name}, {side.ece:.3f}")
-        axes.set(title=one.task, xlabel="mean prediction", ylabel="mean label")
-        axes.legend(fontsize=7, title="expected calibration error", title_fontsize=7)
-    picture.savefig(path, dpi=120)
+    return Picture("reliability.png", "mean label over mean prediction", [partial(_panel, one) for one in found])
+
+
+def _panel(one: Reliability, axes: Any) -> None:
+    label = LABELS[TASKS[one.task].label]
+    axes.plot([label.low, label.high], [label.low, label.high], color="grey", lw=0.8, ls=":")
+    for side, look, name in ((one.before, "C1.-", "before"), (one.after, "C0.-", "calibrated")):
+        axes.plot(side.bins[:, 0], side.bins[:, 1], look, lw=1.2, label=f"{name}, {side.ece:.3f}")
+    axes.set(title=one.task, xlabel="mean prediction", ylabel="mean label")
+    axes.legend(fontsize=7, title="expected calibration error", title_fontsize=7)

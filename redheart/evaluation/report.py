@@ -1,26 +1,31 @@
-"""What was learned, to look at: a table beside the baselines, `report.md`, and the learning curve as a picture."""
+"""What was learned, to look at: one record of sections, from which the terminal's tables, `report.md` and `report.html` are made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from redheart.causality.synergy import Informing
 from redheart.console import table
 from redheart.data.stream import SampleStream
-from redheart.evaluation.answers import Answers, collect, tuned_macro_f1
+from redheart.evaluation.answers import Answers, collect
 from redheart.evaluation.baselines import Predict, baselines, judged, look_up
 from redheart.evaluation.calibration import uncalibrated
-from redheart.evaluation.causes import draw
-from redheart.evaluation.curves import learning_curve
-from redheart.evaluation.evaluate import Evaluation, Row, forward, predict_all
-from redheart.evaluation.reliability import BINNED, DIAGRAM, Reliability
+from redheart.evaluation.causes import LEAST
+from redheart.evaluation.causes import picture as draw
+from redheart.evaluation.evaluate import METRICS, Evaluation, forward, predict_all
+from redheart.evaluation.examples import Example
+from redheart.evaluation.intervals import COLUMNS as INTERVAL_COLUMNS
+from redheart.evaluation.intervals import Measured, measured
+from redheart.evaluation.page import Picture, Section, to_html, to_markdown
+from redheart.evaluation.reliability import BINNED, Reliability
 from redheart.evaluation.reliability import COLUMNS as RELIABILITY_COLUMNS
-from redheart.evaluation.reliability import draw as draw_reliability
+from redheart.evaluation.reliability import picture as draw_reliability
 from redheart.evaluation.verdict import Verdict, judge
 from redheart.files import write_text
 from redheart.model.redheart import RedHeartModel
@@ -57,10 +62,10 @@ def compare(
     held_out: SampleStream,
     scored: tuple[Mapping[str, Answers], Mapping[str, Answers]],
     judged_answers: Mapping[str, Answers],
-) -> tuple[list[Line], Verdict]:
-    """The lines of the report: labels of people first. `tuned_f1`: macro-F1 with the thresholds of answers.cuts, for every side;
-    the network's own from what it `scored` on dev and on the held-out split (calibration.score_split). The verdict is on
-    `judged_answers`: what it says there, calibrated."""
+) -> tuple[list[Line], list[Measured], Verdict]:
+    """The lines of the report, labels of people first, and metrics with intervals. `tuned_f1`: macro-F1 with the thresholds of
+    answers.cuts, for every side; the network's own from what it `scored` on dev and on the held-out split (calibration.score_split).
+    The verdict is on `judged_answers`: what it says there, calibrated."""
     predict = lambda batch: predict_all(forward(model, batch.to("cpu", torch.float32)))  # noqa: E731
     others: dict[str, Predict] = {**baselines(train)}
     if "regret" in {row[0] for row in result.metrics} and (table_ := look_up(train, predict)):
@@ -69,35 +74,28 @@ def compare(
     lines = []
     final = [row for row in result.metrics if TASKS[row[0]].final]
     for row in sorted(final, key=lambda r: (r[1] not in JUDGED_ORIGINS, list(TASKS).index(r[0]))):
-        for metric in _metrics_of(row, result):
+        for metric in METRICS[TASKS[row[0]].kind]:
+            if metric not in result.metrics[row]:
+                continue
             values = [metrics.get(k, {}).get(row, {}).get(metric) for k in ("linear", f"constant/{metric}", "look_up")]
             summary = result.metrics[row]
             lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["rows"]), metric, summary[metric], *values))
-    network = [{name: uncalibrated(name, given) for name, given in side.items()} for side in scored]
     linear, constant = (
-        [collect(side, split) for split in (dev, held_out)] for side in (others["linear"], others["constant/macro_f1"])
+        (collect(side, dev), collect(side, held_out)) for side in (others["linear"], others["constant/macro_f1"])
     )
-    for name, answers in network[1].items():
-        has_label = ((answers.target > 0.5) & answers.known).any()
-        if TASKS[name].kind != "multilabel" or name not in network[0] or not has_label:
-            continue
-        ours, regression, all_ = (
-            tuned_macro_f1(side[0][name], side[1][name], tuned_on_itself(held_out))
-            for side in (network, linear, constant)
-        )
-        lines.insert(0, Line(name, "people", True, len(answers.target), "tuned_f1", ours, regression, all_))
-    return lines, judge(judged_answers, {"linear": linear[1], "constant": collect(others["constant/mse"], held_out)})
+    on_dev, on_held_out = ({name: uncalibrated(name, given) for name, given in side.items()} for side in scored)
+    found = measured((on_dev, on_held_out), constant, linear, tuned_on_itself(held_out))
+    for one in found:
+        if one.metric == "macro_f1":
+            f1 = one.model.value, one.linear.value, one.constant.value
+            lines.insert(0, Line(one.task, "people", True, one.rows, "tuned_f1", *f1))
+    others_said = {"linear": linear[1], "constant": collect(others["constant/mse"], held_out)}
+    return lines, found, judge(judged_answers, others_said)
 
 
 def tuned_on_itself(held_out: SampleStream) -> bool:
     """Whether the rows that are judged are those that thresholds are chosen on."""
     return held_out.split == "dev"
-
-
-def _metrics_of(row: Row, result: Evaluation) -> list[str]:
-    kind = TASKS[row[0]].kind
-    names = {"multilabel": ("macro_f1", "mae"), "binary": ("accuracy",), "score": ("mae", "pearson")}[kind]
-    return [m for m in names if m in result.metrics[row]]
 
 
 def cells(line: Line) -> list[str]:
@@ -124,11 +122,14 @@ class Report:
     split: str
     evaluation: Evaluation
     lines: list[Line]
+    measured: list[Measured]
+    verdict: Verdict
     dev_losses: list[tuple[str, float, float, float]]
     causes: Informing | None  # what informs the predicted regret; None where there are too few texts
     reliability: list[Reliability]
     calibrated_by: str  # which rows the calibration was fitted on
-    verdict: Verdict
+    wrong: list[Example]  # the largest errors
+    confusion: tuple[tuple[str, ...], np.ndarray] | None  # of emotions: entries, and texts [true, said] (confusion)
     untrained: list[str] | None = None  # answers, or answers' entries, that no label trained; None: not known
 
     def without_untrained(self) -> Report:
@@ -139,8 +140,11 @@ class Report:
             self,
             evaluation=replace(self.evaluation, losses=losses),
             lines=[line for line in self.lines if line.task not in gone],
+            measured=[one for one in self.measured if one.task not in gone],
             dev_losses=[row for row in self.dev_losses if row[0] not in gone],
             reliability=[one for one in self.reliability if one.task not in gone],
+            wrong=[one for one in self.wrong if not gone & {one.answer, one.answer.partition(".")[0]}],
+            confusion=None if "emotion" in gone else self.confusion,
             causes=None if gone & {"regret", "emotion", "bentham"} else self.causes,
         )
 
@@ -153,17 +157,8 @@ class Report:
         return f"{FOOTNOTE}\nNo label trained these answers, and they mean nothing: {', '.join(self.untrained)}."
 
     def terminal_tables(self) -> list[Any]:
-        title = f"{self.split} split, {self.evaluation.rows} samples"
-        tables = [
-            table("what was learned", LOSS_COLUMNS, self._loss_cells()),
-            table(title, COLUMNS, self._line_cells()),
-        ]
-        if self.reliability:
-            rows = [one.cells() for one in self.reliability]
-            tables.append(table(f"calibration ({self.calibrated_by})", RELIABILITY_COLUMNS, rows))
-        if self.causes is not None:
-            tables.append(table(self._causes_title(), CAUSE_COLUMNS, self._cause_cells()))
-        return tables
+        sections = (self._losses(), self._lines(), self._calibration(), self._causes())
+        return [table(one.title, one.columns, one.rows) for one in sections if one.rows]
 
     def to_json(self) -> dict[str, Any]:
         result = self.evaluation
@@ -171,7 +166,8 @@ class Report:
         return {
             "split": self.split, "checkpoint": self.facts["checkpoint"], "thresholds_chosen_on": TUNED_ON[self.split == "dev"],
             "untrained": self.untrained, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
-            "verdict": self.verdict.to_json(), "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
+            "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
+            "verdict": self.verdict.to_json(), "intervals": [one.to_json() for one in self.measured],
             "calibration": {
                 "fitted_on": self.calibrated_by, "bins": BINNED, "answers": {one.task: one.to_json() for one in self.reliability},
             },
@@ -181,54 +177,98 @@ class Report:
             },
         }  # fmt: skip
 
-    def write(self, path: Path) -> None:
-        """`path` (markdown), with its pictures beside it; the learning curve where the run has TensorBoard events."""
-        curve = learning_curve(path.parent)
-        text = [f"# {self.title}", "", *(f"- {line}" for line in self.verdict.lines()), ""]
-        text += [*(f"- {k}: {v}" for k, v in self.facts.items()), ""]
-        text += [*_markdown(LOSS_COLUMNS, self._loss_cells()), "", f"## {self.split} split", ""]
-        text += [*_markdown(COLUMNS, self._line_cells()), "", self.footnote(), ""]
-        text += [
-            "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels.",
+    def sections(self, curves: Picture | None = None) -> list[Section]:
+        """The whole record, the verdict first."""
+        facts = [(name, str(value)) for name, value in self.facts.items()]
+        sections = [
+            Section("Verdict", [f"{line[0].upper()}{line[1:]}." for line in self.verdict.lines()]),
+            self._measured(),
+            replace(self._losses(), picture=curves),
+            replace(self._lines(), notes=[*self.footnote().splitlines(), *self._meanings()]),
+            self._calibration(),
+            self._confusion(),
+            self._wrong(),
+            self._causes(),
+            Section("This checkpoint", columns=("", ""), rows=facts),
+        ]
+        return [one for one in sections if one.rows or one.first]
+
+    def write(self, path: Path, curves: Picture | None, more: Sequence[Section]) -> None:
+        """`path` (markdown), with its pictures beside it, and the same as one page, its name with .html."""
+        sections = [*self.sections(curves), *more]
+        write_text(path, to_markdown(self.title, sections, path.parent))
+        write_text(path.with_suffix(".html"), to_html(self.title, sections))
+
+    def _measured(self) -> Section:
+        notes = [
+            "In brackets the 95 % interval of a bootstrap over the rows, paired where it is of a difference. macro_f1: with the threshold "
+            f"of every entry chosen on {TUNED_ON[self.split == 'dev']}; pearson: of a constant it is 0. Labels of people alone."
+        ]
+        rows = [one.cells() for one in self.measured]
+        return Section(
+            f"{self.split.capitalize()} split: how well, and how sure that is", (), INTERVAL_COLUMNS, rows, notes
+        )
+
+    def _losses(self) -> Section:
+        rows = [[name, *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]
+        return Section("What was learned", (), LOSS_COLUMNS, rows)
+
+    def _lines(self) -> Section:
+        marked = {name: f"{name} (not trained)" for name in self.untrained or ()}
+        rows = [[marked.get(task, task), *rest] for task, *rest in map(cells, self.lines)]
+        return Section(f"{self.split.capitalize()} split, {self.evaluation.rows} samples", (), COLUMNS, rows)
+
+    def _meanings(self) -> list[str]:
+        return [
+            "linear: ridge or logistic regression on the mean-pooled features of the same encoder, fitted on the same labels. "
             "constant: what is best for the metric if one says the same of every text: the training median, the majority, always yes; of "
             "two texts, neither. "
             f"tuned_f1: macro-F1 with the threshold of every entry chosen on {TUNED_ON[self.split == 'dev']}. look-up: the mean label "
-            "of training texts by the level of the predicted regret.",
+            "of training texts by the level of the predicted regret."
         ]
-        if self.reliability:
-            text += ["", "## How far answers can be taken at their word", ""]
-            text += [*_markdown(RELIABILITY_COLUMNS, [one.cells() for one in self.reliability]), ""]
-            text += [
-                f"As the network gives them and calibrated ({self.calibrated_by}). ECE: expected calibration error, {BINNED}; of ratings "
-                "and strengths in the label's units, as their Brier score is the mean squared error.",
-                "",
-                f"![mean label over mean prediction]({DIAGRAM})",
-            ]
-            draw_reliability(self.reliability, path.parent / DIAGRAM)
-        if self.causes is not None:
-            text += ["", f"## {self._causes_title()}", "", *_markdown(CAUSE_COLUMNS, self._cause_cells()), ""]
-            draw(self.causes, path.parent / "causes_of_regret.png")
-            text += ["![what informs regret](causes_of_regret.png)"]
-        if curve:
-            text += ["", f"![losses over the steps]({curve.name})"]
-        write_text(path, "\n".join(text) + "\n")
 
-    def _causes_title(self) -> str:
-        assert self.causes is not None
-        return f"what informs the predicted regret (SURD, {self.causes.mutual_information:.3f} bits, {self.causes.leak:.0%} stays open)"
+    def _calibration(self) -> Section:
+        notes = [
+            f"As the network gives them and calibrated ({self.calibrated_by}). ECE: expected calibration error, {BINNED}; of ratings "
+            "and strengths in the label's units, as their Brier score is the mean squared error."
+        ]
+        rows = [one.cells() for one in self.reliability]
+        drawn = draw_reliability(self.reliability) if rows else None
+        return Section(f"Calibration ({self.calibrated_by})", (), RELIABILITY_COLUMNS, rows, notes, drawn)
 
-    def _cause_cells(self) -> list[list[str]]:
-        assert self.causes is not None
-        return [[kind, agents, f"{bits:.4f}"] for kind, agents, bits in self.causes.rows()]
+    def _confusion(self) -> Section:
+        if self.confusion is None:
+            return Section("")
+        names, counts = self.confusion
+        rows = [
+            (f"{name} ({total})", *(f"{n / total:.0%}" for n in of))
+            for name, of in zip(names, counts.tolist(), strict=True)
+            if (total := sum(of))
+        ]
+        notes = [
+            "Of the texts that people say show the emotion on the left, how many have the one above as the network's strongest."
+        ]
+        return Section("Which emotion is taken for which", (), ("labelled", *names), rows, notes)
 
-    def _line_cells(self) -> list[list[str]]:
-        marked = {name: f"{name} (not trained)" for name in self.untrained or ()}
-        return [[marked.get(task, task), *rest] for task, *rest in map(cells, self.lines)]
+    def _wrong(self) -> Section:
+        rows = [(e.text, e.answer, f"{e.label:.2f}", f"{e.said:.2f}") for e in self.wrong]
+        return Section("Where it is most wrong", (), ("text", "answer", "label", "said"), rows)
 
-    def _loss_cells(self) -> list[list[str]]:
-        return [[name, *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]
-
-
-def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    names = list(columns)
-    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *("| " + " | ".join(r) + " |" for r in rows)]
+    def _causes(self) -> Section:
+        title = "What informs the predicted regret"
+        if self.causes is None:
+            return Section(
+                title,
+                [f"Nothing can be said: it takes {LEAST} texts, and trained answers on emotion, bentham and regret."],
+            )
+        rows = [(kind, agents, f"{bits:.4f}") for kind, agents, bits in self.causes.rows()]
+        told, left = self.causes.mutual_information, self.causes.leak
+        said = [] if rows else ["The other answers say nothing of it beyond chance."]
+        return Section(
+            f"{title} (SURD, {told:.3f} bits, {left:.0%} stays open)",
+            said,
+            CAUSE_COLUMNS,
+            rows,
+            (),
+            draw(self.causes) if rows else None,
+        )

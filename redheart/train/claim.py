@@ -21,8 +21,9 @@ from redheart.schema import RedHeartError
 from redheart.train.checkpoint import REBUILD, clear, committed, last
 
 KIND = "run"
-NAMES = ("config.yaml", "ds_config.json", "checkpoints", "tensorboard", REBUILD)
-REPORT = ("report.md", "learning_curve.png", "reliability.png", "causes_of_regret.png")  # evaluate's
+RESULT = "result.json"  # how the last launch ended
+NAMES = ("config.yaml", "ds_config.json", "checkpoints", "tensorboard", RESULT, REBUILD)
+REPORT = ("report.md", "report.html", "learning_curve.png", "reliability.png", "causes_of_regret.png")  # evaluate's
 EARLIER = (*NAMES, *REPORT, "samples-rank*.jsonl", "non_finite_step_*.json", "finished.json")
 
 

@@ -50,6 +50,15 @@ class GrowReport:
     loss_after: float | None
     host_peak_gib: float
 
+    def summary(self, out: Path) -> str:
+        said = f"grew {self.params_before:,} to {self.params_after:,} parameters, host peak {self.host_peak_gib:.2f} GiB: {out}"
+        if self.max_abs_difference is None:
+            return said
+        return (
+            f"{said}\nlargest difference {self.max_abs_difference:.1e} of an output's scale; "
+            f"dev loss {self.loss_before:.6f} before, {self.loss_after:.6f} after"
+        )
+
 
 def grow(
     checkpoint: Path,

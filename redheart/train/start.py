@@ -15,6 +15,7 @@ from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
 from redheart.device import bf16_is_fast, compute_device
 from redheart.evaluation.trained import joined, label_weights
+from redheart.files import write_json
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
 from redheart.model.build import model_config
@@ -26,7 +27,7 @@ from redheart.train import checkpoint
 from redheart.train.agree import agree
 from redheart.train.calibrate import calibrate_best
 from redheart.train.checkpoint import Progress
-from redheart.train.claim import Claim, naming_no_room
+from redheart.train.claim import RESULT, Claim, naming_no_room
 from redheart.train.engine import PlainEngine
 from redheart.train.engine.machinery import START_S
 from redheart.train.named import check_names
@@ -50,6 +51,7 @@ class TrainResult:
     memory: dict[str, dict[str, float]]  # planned beside taken: memory/compare.py
     go_on: str  # how to go on with it
     calibration: Path | None = None  # of its best checkpoint, where it came to its end
+    from_step: int = 0  # where this launch began
 
     @property
     def end(self) -> str:
@@ -71,8 +73,9 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         state = self.state
         return {
-            "run": str(self.run), "steps": state.step, "total_steps": self.total_steps, "seconds": self.seconds,
-            "world_size": state.world_size, "initial_dev_loss": state.initial_dev_loss, "last_dev_loss": state.last_dev_loss,
+            "run": str(self.run), "from_step": self.from_step, "steps": state.step, "total_steps": self.total_steps,
+            "seconds": self.seconds, "world_size": state.world_size,
+            "initial_dev_loss": state.initial_dev_loss, "last_dev_loss": state.last_dev_loss,
             "best_value": state.best_value, "best_step": state.best_step, "last_loss": state.last_loss,
             "skipped_steps": state.skipped_steps, "signal": self.signal,
             "micro_batch_size": state.micro_batch_size, "out_of_memory": state.out_of_memory,
@@ -176,7 +179,7 @@ def _train(
             state.scales = constant_losses(*streams[0].label_sample(), config.loss)
         _announce(config, engine.world_size, accumulation, total_steps, state)
         trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters)
-        started = time.perf_counter()
+        started, first = time.perf_counter(), state.step
         stop = trainer.run()
         barrier()
     if isinstance(trainer.engine, PlainEngine) and trainer.engine.swap.names:
@@ -192,7 +195,10 @@ def _train(
         if launched_rank() == 0:
             calibration = calibrate_best(run, streams[1], state)
     go_on = command(run) if update_parameters else "a dry run keeps no checkpoint: start it again"
-    return TrainResult(run, state, total_steps, seconds, stop.signal, memory, go_on, calibration)
+    result = TrainResult(run, state, total_steps, seconds, stop.signal, memory, go_on, calibration, first)
+    if update_parameters and launched_rank() == 0:
+        write_json(run / RESULT, result.to_json())
+    return result
 
 
 def steps_of(config: RunConfig, num_rows: int) -> int:

@@ -12,7 +12,9 @@ from redheart.device import device_of
 from redheart.evaluation.answers import Answers
 from redheart.evaluation.calibration import Calibration, Line, dev_digest, fit, score_split
 from redheart.evaluation.causes import causes_of_regret
+from redheart.evaluation.curves import learning_curves, scalars
 from redheart.evaluation.evaluate import evaluate
+from redheart.evaluation.examples import confusion, worst
 from redheart.evaluation.reliability import calibrated, reliability
 from redheart.evaluation.report import Report, compare, tuned_on_itself
 from redheart.evaluation.trained import trained_entries, untrained_names
@@ -24,6 +26,7 @@ from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, task_weights
 from redheart.train.claim import is_run, own_report
 from redheart.train.export import load_model, resolve
+from redheart.train.told import data_and_commands, how_it_ran
 
 
 def validate(
@@ -35,13 +38,15 @@ def validate(
     swap: Collection[str] | None = None,
     untrained: bool = False,
 ) -> tuple[Report, Path | None]:
-    """(the report, where it was written). `data` defaults to what the checkpoint was trained on, `out` to its run directory,
-    `swap` (modules kept off `device` but for their turn) to its memory.swap. Answers that no label trained are left out, or, with
-    `untrained`, marked."""
+    """(the report, where it was written, with a page beside it). `data` defaults to what the checkpoint was trained on, `out` to its run
+    directory, `swap` (modules kept off `device` but for their turn) to its memory.swap. Answers that no label trained are left out, or,
+    with `untrained`, marked."""
     device_of(device)  # this and the next before anything is loaded
     if out is not None:
         if out.is_dir():
             raise RedHeartError(f"--report {out} is a directory: name a file in it, such as {out / 'report.md'}")
+        if out.suffix == ".html":
+            raise RedHeartError(f"--report {out}: name the .md, and the .html comes beside it")
         check_can_make(out, "--report")
     directory = resolve(checkpoint)
     model, config, progress, calibration = load_model(directory)
@@ -76,20 +81,27 @@ def validate(
     scored = on_dev, on_dev if itself else score_split(model, held_out, device)
     maps, fitted_on = _maps(calibration, dev, on_dev, itself)
     learned = {name: a for name, a in calibrated(scored[1], maps, itself).items() if name not in (silent or ())}
-    lines, verdict = compare(result, model, train, dev, held_out, scored, learned)
+    lines, sure, verdict = compare(result, model, train, dev, held_out, scored, learned)
     causes, reliable = causes_of_regret(model, held_out), reliability(scored[1], maps, itself)
     title = f"Red Heart: what {config.preset} learned"
-    report = Report(title, facts, split, result, lines, losses, causes, reliable, fitted_on, verdict, silent)
+    confused = confusion("emotion", learned["emotion"]) if "emotion" in learned else None
+    wrong = worst(learned, held_out)
+    report = Report(
+        title, facts, split, result, lines, sure, verdict, losses, causes, reliable, fitted_on, wrong, confused, silent
+    )
     if not untrained:
         report = report.without_untrained()
     if swapped.names:
         console.print(str(swapped.report()))
-    run = directory.parent.parent
-    if out is None and directory.parent.name == "checkpoints" and is_run(run):
+    run = directory.parent.parent if directory.parent.name == "checkpoints" else None
+    run = run if run and is_run(run) else None
+    if out is None and run:
         own_report(run)
         out = run / "report.md"
-    if out is not None:
-        report.write(out)
+    if out is None:
+        return report, None
+    curves = learning_curves(scalars(run), progress.step) if run else None
+    report.write(out, curves, [*how_it_ran(run), *data_and_commands(run, directory, data, split, train.index)])
     return report, out
 
 

@@ -26,7 +26,7 @@ from redheart.evaluation.calibration import (
     with_lines,
     write,
 )
-from redheart.evaluation.reliability import BINS, binned, calibration_error, draw, figures, reliability
+from redheart.evaluation.reliability import BINS, binned, calibration_error, figures, picture, reliability
 from redheart.files import write_sealed_json
 from redheart.schema import LABELS, RedHeartError
 from redheart.tasks import TASKS
@@ -250,8 +250,8 @@ def test_rows_have_no_say_in_their_own_calibration():
 def test_the_diagram_is_drawn(tmp_path):
     logits, labels = drawn(200, 7)
     told = reliability({n: given(logits[:, :s], labels[:, :s]) for n, s in (("emotion", 7), ("regret", 1))}, {}, True)
-    draw(told, tmp_path / "r.png")
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    picture(told).png(tmp_path)
+    assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
     assert list(told[0].entries) == list(LABELS["emotion"].names)
 
 

@@ -4,7 +4,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from redheart.causality.synergy import informing
-from redheart.evaluation.causes import draw, main_direction
+from redheart.evaluation.causes import main_direction, picture
 
 
 def test_the_main_direction_is_the_first_principal_component():
@@ -19,5 +19,6 @@ def test_the_picture_is_drawn_even_where_nothing_is_told(tmp_path):
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(2, 600, generator=g)
     for name, target in (("told", x), ("silent", torch.rand(600, generator=g))):
-        draw(informing("regret", target, {"emotion": x, "bentham": y}), tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        (tmp_path / name).mkdir()
+        picture(informing("regret", target, {"emotion": x, "bentham": y})).png(tmp_path / name)
+        assert (tmp_path / name / "causes_of_regret.png").stat().st_size > 5000

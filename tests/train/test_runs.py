@@ -1,7 +1,9 @@
 """Whole runs: the same parameters on every path, after every interruption, on every number of ranks."""
 
+import html
 import json
 import math
+import re
 import shlex
 import shutil
 import signal
@@ -188,6 +190,16 @@ def test_everything_lies_under_the_run_directory_and_can_be_used(data: Path, who
     assert {"emotion", "culture", "acceptability", "regret"} <= {line["task"] for line in judged}
     names = {p.name for p in whole_run.iterdir()}
     assert {"config.yaml", "ds_config.json", "checkpoints", "tensorboard", "report.md", "learning_curve.png"} <= names
+    page = (whole_run / "report.html").read_text()
+    for line in [
+        *report["verdict"]["lines"],
+        "20 optimizer steps of the last launch",
+        "kept: step",
+        "MIT (written for Red Heart)",
+    ]:
+        assert html.escape(line[1:]) in page
+    assert page.count("<svg") > 9  # learning curves of all answers and of each, reliability
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)  # nothing is fetched
 
     exported = redheart("export", "--checkpoint", whole_run, "--out", tmp_path / "export", "--json")
     assert exported.returncode == 0, exported.stderr

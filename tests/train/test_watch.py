@@ -1,0 +1,39 @@
+"""`redheart watch`: the page of a run so far, for this machine alone."""
+
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from redheart.schema import RedHeartError
+from redheart.train.watch import server
+from tests.browser import browser, look, scrolls_sideways
+
+
+def test_the_page_so_far_is_served_to_this_machine_alone(whole_run: Path):
+    with server(whole_run, 0) as serving:
+        assert serving.server_address[0] == "127.0.0.1"
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{serving.server_port}/"
+        page = urllib.request.urlopen(address).read().decode()
+        assert '<meta http-equiv="refresh" content="10">' in page
+        assert all(name in page for name in ("dev_loss", "samples_per_s", "all answers, weighted", "regret_views"))
+        for refused in (
+            urllib.request.Request(address, headers={"Host": "elsewhere.example:80"}),
+            urllib.request.Request(f"{address}config.yaml"),
+        ):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(refused)
+        with browser() as chromium, look(chromium, address, 390) as shown:
+            assert not scrolls_sideways(shown)
+            assert shown.locator("svg").count() > 5
+        serving.shutdown()
+
+
+def test_what_cannot_be_watched_is_one_line(whole_run: Path, tmp_path: Path):
+    with pytest.raises(RedHeartError, match="holds no run"):
+        server(tmp_path, 0)
+    with server(whole_run, 0) as serving, pytest.raises(RedHeartError, match="cannot be listened on"):
+        server(whole_run, serving.server_port)
