@@ -8,19 +8,38 @@ from typing import TYPE_CHECKING, Any
 from redheart.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from redheart.doors import Evaluated, Prepared, Run, evaluate, prepare, train
     from redheart.infer import RedHeartPipeline
     from redheart.model.redheart import RedHeartModel
 
-__all__ = ["RedHeartModel", "RedHeartPipeline", "__version__"]
+__all__ = [
+    "Evaluated",
+    "Prepared",
+    "RedHeartModel",
+    "RedHeartPipeline",
+    "Run",
+    "__version__",
+    "evaluate",
+    "prepare",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RedHeartModel":
-        from redheart.model.redheart import RedHeartModel
+    if name in ("RedHeartModel", "RedHeartPipeline"):
+        from redheart import infer  # it knows runs and checkpoints, which the model alone does not
 
-        return RedHeartModel
-    if name == "RedHeartPipeline":
-        from redheart.infer import RedHeartPipeline
+        return getattr(infer, name)
+    if name == "train":  # a function and a package, see there
+        import redheart.train
 
-        return RedHeartPipeline
+        return redheart.train
+    if name == "_train" or name in __all__:
+        from redheart import doors
+
+        return getattr(doors, name.removeprefix("_"))
     raise AttributeError(f"module 'redheart' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

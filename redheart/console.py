@@ -47,7 +47,10 @@ class LiteralConsole(Console):
     """A console on which no string is markup, whatever user's text, path or label stands in it. It never raises over an encoding."""
 
     def __init__(self, quiet: bool = False, stderr: bool = False):
-        super().__init__(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=stderr, markup=False, emoji=False)
+        super().__init__(
+            stderr=stderr, quiet=quiet, highlight=False, soft_wrap=stderr, markup=False, emoji=False,
+            force_jupyter=False,  # rich's own display needs widgets there, and shows nothing without them
+        )  # fmt: skip
 
     def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
         return super().render_str(literal(text, self.encoding), **settings)

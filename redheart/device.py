@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from redheart.schema import RedHeartError
@@ -85,6 +87,18 @@ def tell_deepspeed() -> None:
         raise RedHeartError(
             f"DS_ACCELERATOR={chosen} is set, but torch computes on {here} here: unset DS_ACCELERATOR, or {remedy}"
         )
+
+
+@contextmanager
+def variables_kept() -> Iterator[None]:
+    """What is set in the environment inside, by us and by libraries, is as it was before once this is left."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def settle_allocator() -> None:

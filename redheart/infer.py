@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -24,10 +24,20 @@ from redheart.schema import CULTURE_HANGUL, LABELS, RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import load_model
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOGETHER = 256  # texts that are encoded, and then answered, at once
+
 
 class RedHeartPipeline:
-    """`pipeline(text)` -> dict, `pipeline([texts])` -> list of dicts; every answer with its named entries in its label's range,
-    utility unbounded.
+    """`pipeline(text)` -> dict, `pipeline(texts)` -> list of dicts; every answer with its named entries in its label's range,
+    utility unbounded. Texts: a list, a pandas Series, an array, a generator.
+
+    >>> pipeline = redheart.RedHeartPipeline.from_pretrained("runs/first")
+    >>> one, other = pipeline(text for text in ("I promised to call and forgot.", "We laughed all evening."))
+    >>> list(pipeline.predict_frame(["I promised to call and forgot."]))[:3]
+    ['text', 'emotion.joy', 'emotion.sadness']
 
     The network computes on `device`; modules named in `swap` stay on the host and visit it for their turn (memory/swap.py,
     `pipeline.swap.report()`). `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they
@@ -96,15 +106,30 @@ class RedHeartPipeline:
         return made
 
     @overload
-    def __call__(self, text: str) -> dict[str, Any]: ...
+    def __call__(self, text: str) -> dict[str, Any]: ...  # type: ignore[overload-overlap]  # a string is an iterable of strings
     @overload
-    def __call__(self, text: list[str]) -> list[dict[str, Any]]: ...
-    @torch.inference_mode()
-    def __call__(self, text: str | list[str]) -> dict[str, Any] | list[dict[str, Any]]:
-        texts = [text] if isinstance(text, str) else text
-        if not texts or any(not t.strip() for t in texts):
-            raise RedHeartError("give at least one text that is not empty")
+    def __call__(self, text: Iterable[str]) -> list[dict[str, Any]]: ...
+    def __call__(self, text: str | Iterable[str]) -> dict[str, Any] | list[dict[str, Any]]:
+        texts = _rows([text] if isinstance(text, str) else text)[0]
         self._tell(texts)
+        answers = [a for start in range(0, len(texts), TOGETHER) for a in self._answers(texts, start)]
+        return answers[0] if isinstance(text, str) else answers
+
+    def predict_frame(self, texts: Iterable[str]) -> pd.DataFrame:
+        """A row for each text: column `text`, then one for each answer or its entry, such as `regret` and `emotion.joy`.
+
+        A Series keeps its index. Names that are chosen (`emotion_chosen`) are lists, as in the answers.
+        """
+        import pandas as pd
+
+        given, index = _rows([texts] if isinstance(texts, str) else texts)
+        rows = [{"text": text, **flat(answer)} for text, answer in zip(given, self(given), strict=True)]
+        return pd.DataFrame(rows, index=index)
+
+    @torch.inference_mode()
+    def _answers(self, texts: list[str], start: int) -> list[dict[str, Any]]:
+        """Those of TOGETHER texts from `start` on."""
+        texts = texts[start : start + TOGETHER]
         features, mask = pad(self.encoder.encode(texts)[0], self.encoder.width)
         outputs = self.model(features.float(), mask)
         found = {n: p for n, p in predict_all(outputs).items() if TASKS[n].final}
@@ -115,13 +140,12 @@ class RedHeartPipeline:
             bad = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
             if bad:
                 raise RedHeartError(
-                    f"the network's {SHOWN.get(name, name)} of text {bad[0] + 1} is not a finite number: its training went astray; "
-                    "choose an earlier checkpoint"
+                    f"the network's {SHOWN.get(name, name)} of text {start + bad[0] + 1} is not a finite number: its training went "
+                    "astray; choose an earlier checkpoint"
                 )
         if self.calibration is not None:
             found |= self._calibrated(self.calibration, scores(outputs), found)
-        answers = [self._answer({n: p[i].tolist() for n, p in found.items()}) for i in range(len(texts))]
-        return answers[0] if isinstance(text, str) else answers
+        return [self._answer({n: p[i].tolist() for n, p in found.items()}) for i in range(len(texts))]
 
     @staticmethod
     def _calibrated(
@@ -176,6 +200,23 @@ def flat(answer: dict[str, Any]) -> dict[str, Any]:
     """One text's answers with a key for each entry: `regret`, `emotion.joy`."""
     entries = {n: v.items() if isinstance(v, dict) else [("", v)] for n, v in answer.items()}
     return {f"{n}.{k}" if k else n: v for n, pairs in entries.items() for k, v in pairs}
+
+
+def _rows(texts: Iterable[str]) -> tuple[list[str], Any]:
+    """(texts, index of a Series or None). RedHeartError names the first row that is no text, or an empty one."""
+    if isinstance(texts, dict) or hasattr(texts, "columns") or getattr(texts, "ndim", 1) != 1:
+        raise RedHeartError(f"a {type(texts).__name__} is no list of texts: give one column of it")
+    rows, index = list(texts), getattr(texts, "index", None)
+    index = index if hasattr(index, "tolist") else None  # a list's `index` is a method
+    if not rows:
+        raise RedHeartError("give at least one text that is not empty")
+    for number, (row, name) in enumerate(zip(rows, rows if index is None else index, strict=True), 1):
+        where = f"text {number}" + (f" (index {name!r})" if index is not None else "")
+        if not isinstance(row, str):
+            raise RedHeartError(f"{where} is {row!r}, not a string: leave missing ones out")
+        if not row.strip():
+            raise RedHeartError(f"{where} is empty: leave it out")
+    return [str(row) for row in rows], index  # numpy's strings are a class of their own
 
 
 def _some(said: list[str]) -> str:

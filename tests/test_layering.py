@@ -21,7 +21,7 @@ ROOMS = [
     ["memory"],
     ["evaluation"],  # beneath train: the trainer asks evaluate, nothing here knows the trainer
     ["train"],
-    ["infer", "closing", "doctor", "bench", "early", "reading"],
+    ["infer", "closing", "doctor", "bench", "early", "reading", "doors"],
     [
         "cli",
         "asking",

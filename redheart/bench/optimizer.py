@@ -12,7 +12,6 @@ reset through /proc/self/clear_refs, with the C library's free memory given back
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ import typer
 
 from redheart.bench.timing import interleaved
 from redheart.device import tell_deepspeed
-from redheart.memory.budget import status_bytes
+from redheart.memory.budget import PEAKS, forget_peaks, resident_peak
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
 from redheart.optim.adam8bit import BLOCK
@@ -48,7 +47,7 @@ def bench_optimizer(
     DeepSpeed's cast too; `_checked` also counts our look for gradients that are not finite (the optimizer's default; a
     training run's own guard has looked already).
     """
-    if not Path("/proc/self/clear_refs").exists():
+    if not PEAKS.exists():
         raise RedHeartError("bench optimizer measures temporaries through /proc: run it on Linux")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -138,10 +137,10 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def _temporary_bytes(step: Callable[[], object]) -> int:
     """By how much the resident size peaked above where it began, during one step."""
     trim()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak becomes the present size
-    began = status_bytes("VmHWM")
+    forget_peaks()
+    began = resident_peak()
     step()
-    return max(0, status_bytes("VmHWM") - began)
+    return max(0, resident_peak() - began)
 
 
 def relative_error_by_decade(blocks: int = 4096) -> dict[str, dict[str, list[float]]]:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ from redheart.ranks import launched_world_size, sum_over_ranks, world_size
 from redheart.schema import RedHeartError
 
 CONTEXT = 530 * 2**20  # CUDA context and loaded kernels, outside torch's allocator: 527 MiB on an H100 with CUDA 13
+PEAKS = Path("/proc/self/clear_refs")  # proc(5): 5 resets VmHWM
 UNITS = {"": 1.0, "G": 1.0, "GIB": 1.0, "GB": 1e9 / 2**30, "M": 2**-10, "MIB": 2**-10, "MB": 1e6 / 2**30}
 
 
@@ -39,8 +41,16 @@ def resident() -> int:
 
 
 def resident_peak() -> int:
-    """The most bytes of this process that were ever in memory."""
+    """The most bytes of this process that were in memory since it began, or since `forget_peaks`."""
     return status_bytes("VmHWM")
+
+
+def forget_peaks() -> None:
+    """The present size is the peak from here on, on the host and in torch's GPU allocator; on a system without /proc nothing happens."""
+    if PEAKS.exists():
+        PEAKS.write_text("5", encoding="ascii")
+    if has_gpu() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def status_bytes(field: str) -> int:

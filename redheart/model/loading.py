@@ -29,6 +29,11 @@ def verify_export(directory: Path) -> None:
         verify_manifest(directory, remedy, free={CARD})
 
 
+def is_run_or_checkpoint(path: Path, subfolder: str | None = None) -> bool:
+    """Whether a directory is no export of Transformers' layout but something that `redheart train` wrote."""
+    return not subfolder and not (path / "config.json").is_file() and (path / "config.yaml").is_file()
+
+
 def load_whole(load: Callable[..., Any], path: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """`load` (a `from_pretrained` of Transformers) with every tensor accounted for; RedHeartError otherwise.
 

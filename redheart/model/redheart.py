@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,13 +21,13 @@ from redheart.model.backbone import Backbone
 from redheart.model.dropout import DropoutMasks
 from redheart.model.fusion import Readings, Utility, plain_mean
 from redheart.model.layers import Masks, attention_bias, full_precision
-from redheart.model.loading import draw_missing, load_whole, refuse_packing
+from redheart.model.loading import draw_missing, is_run_or_checkpoint, load_whole, refuse_packing
 from redheart.model.outputs import ANSWER_FIELDS, RedHeartOutput
 from redheart.model.padding import checked_mask, real_tokens_first, rows_of, stacked
 from redheart.model.parts import BACKBONE, FUSION, FUSION_LAYERS, MODULES, PARTS, sizes_of, sources, utilities
 from redheart.model.readout import with_readout
 from redheart.model.select import ExecutionMode, Selection, select
-from redheart.schema import TASKS4
+from redheart.schema import TASKS4, RedHeartError
 
 __all__ = ["RedHeartConfig", "RedHeartModel", "RedHeartOutput", "module_of", "parameter_counts"]
 
@@ -75,6 +77,8 @@ class RedHeartModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     config: RedHeartConfig
+    # given by train/export.py, which knows what a run is
+    read_run: ClassVar[Callable[[Path], Any] | None] = None
     # what has a residual connection, or owns what others read, stays on one device
     _no_split_modules = {"EncoderStack", "QueryStack", "TaskPooling", "Residual", "BranchAttention"}  # noqa: RUF012
 
@@ -123,9 +127,27 @@ class RedHeartModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As of Transformers, but files that are not what the export's manifest says, and tensors that are missing, unexpected
         or of another shape, raise RedHeartError: see model/loading.py. So do weights that bitsandbytes is to pack.
+
+        A checkpoint or a run directory (its best checkpoint) is read too, with no option but `dtype`.
         """
         refuse_packing(kwargs)
-        return load_whole(super().from_pretrained, pretrained_model_name_or_path, model_args, kwargs)
+        path = pretrained_model_name_or_path
+        if isinstance(path, os.PathLike):
+            path = os.fspath(path)
+        if path is not None and is_run_or_checkpoint(Path(path), kwargs.get("subfolder")):
+            return cls._from_run(Path(path), kwargs)
+        return load_whole(super().from_pretrained, path, model_args, kwargs)
+
+    @classmethod
+    def _from_run(cls, path: Path, options: dict[str, Any]) -> RedHeartModel:
+        dtype = options.pop("dtype", None)
+        if options or cls.read_run is None:
+            reason = f"a run takes no {', '.join(options)}" if options else "only `redheart.RedHeartModel` reads runs"
+            raise RedHeartError(
+                f"{path} is no export, and {reason}: `redheart export --checkpoint {path} --out DIR` first"
+            )
+        model = cls.read_run(path)
+        return model if dtype is None else model.to(dtype)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Layers draw themselves where they are built; Transformers asks again for those whose tensors were missing."""

@@ -62,6 +62,9 @@ def load_model(path: Path) -> Trained:
     return loaded._replace(calibration=calibration)
 
 
+RedHeartModel.read_run = staticmethod(lambda path: load_model(path).model)  # what the room of the model may not know
+
+
 def load_weights(directory: Path) -> Trained:
     """The same without its calibration, from an export or a checkpoint."""
     quiet_libraries()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # signals are the main thread's, and so is what they do
+            return
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, frame: object) -> None:

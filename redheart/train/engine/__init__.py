@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from redheart.config import RunConfig
+from redheart.device import variables_kept
 from redheart.memory.budget import limit_gpu
 from redheart.model.regional import check_compilation, compile_layers
 from redheart.ranks import is_out_of_memory
@@ -75,7 +76,8 @@ def consolidated_weights(directory: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights in a checkpoint of any engine and world size, on the CPU."""
     if (directory / PLAIN_STATE).is_file():
         return torch.load(directory / PLAIN_STATE, map_location="cpu", weights_only=True)["model"]
-    import_machinery()
+    with variables_kept():  # no process group comes of it
+        import_machinery()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress on stdout, which is ours

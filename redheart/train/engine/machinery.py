@@ -17,7 +17,7 @@ from redheart.device import has_gpu, tell_deepspeed
 from redheart.files import read_json
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import build_root
-from redheart.ranks import is_launched
+from redheart.ranks import is_launched, leave
 from redheart.schema import RedHeartError
 from redheart.signals.native import library as signals_kernels
 
@@ -47,6 +47,21 @@ def import_machinery() -> tuple[Any, Any]:
     # a bare print to stdout, which is for results: `DeepSpeed … built successfully`
     vars(deepspeed.comm.torch)["print"] = deepspeed.utils.logger.info
     return accelerate, deepspeed
+
+
+def forget_machinery() -> None:
+    """Ends the process group of this process and what Accelerate and DeepSpeed keep of it, so that another run may start here."""
+    if "deepspeed" not in sys.modules:
+        leave()
+        return
+    import accelerate
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # and what DeepSpeed has made of it
+    leave()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
 
 
 def check_accelerate() -> None:
