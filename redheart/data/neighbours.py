@@ -9,10 +9,12 @@ stands in the test split gives that half away.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,10 @@ from redheart.schema import SPLITS, RedHeartError
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("retrieval_worker.py")
 VARIABLE = "REDHEART_RETRIEVAL_PYTHON"
-REMEDY = f"run launch/setup_env.sh --retrieval in a checkout, or set {VARIABLE} to a Python with faiss-cpu, numpy and pyarrow"
+REMEDY = (
+    f"run launch/setup_env.sh --retrieval in a checkout, pip install 'redheart[retrieval]', or set {VARIABLE} to a Python with faiss-cpu, "
+    "numpy and pyarrow"
+)
 IVF_ABOVE = 65_536  # indexed texts beyond which the search is approximate
 MOST_THREADS = 8
 EXAMPLES = 8
@@ -155,13 +160,16 @@ def search(
 
 
 def interpreter() -> str:
-    """The Python that has FAISS: the variable's, else the checkout's own environment, which is made on first use."""
+    """The Python that has FAISS: the variable's, else this one if it is installed here (the worker is a process that imports no
+    torch), else the checkout's own environment, which is made on first use."""
     given = os.environ.get(VARIABLE)
     if given:
         python = shutil.which(given)
         if python is None:
             raise RedHeartError(f"{VARIABLE}={given} is not a program: {REMEDY}")
         return python
+    if importlib.util.find_spec("faiss") is not None:
+        return sys.executable
     environment, script = ROOT / "red_heart_retrieval_env", ROOT / "launch" / "setup_env.sh"
     if not (environment / ".complete").is_file():
         if not script.is_file():

@@ -43,7 +43,10 @@ def package_directory(name: str) -> Path:
         raise RedHeartError(f"unknown packaged model {name!r}: choose one of {', '.join(PACKAGED)}")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise RedHeartError(f"{name} is not installed: run `bash launch/setup_env.sh`")
+        package = module.replace("_", "-")
+        raise RedHeartError(
+            f"{name} is not installed: run `bash launch/setup_env.sh` in a checkout, or `pip install --no-deps {package}`"
+        )
     return Path(spec.origin).parent
 
 
