@@ -35,7 +35,7 @@ from redheart.console import quiet_start, strict_json
 from redheart.data.prepare import PrepareReport
 from redheart.data.prepare import prepare as _prepare
 from redheart.device import has_gpu, settle_allocator, variables_kept
-from redheart.evaluation.curves import LOSS, scalars
+from redheart.evaluation.curves import scalars
 from redheart.evaluation.report import COLUMNS, Report, cells
 from redheart.infer import RedHeartPipeline
 from redheart.memory.budget import forget_peaks
@@ -135,7 +135,13 @@ class Run:
 
     def dev_losses(self) -> dict[str, dict[int, float]]:
         """By answer, and of all under `total`, the dev loss by optimizer step; everything else that was logged is in TensorBoard."""
-        return {tag.removeprefix(LOSS): values for tag, values in scalars(self.path, LOSS).items()}
+        found = {}
+        for tag, values in scalars(self.path).items():
+            parts = tag.split("/")
+            if "dev_loss" in parts:  # of the groups of TensorBoard, which begin with a digit, none is an answer
+                name = "/".join(part for part in parts if part != "dev_loss" and not part[0].isdigit())
+                found[name or "total"] = values
+        return found
 
     def pipeline(self, **options: Any) -> RedHeartPipeline:
         """The trained network behind its encoder; `options` as of RedHeartPipeline.from_pretrained."""
