@@ -83,6 +83,7 @@ def test_one_command_leads_from_a_table_to_a_report_and_answers_of_what_was_labe
     assert set(json.loads(shown.stdout)[0]["emotion"]) == {"joy"}
 
 
+@pytest.mark.slow  # three runs
 def test_what_was_prepared_is_used_again_and_a_run_is_not_replaced_unasked(folder, first):
     index = folder / "run" / "data" / "index.json"
     before = index.stat().st_mtime_ns
@@ -99,6 +100,7 @@ def test_what_was_prepared_is_used_again_and_a_run_is_not_replaced_unasked(folde
     assert "emotion" not in Store(index.parent).index["report"]["labels"]
 
 
+@pytest.mark.slow  # three runs
 def test_the_line_printed_at_an_interruption_leads_to_the_parameters_of_the_undisturbed_run(folder, tmp_path):
     """Interrupted at a step that the seed of the day chooses."""
     data, step = table(tmp_path / "texts.csv"), random.Random(time.time()).randrange(2, 15)
@@ -196,6 +198,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_leaves_nothing(tmp_path, argu
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_very_few_rows_end_in_a_word_about_it_and_not_in_an_error(tmp_path, rows):
     lines = table(tmp_path / "t.csv").read_text(encoding="utf-8-sig").splitlines()[: rows + 1]
