@@ -59,10 +59,12 @@ class Measured:
 
 def measured(model: Sides, constant: Sides, linear: Sides, same_rows: bool) -> list[Measured]:
     """One per final answer that people labelled on the held-out split; `same_rows`: that is dev itself (answers.cuts). A multilabel answer
-    is left out where dev lacks it, or where no label on the held-out split is positive."""
+    is left out where dev lacks it, or where no label on the held-out split is positive; any where all labels are alike."""
     found = []
     for task, held_out in model[1].items():
         kind: str = TASKS[task].kind
+        if not (np.ptp(np.where(held_out.known, held_out.target, held_out.target[held_out.known][0]), 0) > 0).any():
+            continue  # nothing varies, and there is no correlation
         if kind == "multilabel" and (task not in model[0] or not ((held_out.target > 0.5) & held_out.known).any()):
             continue
         sides = []

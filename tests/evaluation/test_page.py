@@ -83,6 +83,8 @@ def test_intervals_of_a_bootstrap_over_rows():
     other = given(np.full_like(target, 0.5), target)
     split = lambda answers: ({"preference": answers}, {"preference": answers})  # noqa: E731
     (found,) = measured(split(ours), split(other), split(ours), False)
+    alike = {"regret": given(np.arange(4.0)[:, None], np.ones((4, 1)))}
+    assert measured((alike, alike), (alike, alike), (alike, alike), False) == []
     share = right.mean()
     assert (found.metric, found.rows, found.model.value) == ("accuracy", 400, pytest.approx(share))
     half = 1.96 * (share * (1 - share) / 400) ** 0.5  # of a share, by the normal approximation
