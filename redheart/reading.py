@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from redheart.console import console
 from redheart.data.sources import tabular
 from redheart.data.sources.records import InvalidRecord
 from redheart.files import write_text
@@ -65,9 +66,11 @@ def write_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A row for each text, its columns those of `infer.flat`; in a CSV chosen names are parted by spaces."""
     if path.suffix.lower() == ".jsonl":
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        console.print(f"wrote {path}: {len(rows)} texts")
         return
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: " ".join(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
     write_text(path, out.getvalue())
+    console.print(f"wrote {path}: {len(rows)} texts")

@@ -14,7 +14,20 @@ import redheart
 PACKAGE = Path(redheart.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
-    ["schema", "config", "files", "caches", "owned", "device", "ranks", "console", "options", "version", "presets"],
+    [
+        "schema",
+        "config",
+        "files",
+        "origins",
+        "caches",
+        "owned",
+        "device",
+        "ranks",
+        "console",
+        "options",
+        "version",
+        "presets",
+    ],
     ["signals", "causality", "losses", "metrics", "optim", "finite"],
     ["model", "tasks"],
     ["data"],

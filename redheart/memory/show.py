@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from itertools import cycle
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -13,11 +16,12 @@ from redheart.memory.plan import GIB, Candidate, Plan, fastest, smallest
 
 PLAIN = ("red", "yellow", "green", "cyan", "blue", "magenta")
 COLORS = (*PLAIN, *(f"bright_{color}" for color in PLAIN))
-WIDTH = 60  # characters of a full bar
+WIDTH = 48  # characters of a full bar
+LEGEND = 79  # most characters of a line of its legend
 
 
-def show_plan(plan: Plan, budget: Budget) -> None:
-    """The best candidate of every strategy, the chosen one's bars, and what the times assume."""
+def show_plan(plan: Plan, budget: Budget, preset: str, overrides: Sequence[str]) -> None:
+    """The best candidate of every strategy, the chosen one's bars, what the times assume, and the command that trains so."""
     console.print(plan_table(plan))
     console.print(f"within: {budget}")
     show_memory(plan.chosen, plan.gpu_memory, plan.host_memory)
@@ -29,8 +33,31 @@ def show_plan(plan: Plan, budget: Budget) -> None:
     )
     console.print(
         f"{plan.flops_per_sample / 1e9:.1f} GFLOP a sample of {plan.tokens} tokens; times assume {speed}, {card.pcie_bytes / 1e9:.0f} GB/s "
-        f"over PCIe, {card.host_bytes / 1e9:.0f} GB/s of host memory"
+        f"over PCIe, {card.host_bytes / 1e9:.0f} GB/s of host memory",
+        soft_wrap=False,
     )
+    console.print(f"train so with:\n  {command(plan, preset, overrides)}", soft_wrap=True)
+
+
+def command(plan: Plan, preset: str, overrides: Sequence[str]) -> str:
+    """What to type for the plan's choice; on several nodes it starts each of them."""
+    chosen, processes = plan.chosen, plan.nodes * plan.gpus_per_node
+    settings = [
+        *overrides,
+        f"memory.strategy={chosen.strategy}",
+        f"training.micro_batch_size={chosen.micro_batch_size}",
+        f"model.activation_checkpointing={str(chosen.activation_checkpointing).lower()}",
+    ]
+    train = ["train", "--preset", preset, *(word for s in settings for word in ("--set", s)), "--data", "DIR"]
+    if processes == 1:
+        return shlex.join(["redheart", *train])
+    file = f"launch/accelerate/{'zero2' if chosen.strategy == 'gpu_8bit' else chosen.strategy}.yaml"
+    if plan.nodes > 1:
+        return shlex.join(
+            ["bash", "launch/multinode/run_node.sh", "--node-rank", "R", "--config-file", file, "--", *train]
+        )
+    launcher = ["accelerate", "launch", "--config_file", file, "--num_processes", str(processes), "-m", "redheart"]
+    return shlex.join([*launcher, *train])
 
 
 def plan_table(plan: Plan) -> Table:
@@ -41,12 +68,11 @@ def plan_table(plan: Plan) -> Table:
         rows.append(
             (
                 ("→ " if best.fits and best is plan.chosen else "  ") + strategy,
-                best.micro_batch_size,
-                best.gradient_accumulation_steps,
+                f"{best.micro_batch_size} × {best.gradient_accumulation_steps}",
                 "yes" if best.activation_checkpointing else "no",
                 "–" if plan.gpu_memory is None else f"{best.gpu_peak / GIB:.2f}",
                 f"{best.host_peak / GIB:.2f}",
-                f"{best.samples_per_s:.1f}" if best.fits else "does not fit",
+                f"{best.samples_per_s:.1f}" if best.fits else "too big",
                 best.bound if best.fits else "",
             )
         )
@@ -54,8 +80,18 @@ def plan_table(plan: Plan) -> Table:
     title = f"{plan.preset}: {where}, {plan.host_memory / GIB:.1f} GiB on the host" + (
         f", {plan.nodes} × {plan.gpus_per_node} cards" if plan.nodes * plan.gpus_per_node > 1 else ""
     )
-    columns = ("strategy", "micro-batch", "accumulation", "recompute", "GPU GiB", "host GiB", "samples/s", "bound by")
-    return table(title, columns, rows)
+    columns = (
+        "strategy",
+        "batch ×\naccum.",
+        "re-\ncompute",
+        "GPU\nGiB",
+        "host\nGiB",
+        "samples\n/s",
+        "bound by",
+    )
+    made = table(title, columns, rows)  # at most 80 characters wide with whole names
+    made.box, made.pad_edge = box.SIMPLE_HEAD, False
+    return made
 
 
 def show_memory(candidate: Candidate, gpu_memory: int | None, host_memory: int) -> None:
@@ -68,13 +104,17 @@ def show_memory(candidate: Candidate, gpu_memory: int | None, host_memory: int) 
 def _bar(name: str, terms: dict[str, int], peak: int, budget: int) -> Text:
     shown = [(term, size) for term, size in terms.items() if size > 0]
     full = max(budget, sum(size for _, size in shown), 1)
-    bar, legend, used = Text(f"{name} "), Text("     "), 0
+    bar, legend, used, line = Text(f"{name} "), Text("     "), 0, 5
     for (term, size), color in zip(shown, cycle(COLORS), strict=False):
         cells = round(WIDTH * size / full)
         used += cells
         bar.append("█" * cells, style=color)
+        line += len(entry := f"{term} {size / GIB:.2f}  ") + 2
+        if line > LEGEND:
+            legend.append("\n     ")
+            line = len(entry) + 7
         legend.append("■ ", style=color)
-        legend.append(f"{term} {size / GIB:.2f}  ")
+        legend.append(entry)
     bar.append("·" * max(0, WIDTH - used))
     bar.append(f"  peak {peak / GIB:.2f} of {budget / GIB:.2f} GiB\n")
     return bar.append_text(legend)
