@@ -106,10 +106,6 @@ else
     preparing=(--set data.labeler.max_texts=32)
     data+=-local
   fi
-  if [ "$mode-$samples" = train-local- ]; then # of 2,000 texts three passes are enough
-    settings+=(--set training.epochs=3 --set training.global_batch_size=32 --set training.micro_batch_size=32 --set optimizer.learning_rate=1e-3)
-    settings+=(--set training.log_every=10)
-  fi
 fi
 run="$mode-$(date +%Y%m%d-%H%M%S)"
 

@@ -185,8 +185,8 @@ class TrainingConfig(Section):
     """How long, how much at once, and what is written down on the way."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of samples, dropout and rounding")
-    epochs: float = Field(gt=0, description="passes over the training split; ignored where max_steps is given")
-    max_steps: int | None = Field(None, gt=0, description="optimizer steps of the run; null: what epochs says")
+    epochs: float | None = Field(None, gt=0, description="passes over the training split; null: 4, at least 100 steps")
+    max_steps: int | None = Field(None, gt=0, description="optimizer steps of the run, whatever epochs says")
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step over all ranks and micro-steps")
     micro_batch_size: int = Field(gt=0, description="most samples a rank runs at once")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of matrix products and of the weights they read")

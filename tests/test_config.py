@@ -40,17 +40,17 @@ DEFAULTS = {
     "loss": {"weights": {}, "focal_gamma": 2.0, "huber_delta": 0.25, "extreme_penalty": 0.1, "balance": 0.001, "router_z": 0.001,
              "regret_edges": (1 / 3, 2 / 3), "constant_floor": 0.01},
     "loss.shares": {"heads": 0.7, "analyzers": 0.3, "aux": 1.0},
-    "training": {"seed": 0, "max_steps": None, "precision": "bf16", "log_every": 10, "evaluate_rows": 2048, "synergy_every": 100,
-                 "keep_checkpoints": 2, "best_metric": "loss", "log_samples": False, "patience": None, "max_bad_steps": 3,
-                 "collective_timeout_s": 600},
+    "training": {"seed": 0, "epochs": None, "max_steps": None, "precision": "bf16", "log_every": 10, "evaluate_rows": 2048,
+                 "synergy_every": 100, "keep_checkpoints": 2, "best_metric": "loss", "log_samples": False, "patience": None,
+                 "max_bad_steps": 3, "collective_timeout_s": 600},
     "memory": {"strategy": "zero2_offload", "gpu_memory_gib": 8.0, "host_memory_gib": 16.0, "swap": ()},
 }  # fmt: skip
 # what each preset says itself, in the order of its file
 SAID = {
-    "330m": (768, 12, 512, 8, 4, 64, 64, 200, 200, "zero2_offload_8bit"),
-    "1b3": (1536, 24, 1024, 16, True, 4, 64, 64, 200, 200, "zero2_offload_8bit", 32),
-    "base": (192, 6, 128, 4, 3e-4, 6, 32, 32, "fp32", 200, 200),
-    "local": (96, 3, 64, 2, 5e-4, 40, 16, 16, "fp32", 5, 20, 40),
+    "330m": (768, 12, 512, 8, 64, 64, 200, 200, "zero2_offload_8bit"),
+    "1b3": (1536, 24, 1024, 16, True, 64, 64, 200, 200, "zero2_offload_8bit", 32),
+    "base": (192, 6, 128, 4, 5e-4, 32, 32, "fp32", 0, 4, 200),
+    "local": (96, 3, 64, 2, 7e-4, 32, 32, "fp32", 0, 4, 50),
 }
 
 
@@ -161,7 +161,7 @@ def test_a_table_of_ones_own_has_settings_of_its_own_unless_others_are_said(tmp_
     assert (said.data.labeler.max_texts, said.training.evaluate_every, said.training.patience) == (None, 0, 2)
     (tmp_path / "a.yaml").write_text("extends: local\ndata: {file: a.csv}\ntraining: {evaluate_every: 7}\n")
     assert load_config(str(tmp_path / "a.yaml")).training.evaluate_every == 7
-    assert load_config("local").training.evaluate_every == 20
+    assert load_config("1b3").training.evaluate_every == 200
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_later_set_wins():
 
 
 @pytest.mark.parametrize(
-    "override", ["training.epochs", "=3", "preset.name=x", "training.seed=[1", "training.epochs.x=1"]
+    "override", ["training.epochs", "=3", "preset.name=x", "training.seed=[1", "training.precision.x=1"]
 )
 def test_a_set_that_cannot_be_applied_is_quoted(override):
     with pytest.raises(RedHeartError) as error:
@@ -306,11 +306,11 @@ def test_widths_must_be_divisible_by_their_heads(override):
 
 def test_a_missing_key_and_a_second_error_are_both_named():
     values = yaml.safe_load(dump_config(load_config("local")))
-    del values["training"]["epochs"]
+    del values["training"]["global_batch_size"]
     values["model"]["widht"] = 3
     with pytest.raises(RedHeartError, match="missing") as error:
         parse_config(values)
-    assert "config key training.epochs is missing" in str(error.value)
+    assert "config key training.global_batch_size is missing" in str(error.value)
     assert "model.widht (did you mean width?)" in str(error.value)
 
 

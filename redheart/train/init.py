@@ -22,6 +22,7 @@ from redheart.files import write_text
 from redheart.memory.budget import gib
 from redheart.owned import check_can_make
 from redheart.schema import LABELS, RedHeartError
+from redheart.train.length import steps_of
 
 LARGE = 2000  # rows from which on the network of 330M parameters has something to learn from
 SAMPLES_PER_S = {"local": 88, "330m": 43}  # on two CPU cores; on an H100 (README, figures)
@@ -74,8 +75,9 @@ def init(
 def _written(data: dict[str, Any], gathered: Gathered, memory: float | None, minutes: float, name: str) -> str:
     rows = max(1, gathered.sources[SOURCE]["splits"]["train"])
     preset = "330m" if memory is not None and rows >= LARGE else "local"
-    usual = load_config(preset).training.epochs
-    epochs = min(usual, max(1.0, round(minutes * 60 * SAMPLES_PER_S[preset] / rows, 1)))
+    config = load_config(preset)
+    usual = steps_of(config, rows) * config.training.global_batch_size / rows
+    epochs = max(1.0, round(minutes * 60 * SAMPLES_PER_S[preset] / rows, 1))
     lines = [
         f"# Settings of a run on {data['file']}: redheart train {name}.yaml",
         "# Only what differs from the preset stands here; `redheart train --help-config` explains every key.",

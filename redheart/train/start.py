@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from redheart.train.checkpoint import Progress
 from redheart.train.claim import RESULT, Claim, naming_no_room
 from redheart.train.engine import PlainEngine
 from redheart.train.engine.machinery import START_S
+from redheart.train.length import looking_ten_times, steps_of
 from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.own import prepared
@@ -199,18 +199,6 @@ def _train(
     if update_parameters and launched_rank() == 0:
         write_json(run / RESULT, result.to_json())
     return result
-
-
-def steps_of(config: RunConfig, num_rows: int) -> int:
-    """max_steps, or as many steps as `epochs` passes over the rows take."""
-    settings = config.training
-    return settings.max_steps or max(1, math.ceil(settings.epochs * num_rows / settings.global_batch_size))
-
-
-def looking_ten_times(config: RunConfig, total_steps: int) -> RunConfig:
-    """The configuration with the number of steps that evaluate_every = 0 stands for."""
-    every = config.training.evaluate_every or max(1, total_steps // 10)
-    return config.model_copy(update={"training": config.training.model_copy(update={"evaluate_every": every})})
 
 
 def with_edges(config: RunConfig, train: SampleStream) -> RunConfig:
