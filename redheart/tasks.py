@@ -6,11 +6,12 @@ raw answers of all tasks that one function judges stand side by side in one tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from redheart.causality.levels import LEVELS, level_of
 from redheart.config import LossConfig
@@ -181,25 +182,29 @@ def packed_losses(outputs: RedHeartOutput, values: torch.Tensor, weights: torch.
     packing = _packing(tuple(name for name, reading in readings.items() if reading is not None), values)
     raw = full_precision(torch.cat([readings[name].flatten(1) for name in packing.names], 1))  # type: ignore[union-attr]
     shared = torch.mm(weights, packing.hang_together.to(weights.dtype))
-    known = shared.index_select(1, packing.of_raw) > 0
+    unknown = shared.index_select(1, packing.of_raw) <= 0
     target, weight = values.index_select(1, packing.columns), weights.index_select(1, packing.columns)
+    missing = weight <= 0
     # before the loss, so that a NaN where there is no label has no gradient either
-    raw, target = torch.where(known, raw, 0.0), torch.where(weight > 0, target, 0.0)
+    raw, target = raw.masked_fill(unknown, 0.0), target.masked_fill(missing, 0.0)
     parts = zip(packing.kinds, raw.split(packing.raw_sizes, 1), target.split(packing.sizes, 1), strict=True)
     entries = torch.cat([kind(x, t, config) for kind, x, t in parts], 1)
-    entries = torch.where(weight > 0, entries * weight, 0.0)
-    both = torch.nn.functional.pad(torch.stack([entries.sum(0), weight.sum(0).to(entries.dtype)]), (0, 1))
+    entries = (entries * weight).masked_fill(missing, 0.0)
+    both = pad(torch.stack([entries.sum(0), weight.sum(0).to(entries.dtype)]), (0, 1))
     sums, counts = both.index_select(1, packing.places).unflatten(1, (len(packing.names), -1)).sum(-1).unbind()
     gates = [name for name in GATES if name in outputs]
     if not gates:
         return Losses(packing.names, sums, counts)
-    regularisers = [_regulariser(full_precision(outputs[name]), config) for name in gates]
+    regularisers = _regularisers([full_precision(outputs[name]) for name in gates], config)
     samples = counts.new_full((len(gates),), float(len(values)))
-    return Losses((*packing.names, *gates), torch.cat([sums, torch.stack(regularisers)]), torch.cat([counts, samples]))
+    return Losses((*packing.names, *gates), torch.cat([sums, regularisers]), torch.cat([counts, samples]))
 
 
-def _regulariser(gate_logits: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    return (config.balance * gate_balance(gate_logits) + config.router_z * router_z(gate_logits)).sum()
+def _regularisers(gates: Sequence[torch.Tensor], config: LossConfig) -> torch.Tensor:
+    """Of the logits [B, n] of each gate, all at once -> [gates]."""
+    most = max(logits.shape[1] for logits in gates)
+    logits = torch.stack([pad(x, (0, most - x.shape[1]), value=float("-inf")) for x in gates])
+    return (config.balance * gate_balance(logits)).add(router_z(logits), alpha=config.router_z).sum((1, 2))
 
 
 def task_losses(

@@ -22,8 +22,10 @@ def hedonic(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ex
 def hedonic_entries(logits: torch.Tensor, target: torch.Tensor, extreme_penalty: float) -> torch.Tensor:
     """`hedonic`, entry by entry."""
     p = torch.sigmoid(logits)
-    beyond = p - p.clamp(target.clamp(max=EDGE), target.clamp(min=1 - EDGE))
-    return (p - target).square() + beyond.square() * (extreme_penalty / EDGE**2)
+    # what p is clamped to has no slope where it is not p itself
+    inside = p.detach().clamp(target.clamp(max=EDGE), target.clamp(min=1 - EDGE))
+    squared = F.mse_loss(p, target, reduction="none")
+    return squared.add(F.mse_loss(p, inside, reduction="none"), alpha=extreme_penalty / EDGE**2)
 
 
 def pair_logistic(difference: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> SumCount:

@@ -27,14 +27,14 @@ def focal_entries(logits: torch.Tensor, target: torch.Tensor, gamma: float) -> t
 
 
 def gate_balance(gate_logits: torch.Tensor) -> torch.Tensor:
-    """n·Σ p² - 1 of each sample's gate [B, n] -> [B, 1]: 0 for a uniform gate, n - 1 for a one-hot one.
+    """n·Σ p² - 1 of each sample's gate [*, n] -> [*, 1]: 0 for a uniform gate, n - 1 for a one-hot one. -inf is no expert.
 
     Defined per sample, so that it does not depend on how a batch is cut (the batch form of Shazeer et al. 2017 does).
     """
     p = torch.softmax(gate_logits, -1)
-    return (gate_logits.shape[-1] * p.square().sum(-1, keepdim=True)) - 1
+    return (gate_logits > float("-inf")).sum(-1, keepdim=True) * p.square().sum(-1, keepdim=True) - 1
 
 
 def router_z(gate_logits: torch.Tensor) -> torch.Tensor:
-    """(log Σ exp x)² of each sample's gate [B, n] -> [B, 1]; keeps logits small (Zoph et al. 2022, ST-MoE, eq. 5)."""
+    """(log Σ exp x)² of each sample's gate [*, n] -> [*, 1]; keeps logits small (Zoph et al. 2022, ST-MoE, eq. 5)."""
     return torch.logsumexp(gate_logits, -1, keepdim=True).square()

@@ -42,4 +42,4 @@ def density_cross_entropy(
 def density_entries(density_logits: torch.Tensor, target: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
     """`density_cross_entropy`, row by row: [B, 1]."""
     level = level_of(target, edges)[:, None].expand(-1, density_logits.shape[1], -1)
-    return -density_logits.log_softmax(-1).gather(-1, level)[..., 0].mean(1, keepdim=True)
+    return -density_logits.log_softmax(-1).gather(-1, level).mean(1)

@@ -202,11 +202,10 @@ def pointwise_ladder(log_density: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     one unique. Larger subsets count for what they tell beyond the smaller ones and beyond each other: synergistic. The sums
     are averaged over p(t | all); where nothing is told the shares are equal. leak = 1 - Σ_t p(t | all)².
     """
-    told = (log_density[:, 1:] - log_density[:, :1]).clamp(min=0)  # [B, 7, L]
-    singles = told[:, :3].sort(1).values
-    redundant, unique = singles[:, 1], singles[:, 2] - singles[:, 1]
-    pairs = told[:, 3:6].amax(1)
-    synergistic = (pairs - singles[:, 2]).clamp(min=0) + (told[:, 6] - pairs.maximum(singles[:, 2])).clamp(min=0)
-    weight = log_density[:, -1].exp()
-    kinds = (torch.stack([redundant, unique, synergistic], 1) * weight[:, None]).sum(-1) + 1e-4
-    return kinds / kinds.sum(-1, keepdim=True), 1 - weight.square().sum(-1, keepdim=True)
+    of_none, of_some = log_density.split([1, 7], 1)
+    singles, together = F.relu(of_some - of_none).split([3, 4], 1)  # [B, subsets, L]
+    _, redundant, largest = singles.sort(1).values.split(1, 1)
+    most = together.amax(1, keepdim=True).maximum(largest)
+    weight = of_some[:, -1:].exp()
+    kinds = (torch.cat([redundant, largest - redundant, most - largest], 1) * weight).sum(-1) + 1e-4
+    return kinds / kinds.sum(-1, keepdim=True), 1 - weight.square().sum(-1)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from redheart.model.analyzers import masked_mean
 from redheart.model.axes import FIXED, Width
 from redheart.model.layers import MLP, Masks, full_precision
 from redheart.schema import EMOTIONS
@@ -53,11 +52,12 @@ class DspSimulator(nn.Module):
         self,
         tokens: torch.Tensor,
         mask: torch.Tensor,
+        pooled: torch.Tensor,
         feature: torch.Tensor,
         trajectory: torch.Tensor | None,
         masks: Masks,
     ) -> DspReading:
-        whole = torch.cat([masked_mean(tokens, mask), feature], -1)
+        whole = torch.cat([pooled, feature], -1)
         controls = full_precision(self.controls(whole, masks)).unflatten(-1, (-1, NUM))
         drive = full_precision(self.excitation(tokens, masks))
         gain = full_precision(self.trajectory_gain)
@@ -103,6 +103,7 @@ class KalmanFusion(nn.Module):
         self,
         tokens: torch.Tensor,
         mask: torch.Tensor,
+        pooled: torch.Tensor,
         feature: torch.Tensor,
         head: torch.Tensor | None,
         trajectory: torch.Tensor | None,
@@ -110,7 +111,7 @@ class KalmanFusion(nn.Module):
         masks: Masks,
     ) -> Fused:
         """Readings of the head [B, 7], of the analyzer and of the DSP bank [B, T, 7]; None: not measured."""
-        prior = full_precision(self.prior(torch.cat([masked_mean(tokens, mask), feature], -1), masks))
+        prior = full_precision(self.prior(torch.cat([pooled, feature], -1), masks))
         mean, spread, head_noise = prior.split([2 * NUM, 2 * NUM, NUM], -1)
         noise = full_precision(self.token_noise(tokens, masks))  # [B, T, 14]
         with torch.autocast(tokens.device.type, enabled=False):

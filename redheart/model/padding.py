@@ -42,7 +42,10 @@ def real_tokens_first(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor
     `rows_of(moved, places)` puts back what was moved. Without a look at the mask, which would wait for the device.
     """
     order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return rows_of(x, order), rows_of(mask, order), order.argsort(dim=1)
+    texts = torch.arange(len(mask), device=mask.device)[:, None]
+    rows = torch.add(order, texts, alpha=mask.shape[1]).flatten()  # whole tokens are copied: half the time of an index
+    moved, of_mask = (a.flatten(0, 1).index_select(0, rows).view(a.shape) for a in (x, mask))
+    return moved, of_mask, order.argsort(dim=1)
 
 
 def rows_of(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

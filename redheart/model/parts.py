@@ -79,7 +79,7 @@ def hedonic(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
 
 
 def squared_rating(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    return (torch.tanh(raw) - target).square()
+    return nn.functional.mse_loss(torch.tanh(raw), target, reduction="none")
 
 
 def huber_strength(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
@@ -92,8 +92,8 @@ def huber(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
 
 def squared_shares(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """[B, 4 · answers], side by side."""
-    shape = raw.shape
-    return (surd_probabilities(raw.reshape(-1, 4)) - target.reshape(-1, 4)).square().view(shape)
+    shares = surd_probabilities(raw.reshape(-1, 4)).view(raw.shape)
+    return nn.functional.mse_loss(shares, target, reduction="none")
 
 
 def density(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
@@ -305,7 +305,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "aux.dsp",
         lambda s: DspSimulator(s.width, s.task_width, s.dropout),
-        ("tokens", "mask", "task.emotion", "analyzers.emotion.trajectory"),
+        ("tokens", "mask", "pooled", "task.emotion", "analyzers.emotion.trajectory"),
         of_emotions,
         latents={"signals": "signals"},
     ),
@@ -315,6 +315,7 @@ PARTS: tuple[Part, ...] = (
         (
             "tokens",
             "mask",
+            "pooled",
             "task.emotion",
             "heads.emotion.emotion_logits",
             "analyzers.emotion.trajectory",

@@ -273,11 +273,11 @@ class RedHeartModel(PreTrainedModel):
 
 
 def _gap(utility: torch.Tensor, num_texts: int, rows: torch.Tensor | None) -> torch.Tensor:
-    """Utility [B + C, 1] -> text minus contrast, [B, 1]; 0 where there is no contrast (0·u keeps the graph alike on all ranks)."""
+    """Utility [B + C, 1] -> text minus contrast, [B, 1]; 0 where there is no contrast (and u in the graph, which is alike on all ranks)."""
     of_texts, of_contrasts = full_precision(utility).split([num_texts, len(utility) - num_texts])
     if rows is None:
         return 0.0 * of_texts
-    return (0.0 * of_texts).index_copy(0, rows, of_texts.index_select(0, rows) - of_contrasts)
+    return torch.zeros_like(of_texts).index_copy(0, rows, of_texts.index_select(0, rows) - of_contrasts)
 
 
 def parameter_counts(model: RedHeartModel) -> dict[str, int]:

@@ -30,11 +30,11 @@ def operations(kind: type, steps: int) -> collections.Counter:
     torch.manual_seed(0)
     module = kind(Width(12), Width(8), 0.0).train()
     leaf = lambda *shape: torch.randn(shape).requires_grad_()  # noqa: E731
-    tokens, feature, trajectory = leaf(3, steps, 12), leaf(3, 8), leaf(3, steps, NUM)
+    tokens, pooled, feature, trajectory = leaf(3, steps, 12), leaf(3, 12), leaf(3, 8), leaf(3, steps, NUM)
     mask = torch.arange(steps)[None] < torch.tensor([[steps], [steps // 2], [1]])
     readings = (trajectory,) if kind is DspSimulator else (leaf(3, NUM), trajectory, leaf(3, steps, NUM))
     with Operations() as seen:
-        out = list(module(tokens, mask, feature, *readings, None))
+        out = list(module(tokens, mask, pooled, feature, *readings, None))
     weights = [torch.ones_like(x) for x in out]
     with seen:
         torch.autograd.backward(out, weights)
@@ -61,11 +61,12 @@ def test_nothing_waits_in_the_torch_form_either(kind: type):
 def test_a_reading_that_is_missing_says_nothing(missing: tuple[int, ...]):
     torch.manual_seed(0)
     module = KalmanFusion(Width(12), Width(8), 0.0).double()
-    tokens, feature, mask = torch.randn(2, 5, 12).double(), torch.randn(2, 8).double(), torch.ones(2, 5).bool()
+    tokens, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 5).bool()
+    whole = torch.randn(2, 12).double(), torch.randn(2, 8).double()
     readings = [torch.randn(2, *shape).double() for shape in ((7,), (5, 7), (5, 7))]
     left = tuple(None if i in missing else z for i, z in enumerate(readings))
-    got = module(tokens, mask, feature, *left, None)
+    got = module(tokens, mask, *whole, *left, None)
     with torch.no_grad():  # as if it said nothing of the state
         module.observation_weight[list(missing)] = 0.0
-    for a, b in zip(got, module(tokens, mask, feature, *readings, None), strict=True):
+    for a, b in zip(got, module(tokens, mask, *whole, *readings, None), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)

@@ -13,7 +13,15 @@ from redheart.model.backbone import Backbone, EncoderStack, TaskPooling
 from redheart.model.build import build_model
 from redheart.model.dropout import DropoutMasks, SampleDropout, mix_bits
 from redheart.model.dynamics import TOKEN_RATE_HZ, KalmanFusion
-from redheart.model.layers import Attention, BranchAttention, QueryStack, Residual, ResidualChain, attention_bias
+from redheart.model.layers import (
+    Attention,
+    BranchAttention,
+    QueryStack,
+    Residual,
+    ResidualChain,
+    attention_bias,
+    query_layer,
+)
 from redheart.model.moe import DenseMixture, inert
 from redheart.model.parts import PARTS
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, RedHeartOutput
@@ -223,6 +231,26 @@ def test_a_stack_of_query_layers_is_what_its_layers_are_one_by_one(sides):
     assert torch.allclose(stack(x, memory, attention_bias(mask, x.dtype), None), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("sides", [1, 2])
+def test_gradients_of_query_layers_made_together_are_those_of_autograd_a_layer_at_a_time(sides):
+    torch.manual_seed(0)
+    stack = QueryStack(3, Width(12), 3, 0.25, sides).double()
+    DropoutMasks(stack)
+    masks = (torch.rand(2, 3 * 12 + 3 * 48) > 0.3).double()
+    query, memory = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 12), (2, 7, 12)))
+    leaves, found = [query, memory, *stack.parameters()], []
+    for layer in (None, lambda *given: query_layer(*given)):  # a layer of someone else's notes nothing
+        stack.compiled_layer = layer
+        out = stack(query, memory, None, masks).square().sum()
+        once = torch.autograd.grad(out, leaves, retain_graph=True)
+        again = torch.autograd.grad(out, leaves[1:2], retain_graph=True)  # and not of the weights
+        found += [once, (once[0], *again, *torch.autograd.grad(out, leaves)[2:])]
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * float(a.abs().max()))
+    assert all(g.abs().amax(tuple(range(1, g.dim()))).gt(0).all() for g in found[0][2:])  # every layer has its own
+
+
 def test_masks_are_those_of_the_formula_and_no_two_sites_share_one():
     """A channel is kept where the hash of (position, site) and of the channel, in unsigned 32-bit numbers, is not below p."""
     model = nn.Sequential(SampleDropout(6, 0.25), SampleDropout(5, 0.25, 3))
@@ -304,7 +332,7 @@ def test_the_fused_emotion_is_the_kalman_filters_last_state():
     tokens, feature = torch.randn(1, 5, 8).double(), torch.randn(1, 6).double()
     head, analyzer, dsp = torch.randn(1, 7).double(), torch.randn(1, 5, 7).double(), torch.randn(1, 5, 7).double()
     mask = torch.ones(1, 5, dtype=torch.bool)
-    got = module(tokens, mask, feature, head, analyzer, dsp, None)
+    got = module(tokens, mask, tokens.mean(1), feature, head, analyzer, dsp, None)
     # the same filter step by step; the head is one more measurement after the last token, without a prediction
     prior = module.prior(torch.cat([tokens.mean(1), feature], -1), None)
     x0, p0 = prior[:, :14], torch.diag_embed(10 * torch.sigmoid(prior[:, 14:28]))
@@ -333,7 +361,7 @@ def test_the_covariance_stays_positive_definite_in_fp32():
             p.mul_(3).add_(torch.randn_like(p))
     tokens = torch.randn(8, 512, 8) * 3
     readings = (torch.randn(8, 7) * 5, torch.randn(8, 512, 7) * 5, torch.randn(8, 512, 7) * 5)
-    got = module(tokens, torch.ones(8, 512, dtype=torch.bool), torch.randn(8, 6), *readings, None)
+    got = module(tokens, torch.ones(8, 512, dtype=torch.bool), tokens.mean(1), torch.randn(8, 6), *readings, None)
     assert torch.linalg.eigvalsh(got.covariance.double()).min() > 0
     assert got.emotion_logits.isfinite().all()
 
@@ -341,9 +369,10 @@ def test_the_covariance_stays_positive_definite_in_fp32():
 def test_signals_are_silent_without_a_drive_and_stay_bounded(network):
     tokens, mask = torch.randn(2, 40, 24).double() * 10, torch.ones(2, 40, dtype=torch.bool)
     dsp = network.aux["dsp"]
-    signals, _ = dsp(tokens, mask, torch.randn(2, 16).double(), 100 * torch.randn(2, 40, 7).double(), None)
+    pooled = tokens.mean(1)
+    signals, _ = dsp(tokens, mask, pooled, torch.randn(2, 16).double(), 100 * torch.randn(2, 40, 7).double(), None)
     assert signals.isfinite().all()
-    late, _ = dsp(tokens, mask & (torch.arange(40) >= 20), torch.randn(2, 16).double(), None, None)
+    late, _ = dsp(tokens, mask & (torch.arange(40) >= 20), pooled, torch.randn(2, 16).double(), None, None)
     assert late[:, :20].abs().max() < 1e-12 * late.abs().max()
     assert late[:, 20:].abs().max() > 1e-3
     assert TOKEN_RATE_HZ > 2 * 1.0  # the fastest oscillator lies below half the token rate

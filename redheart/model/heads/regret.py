@@ -10,10 +10,11 @@ optimist to the pessimist, so r is ordered by construction. Latents: μ and σ; 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from redheart.model.axes import Width
@@ -31,15 +32,32 @@ class RegretReading(NamedTuple):
 
 def expected_excess(mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """E[max(X, 0)] of X ~ N(mean, spread²); any shape, spread > 0."""
-    z = mean / spread
-    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-    return (mean * torch.special.ndtr(z) + spread * density).clamp(min=0)
+    return _ExpectedExcess.apply(mean, spread)
+
+
+class _ExpectedExcess(torch.autograd.Function):
+    """Its slopes in mean and spread are Φ and φ of mean / spread, which autograd would not see."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+        z = mean / spread
+        below, density = torch.special.ndtr(z), torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+        ctx.save_for_backward(below, density)
+        return (mean * below + spread * density).clamp(min=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        below, density = ctx.saved_tensors
+        return grad * below, grad * density
 
 
 def seen_by_observers(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Raw outcomes [..., 3, 2] -> (mean, spread, regret views) [..., 3] each, all three ascending."""
-    mean = torch.cat([raw[..., :1, 0], F.softplus(raw[..., 1:, 0])], -1).cumsum(-1)
-    spread = F.softplus(raw[..., 1]).cumsum(-1) + 0.05
+    means, spreads = raw.unbind(-1)
+    first, rises = means.split([1, means.shape[-1] - 1], -1)
+    mean = torch.cat([first, F.softplus(rises)], -1).cumsum(-1)
+    spread = F.softplus(spreads).cumsum(-1) + 0.05
     return mean, spread, -torch.expm1(-expected_excess(mean, spread))
 
 

@@ -47,7 +47,7 @@ class SurdHead(nn.Module):
         x = torch.stack([*others, feature], 1)  # [B, 4, K]
         x = self.norm(self.layers(x, None))
         everything, (*sources, own) = x.flatten(1), x.unbind(1)
-        mean, product = (sources[0] + sources[1] + sources[2]) / 3, sources[0] * sources[1] * sources[2]
+        mean, product = x[:, :3].mean(1), sources[0] * sources[1] * sources[2]
         common = torch.stack([torch.cat([mean, own], -1), torch.cat([product, own], -1)], 1)
         redundant, synergistic = self.common(common, masks).unbind(1)
         readings = torch.stack([redundant, self.unique(everything, masks), synergistic], 1)
