@@ -164,7 +164,9 @@ def test_without_faiss_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.M
         interpreter()
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setattr(neighbours, "ROOT", tmp_path)
-    with pytest.raises(RedHeartError, match=r"setup_env\.sh --retrieval in a checkout, or set"):
+    with pytest.raises(
+        RedHeartError, match=r"setup_env\.sh --retrieval in a checkout, pip install .redheart\[retrieval\]., or set"
+    ):
         interpreter()
     (tmp_path / "launch").mkdir()
     script = tmp_path / "launch" / "setup_env.sh"

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
+from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 
 from redheart.evaluation.baselines import CONSTANTS, Pooled, _constant, _linear, look_up, mean
 from redheart.tasks import TASKS
 
 RNG = np.random.default_rng(0)
 SCORES = {  # by metric: of a constant c, the higher the better
+    "mse": lambda t, w, c: -mean_squared_error(t, np.full_like(t, c), sample_weight=w),
     "mae": lambda t, w, c: -mean_absolute_error(t, np.full_like(t, c), sample_weight=w),
     "accuracy": lambda t, w, c: accuracy_score(t > 0.5, np.full(len(t), c > 0.5), sample_weight=w),
     "macro_f1": lambda t, w, c: f1_score(t > 0.5, np.full(len(t), c > 0.5), sample_weight=w),

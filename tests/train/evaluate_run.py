@@ -61,7 +61,7 @@ def main() -> None:
     barrier()
     if is_main():
         ranks = engine.world_size
-        told = {"ranks": ranks, "together": {**asdict(together), "metrics": None}}
+        told = {"ranks": ranks, "together": {**asdict(together), "metrics": None, "said": None}}
         print(json.dumps({**told, "alone": {"rows": one.rows / ranks, "losses": one.losses}}))
 
 

@@ -39,7 +39,8 @@ OTHER = {  # another value of every key that a resume refuses
 
 
 def local(*more: str) -> RunConfig:
-    return load_config("local", [*SETTINGS, *more])
+    """What a run keeps of itself names every step of a look at dev."""
+    return load_config("local", [*SETTINGS, "training.evaluate_every=1", *more])
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +88,15 @@ def test_what_may_change_does_and_is_recorded(data, run, capfd):
     start(wanted, data, run, resume="last")
     saved = read_progress(run / "checkpoints" / "step-00000003")
     recorded = [
-        {"step": 2, "key": "optimizer.learning_rate", "from": 0.0005, "to": 0.002},
+        {"step": 2, "key": "optimizer.learning_rate", "from": 0.0007, "to": 0.002},
         {"step": 2, "key": "training.max_steps", "from": 2, "to": 3},
-        {"step": 2, "key": "training.micro_batch_size", "from": 16, "to": 2},
+        {"step": 2, "key": "training.micro_batch_size", "from": 32, "to": 2},
     ]
     assert sorted(saved.changes, key=lambda c: c["key"]) == recorded
     assert load_config(str(run / "config.yaml")) == with_edges(wanted, SampleStream(data, "train"))
     told = capfd.readouterr().err
     assert "from step 2 on training.max_steps: 2 → 3 (the learning rates of the steps to come" in told
-    assert "from step 2 on training.micro_batch_size: 16 → 2\n" in told
+    assert "from step 2 on training.micro_batch_size: 32 → 2\n" in told
 
     start(local(*leaves_of(wanted), "training.max_steps=4"), data, run, resume="last")
     again = read_progress(run / "checkpoints" / "step-00000004").changes
@@ -218,7 +219,7 @@ def test_the_report_says_which_texts_were_cut(data, trained, tmp_path, monkeypat
     )
     validate(trained, None, "dev", tmp_path / "report.md")
     assert (
-        "- texts cut: 2 of 30 texts of everyday exceed 64 tokens: their ends are not read\n"
+        "| texts cut | 2 of 30 texts of everyday exceed 64 tokens: their ends are not read |\n"
         in (tmp_path / "report.md").read_text()
     )
 

@@ -101,7 +101,7 @@ def test_three_bad_steps_end_the_run_with_a_file_that_names_modules_and_samples(
     assert "3 steps in a row were not finite" in result.stderr
     told = json.loads((run / "non_finite_step_00000002.json").read_text())
     assert "backbone" in told["modules"]
-    assert len(told["samples"]) == 16
+    assert len(told["samples"]) == 32
 
 
 def test_progress_survives_the_round_trip(data: Path, tmp_path: Path):
