@@ -86,6 +86,7 @@ if [ "$mode" = train-validate ]; then
 fi
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu # else every process of the launch says that it looked for one
 if [ "$mode" = train-cloud ] && [ "$gpus" -eq 0 ]; then
   parameters=$(redheart params --preset "$preset" --json | python -c 'import json, sys; print(json.load(sys.stdin)["total"])')
   needed=$((parameters * 18 / 1073741824 + 3)) # about 18 bytes per parameter with 8-bit states, plus activations

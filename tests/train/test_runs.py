@@ -49,7 +49,8 @@ def assert_same_losses(got: dict[int, float], expected: dict[int, float]) -> Non
 
 def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, tmp_path: Path):
     for strategy in ("plain", "zero2_offload"):
-        train(data, tmp_path / strategy, 6, "--set", f"memory.strategy={strategy}")
+        done = train(data, tmp_path / strategy, 6, "--set", f"memory.strategy={strategy}")
+        assert "built successfully" not in done.stderr  # what DeepSpeed prints is in its log
     torch.manual_seed(0)
     start = build_model(load_config("local"), None).state_dict()
     plain, deepspeed = last_weights(tmp_path / "plain"), last_weights(tmp_path / "zero2_offload")

@@ -45,7 +45,8 @@ def import_machinery() -> tuple[Any, Any]:
     # DeepSpeed asks twice for every kernel, and every answer takes py-cpuinfo more than a second
     cpuinfo.get_cpu_info = _cpu_info
     # a bare print to stdout, which is for results: `DeepSpeed … built successfully`
-    vars(deepspeed.comm.torch)["print"] = deepspeed.utils.logger.info
+    # (by its name among the modules: the attribute deepspeed.comm.torch is torch itself)
+    vars(sys.modules["deepspeed.comm.torch"])["print"] = deepspeed.utils.logger.info
     return accelerate, deepspeed
 
 
