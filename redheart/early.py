@@ -6,14 +6,15 @@ The command line asks here first. What passes is looked at again where it is use
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from redheart.console import emit
+from redheart.console import console, emit
 from redheart.files import verify_manifest
 from redheart.owned import check_can_make
 from redheart.reading import check_output, texts_of
@@ -79,6 +80,16 @@ def _with_values(command: TyperCommand | TyperGroup, context: typer.Context, wor
     return [*kept, *words[words.index("--") :]] if "--" in words else kept
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is found here is told where it is found again."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def _config(given: dict[str, Any], name: str = "preset") -> Any:
     from redheart.config import load_config
 
@@ -97,7 +108,8 @@ def _sources(given: dict[str, Any], command: str) -> None:
     look_at(given["source"], settings)
     paths = [Path(spec.partition("=")[2]) for spec in given["source"]]
     if all(p.is_file() and p.stat().st_size <= SMALL for p in paths):
-        gather(given["source"], settings, given["skip_invalid"])
+        with _unheard():
+            gather(given["source"], settings, given["skip_invalid"])
 
 
 def _data(given: dict[str, Any], command: str) -> None:
@@ -129,7 +141,8 @@ def _run(given: dict[str, Any]) -> None:
     if data is None:
         table = Path(str(config.data.file))
         if not table.is_file() or table.stat().st_size <= SMALL:
-            gather([f"{SOURCE}={table}"], config.data, skip_invalid=False)
+            with _unheard():
+                gather([f"{SOURCE}={table}"], config.data, skip_invalid=False)
     elif "://" not in data:
         Store(data)
 

@@ -71,6 +71,7 @@ def test_one_command_leads_from_a_table_to_a_report_and_answers_of_what_was_labe
     answers = [line.split("│")[1].strip() for line in first.stdout.splitlines() if line.startswith("│")]
     assert set(answers) <= {"emotion", "emotion_chosen", "regret"}
     assert {"emotion", "regret"} <= set(answers)
+    assert first.stderr.count("has no column `split`") == 1
     report = (folder / "run" / "report.md").read_text()
     told = report[: report.index("No label trained these answers")]
     for silent in ("vad", "culture", "bentham", "preference", "ethics", "acceptability", "surd"):
