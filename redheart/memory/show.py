@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from redheart.config import load_config
 from redheart.console import console, table
 from redheart.memory.budget import Budget
 from redheart.memory.plan import GIB, Candidate, Plan, fastest, smallest
@@ -42,8 +43,11 @@ def show_plan(plan: Plan, budget: Budget, preset: str, overrides: Sequence[str])
 def command(plan: Plan, preset: str, overrides: Sequence[str]) -> str:
     """What to type for the plan's choice; on several nodes it starts each of them."""
     chosen, processes = plan.chosen, plan.nodes * plan.gpus_per_node
+    promised = load_config(preset, overrides).memory
+    room = {"gpu_memory_gib": plan.gpu_memory, "host_memory_gib": plan.host_memory}
     settings = [
         *overrides,
+        *(f"memory.{k}={v / GIB:.4g}" for k, v in room.items() if v and v != round(getattr(promised, k) * GIB)),
         f"memory.strategy={chosen.strategy}",
         f"training.micro_batch_size={chosen.micro_batch_size}",
         f"model.activation_checkpointing={str(chosen.activation_checkpointing).lower()}",

@@ -62,3 +62,9 @@ def test_the_command_says_what_was_planned(nodes: int, gpus: int, start: str):
     assert config.model.activation_checkpointing
     assert ("launch/accelerate/zero2.yaml" in words) == (nodes * gpus > 1)
     assert ("4" in words) == (gpus == 4)
+
+
+def test_the_command_promises_what_was_planned_with():
+    large = replace(plan_of("zero2"), gpu_memory=24 * GIB)
+    assert "memory.gpu_memory_gib=24" in show.command(large, "330m", [])
+    assert "memory_gib" not in show.command(plan_of("zero2"), "330m", [])  # that of the preset
