@@ -74,15 +74,17 @@ def state() -> dict[str, object]:
     }
 
 
-def test_training_twice_in_a_process_is_the_same_twice_and_leaves_nothing_behind(home):
-    """Under DeepSpeed, whose process group and settings are the process' own; then from a thread, as servers call."""
+@pytest.mark.parametrize("strategy", ["plain", pytest.param("zero2_offload", marks=pytest.mark.slow)])
+def test_training_twice_in_a_process_is_the_same_twice_and_leaves_nothing_behind(home, strategy):
+    """Also under DeepSpeed, whose process group and settings are the process' own; then from a thread, as servers call."""
     data, before = home[0]["data"], state()
-    first, second = (redheart.train(data, f"runs/{name}", settings=QUICK) for name in "ab")
+    settings = {**QUICK, "memory.strategy": strategy}
+    first, second = (redheart.train(data, f"runs/{strategy}-{name}", settings=settings) for name in "ab")
     assert state() == before
     assert (first.result.total_steps, first.result.state.step) == (2, 2)
     assert distance(*(last_weights(run.path) for run in (first, second))) == 0
-    with pytest.raises(RedHeartError, match="runs/a holds a run already"):
-        redheart.train(data, first, settings=QUICK)
+    with pytest.raises(RedHeartError, match=f"runs/{strategy}-a holds a run already"):
+        redheart.train(data, first, settings=settings)
     assert state() == before
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(first.resume, training__max_steps=3).result().result.state.step == 3
