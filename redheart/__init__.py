@@ -3,6 +3,7 @@
 Importing this package loads nothing heavy. The public names below are imported on first use.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from redheart.version import VERSION as __version__
@@ -26,18 +27,20 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("RedHeartModel", "RedHeartPipeline"):
-        from redheart import infer  # it knows runs and checkpoints, which the model alone does not
-
-        return getattr(infer, name)
     if name == "train":  # a function and a package, see there
         import redheart.train
 
         return redheart.train
     if name == "_train" or name in __all__:
-        from redheart import doors
+        with warnings.catch_warnings():  # of a notebook without widgets, which tqdm misses; progress is lines here
+            warnings.filterwarnings("ignore", "IProgress not found")
+            if name in ("RedHeartModel", "RedHeartPipeline"):
+                from redheart import infer  # it knows runs and checkpoints, which the model alone does not
 
-        return getattr(doors, name.removeprefix("_"))
+                return getattr(infer, name)
+            from redheart import doors
+
+            return getattr(doors, name.removeprefix("_"))
     raise AttributeError(f"module 'redheart' has no attribute {name!r}")
 
 
