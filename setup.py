@@ -12,9 +12,8 @@ setup(
     packages=[*find_packages(include=["redheart*"]), "redheart.ds_configs"],
     package_dir={"redheart.ds_configs": "ds_configs"},
     package_data={
-        "redheart": sorted(
-            str(p.relative_to(package)) for p in beside
-        ),  # presets, corpus, kernels' sources, templates, py.typed
+        # presets, corpus, kernels' sources, templates, py.typed
+        "redheart": sorted(str(p.relative_to(package)) for p in beside),
         "redheart.ds_configs": ["*.json"],
     },
 )

@@ -19,6 +19,7 @@ import os
 import random
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,14 +55,14 @@ if TYPE_CHECKING:
 Path_ = str | os.PathLike[str]
 
 
-class _Shown:
+class _Shown(ABC):
     """A table to look at: `_facts` name it, `_rows` fill it."""
 
-    def _facts(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _facts(self) -> str: ...
 
-    def _rows(self) -> tuple[Sequence[str], list[Sequence[object]]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _rows(self) -> tuple[Sequence[str], list[Sequence[object]]]: ...
 
     def __repr__(self) -> str:
         columns, rows = self._rows()
