@@ -130,3 +130,8 @@ def open_safetensors(path: Path, remedy: str) -> Any:
         raise RedHeartError(f"{path} does not exist: {remedy}") from None
     except (OSError, SafetensorError) as error:
         raise RedHeartError(f"{path} is no whole safetensors file ({error}): {remedy}") from None
+
+
+def read_tensor(path: Path, name: str, remedy: str) -> torch.Tensor:
+    """One tensor of a safetensors file, mapped for itself: its pages are resident as long as it lives, not as long as the file is open."""
+    return open_safetensors(path, remedy).get_tensor(name)

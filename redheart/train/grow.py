@@ -1,12 +1,11 @@
 """`redheart grow`: weights on the disk -> an export of a larger network with the same function, tensor by tensor.
 
-At no time is more than one shard of the result in memory. Verification then runs the old network and the new one, one after
-the other, on real samples, and compares every answer, latent and reading.
+At no time is more than one shard of the result in memory, and of what is read the tensor at hand. Verification then runs the old
+network and the new one, one after the other and module by module, on real samples, and compares every answer, latent and reading.
 """
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from redheart.tasks import task_weights
 from redheart.train.checkpoint import Progress
 from redheart.train.export import write_card
 from redheart.train.moments import open_moments, write_grown
-from redheart.train.stored import INDEX, SINGLE, Stored, load_stored, open_stored
+from redheart.train.stored import INDEX, SINGLE, Stored, open_stored, streamed
 
 SHARD_SIZE = 512 * 2**20  # bytes of one safetensors file
 VERIFY_ROWS = 48
@@ -154,7 +153,7 @@ def _samples(source: Stored, data: str | None) -> SampleStream:
 
 def _look(stored: Stored, stream: SampleStream) -> tuple[dict[str, torch.Tensor], float]:
     """(every output on some dev rows, spread evenly, one row after the other; the weighted dev loss over them)."""
-    model = load_stored(stored)
+    model = streamed(stored)
     model.set_mode(ExecutionMode.EVALUATION)
     weights = factors(task_weights(stored.config.loss), stored.progress.scales, stored.config.loss.constant_floor)
     loss = evaluate(model, stream, stored.config.loss, weights, max_rows=VERIFY_ROWS, batch_size=8).total
@@ -163,6 +162,4 @@ def _look(stored: Stored, stream: SampleStream) -> tuple[dict[str, torch.Tensor]
         for name, value in tensors_of(forward(model, batch.to("cpu", torch.float32))).items():
             rows = value.flatten(0, -2) if value.dim() > 2 else value  # texts differ in length
             outputs.setdefault(name, []).append(rows)
-    del model
-    gc.collect()
     return {name: torch.cat(values) for name, values in outputs.items()}, loss

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from redheart.files import read_json, write_json
 from redheart.model.growth import grow_moment, growth_plans
+from redheart.model.loading import read_tensor
 from redheart.model.redheart import RedHeartModel
 from redheart.optim.adam8bit import STATES, expand_states
 from redheart.schema import RedHeartError
@@ -27,6 +27,7 @@ from redheart.train.engine.zero import TAG
 from redheart.train.stored import Stored
 
 INDEX = "moments.json"
+AGAIN = "grow the network again"
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 
 
@@ -81,35 +82,40 @@ def carry(engine: Engine, stored: Stored) -> int | None:
 
 
 def _carried(directory: Path) -> Moments:
-    index = read_json(directory / INDEX, "grow the network again")
-    files = {file: safe_open(directory / file, framework="pt") for file in set(index["files"].values())}
+    index = read_json(directory / INDEX, AGAIN)
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        file = files[index["files"][name]]
-        return file.get_tensor(f"{name}.{FIRST}"), file.get_tensor(f"{name}.{SECOND}")
+        file = directory / index["files"][name]
+        return read_tensor(file, f"{name}.{FIRST}", AGAIN), read_tensor(file, f"{name}.{SECOND}", AGAIN)
 
     return Moments(index["step"], read)
 
 
 def _of_plain(stored: Stored) -> Moments:
-    saved = torch.load(stored.directory / PLAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
-    kept = saved["optimizer"]["state"]
+    def states() -> dict[int, Any]:
+        """Mapped anew: what was read is resident no longer than what is read of it."""
+        path = stored.directory / PLAIN_STATE
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer"]["state"]
+
+    kept = states()
     if not kept:
         raise _none_yet(stored)
     with torch.device("meta"):
         model = RedHeartModel(stored.sizes)
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]]  # as torch numbers them
-    states, shapes = dict(zip(order, map(kept.get, range(len(order))), strict=True)), dict(model.named_parameters())
+    numbers, shapes = {name: i for i, name in enumerate(order)}, dict(model.named_parameters())
+    step = max(int(state["step"]) for state in kept.values())
+    del kept
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        state, shape = states[name], shapes[name].shape
+        state, shape = states().get(numbers[name]), shapes[name].shape
         if state is None:  # a parameter that has had no gradient yet
             return torch.zeros(shape), torch.zeros(shape)
         m, v = expand_states(state) if STATES[0] in state else (state[FIRST], state[SECOND])
         return m.view(shape), v.view(shape)
 
-    return Moments(max(int(state["step"]) for state in kept.values()), read)
+    return Moments(step, read)
 
 
 def _of_universal(zero: Path, stored: Stored) -> Moments:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from redheart.config import RunConfig, read_config
 from redheart.console import quiet_libraries
 from redheart.files import read_json
 from redheart.model.build import model_config
-from redheart.model.loading import Shape, open_safetensors, refuse_other_tensors, shapes_of, verify_export
+from redheart.model.loading import Shape, open_safetensors, read_tensor, refuse_other_tensors, shapes_of, verify_export
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import Progress, read_progress
@@ -73,12 +74,13 @@ def _reader(directory: Path) -> tuple[Callable[[str], torch.Tensor], dict[str, S
         names = [SINGLE]
     else:
         raise RedHeartError(f"{directory} has neither {SINGLE} nor {INDEX}: {AGAIN}")
-    holder: dict[str, Any] = {}
-    for name in names:
-        file = open_safetensors(directory / name, AGAIN)
-        holder |= dict.fromkeys(file.keys(), file)
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in holder.items()}
-    return lambda name: holder[name].get_tensor(name), shapes
+    holder: dict[str, Path] = {}
+    shapes: dict[str, Shape] = {}
+    for path in (directory / name for name in names):
+        file = open_safetensors(path, AGAIN)
+        holder |= dict.fromkeys(file.keys(), path)
+        shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return lambda name: read_tensor(holder[name], name, AGAIN), shapes
 
 
 def load_stored(stored: Stored) -> RedHeartModel:
@@ -87,6 +89,25 @@ def load_stored(stored: Stored) -> RedHeartModel:
         model = RedHeartModel(stored.sizes)
     model.load_state_dict({name: stored.read(name) for name in model.state_dict()}, assign=True)
     return model
+
+
+def streamed(stored: Stored) -> RedHeartModel:
+    """The same network, to look at only: each module holds its weights while it runs, so that it takes no more than the largest of them."""
+    with torch.device("meta"):
+        model = RedHeartModel(stored.sizes)
+    for name in model.built:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(partial(_come, stored.read, name))
+        module.register_forward_hook(_go)
+    return model
+
+
+def _come(read: Callable[[str], torch.Tensor], name: str, module: nn.Module, inputs: Any) -> None:
+    module.load_state_dict({key: read(f"{name}.{key}") for key in module.state_dict()}, assign=True)
+
+
+def _go(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    module.to_empty(device="meta")
 
 
 def fitting(mine: RedHeartConfig, path: Path) -> Stored:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redheart.config import load_config
+from redheart.memory.budget import status_bytes
 from redheart.model import growth
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train import grow as door
+from redheart.train import stored as stored_room
 from redheart.train.checkpoint import Progress
 from redheart.train.export import load_model, write_card
 from redheart.train.moments import open_moments
@@ -76,6 +79,41 @@ def initialise(model: RedHeartModel, path: Path) -> None:
     stored = fitting(model.config, path)
     for name in model.built:
         fill(stored, name, model.get_submodule(name))
+
+
+def test_a_streamed_network_holds_one_module_and_answers_as_the_whole_one(export: Path):
+    stored = open_stored(export)
+    held, most = 0, 0
+
+    def released(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal held, most
+        tensor = stored.read(name)
+        held += tensor.nbytes
+        most = max(most, held)
+        weakref.finalize(tensor.untyped_storage(), released, tensor.nbytes)
+        return tensor
+
+    whole, streamed = load_stored(stored).eval(), door.streamed(stored._replace(read=read)).eval()
+    batch = torch.randn(3, 5, 768)
+    with torch.no_grad():
+        expected, answers = growth.tensors_of(whole(batch)), growth.tensors_of(streamed(batch))
+    assert answers.keys() == expected.keys()
+    assert all(torch.equal(answers[name], value) for name, value in expected.items())
+    sizes = [sum(t.nbytes for t in whole.get_submodule(name).state_dict().values()) for name in whole.built]
+    assert (held, most) == (0, max(sizes))
+
+
+def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path: Path):
+    save_file({name: torch.ones(8 * 2**20) for name in "abcd"}, tmp_path / "model.safetensors")
+    read, shapes = stored_room._reader(tmp_path)
+    before = status_bytes("RssFile")
+    for name in shapes:
+        assert read(name).sum() == 8 * 2**20
+        assert status_bytes("RssFile") < before + 40 * 2**20  # one tensor has 32 MiB, and all of them 128
 
 
 def test_weights_to_start_from_must_fit(export: Path):
