@@ -15,25 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from redheart.files import read_text, seal, unseal, write_text
+from redheart.files import SEAL, read_text, seal, unseal, write_text
 from redheart.schema import GOOD_LAYERS, PACKAGED, RedHeartError
+from redheart.sections import CheckpointConfig, GuardConfig, MemoryConfig, OptimizerConfig, Section, TrainingConfig
 
-Strategy = Literal[
-    "plain", "gpu_8bit", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit"
-]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(ge=0)]
 S = TypeVar("S", bound=BaseModel)
 SEALED = "restore it, or remove its last line if the change is yours"
-
-
-class Section(BaseModel):
-    """Settings that belong together; each key says what it means (`redheart train --help-config`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -138,22 +129,6 @@ class DataConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW, with warm-up and then a cosine to the final learning rate."""
-
-    name: Literal["adamw", "adamw_8bit"] | None = Field(
-        None,
-        description="fp32 or 8-bit states; null: what memory.strategy says. What is asked for is what runs, or an error",
-    )
-    learning_rate: float = Field(1e-4, gt=0, description="the highest one, reached at the end of the warm-up")
-    final_learning_rate: float = Field(1e-6, ge=0, description="that of the last step")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
-    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is scaled down to this norm")
-
-
 class LossShares(Section):
     """How much the losses of each room weigh, after each is divided by its constant predictor's."""
 
@@ -181,54 +156,6 @@ class LossConfig(Section):
     constant_floor: float = Field(0.01, gt=0, description="least constant-predictor loss a loss is divided by")
 
 
-class TrainingConfig(Section):
-    """How long, how much at once, and what is written down on the way."""
-
-    seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of samples, dropout and rounding")
-    epochs: float | None = Field(None, gt=0, description="passes over the training split; null: 4, at least 100 steps")
-    max_steps: int | None = Field(None, gt=0, description="optimizer steps of the run, whatever epochs says")
-    global_batch_size: int = Field(gt=0, description="samples of one optimizer step over all ranks and micro-steps")
-    micro_batch_size: int = Field(gt=0, description="most samples a rank runs at once")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="of matrix products and of the weights they read")
-    # YAML 1.1 reads off as false
-    compile: Annotated[Literal["off", "regional"], BeforeValidator(lambda x: "off" if x is False else x)] = Field(
-        "off",
-        description="regional: torch.compile for the layers of stacks, each shape when it first comes. On a CPU at most "
-        "15 % (`local`) for a minute or two of compilation of each of some 15 shapes; on a GPU unmeasured: `bench gpu` times both",
-    )
-    log_every: int = Field(10, gt=0, description="steps between two lines of the log and of TensorBoard")
-    evaluate_every: int = Field(100, ge=0, description="steps between two looks at the dev loss; 0: ten looks in all")
-    evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
-    patience: int | None = Field(
-        None, gt=0, description="looks at dev in a row without a new best that end the run; null: none"
-    )
-    synergy_every: int = Field(
-        100, gt=0, description="steps between two looks at gradients' angles and regret's causes"
-    )
-    checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
-    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept beside the best one")
-    best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
-    log_samples: bool = Field(False, description="write every step's sample ids to samples-rankN.jsonl")
-    max_bad_steps: int = Field(3, gt=0, description="non-finite steps in a row that end the run")
-    collective_timeout_s: int = Field(
-        600, gt=0, description="how long ranks wait in a step for one that does not answer, before the run ends"
-    )
-
-
-class MemoryConfig(Section):
-    """What the run may take, and how weights, gradients and optimizer states are spread over GPU, host and ranks."""
-
-    strategy: Strategy = Field(
-        "zero2_offload", description="where states live: `redheart plan` compares all of them and names the fastest"
-    )
-    gpu_memory_gib: float = Field(8.0, gt=0, description="most memory taken on each GPU, the CUDA context included")
-    host_memory_gib: float = Field(16.0, gt=0, description="most memory taken on the host by all processes of a node")
-    swap: tuple[str, ...] = Field(
-        (),
-        description="modules that stay on the host and visit the device for their turn; training: strategy plain only",
-    )
-
-
 def _for_files(schema: dict[str, Any]) -> None:
     del schema["required"]
     schema["properties"]["extends"] = {"type": "string", "description": "a preset that says what this file does not"}
@@ -246,6 +173,8 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     memory: MemoryConfig = MemoryConfig()
 
     @property
@@ -295,8 +224,9 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     shipped, said = {}, {}
     if preset.endswith((".yaml", ".yml")):
         path = Path(preset)
-        text = unseal(read_text(path, f"give a YAML file, or one of {', '.join(preset_names())}"), path, SEALED)
-        said = _yaml(text, preset)
+        text = read_text(path, f"give a YAML file, or one of {', '.join(preset_names())}")
+        said = _yaml(unseal(text, path, SEALED), preset)
+        said = moved(said) if SEAL in text else said
         if "extends" in said:
             shipped = _shipped(said.pop("extends"), "")
     else:
@@ -338,7 +268,7 @@ def parse_config(values: Any) -> RunConfig:
 
 def read_config(path: Path, remedy: str) -> RunConfig:
     """The complete configuration that `redheart train` left in a YAML file; one that was changed since is an error."""
-    return parse_config(_yaml(unseal(read_text(path, remedy, "YAML"), path, remedy), str(path)))
+    return parse_config(moved(_yaml(unseal(read_text(path, remedy, "YAML"), path, remedy), str(path))))
 
 
 def parse_section(section: type[S], values: Any) -> S:
@@ -386,11 +316,26 @@ def _apply(values: dict[str, Any], override: str) -> None:
             values[key] = float(text)
 
 
+# keys that have another name or place by now; a configuration that a run wrote is read with the new one
+MOVED = {"training.keep_checkpoints": "checkpoint.keep_last"}
+
+
+def moved(values: dict[str, Any]) -> dict[str, Any]:
+    """What a run of an earlier version wrote down, under the names of now."""
+    for old, new in MOVED.items():
+        (section, key), (other, name) = old.split("."), new.split(".")
+        if isinstance(found := values.get(section), dict) and key in found:
+            values.setdefault(other, {})[name] = found.pop(key)
+    return values
+
+
 ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "steps": "max_steps"}
 
 
 def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
+    if path in MOVED:
+        return f"config key {path} is called {MOVED[path]} now"
     if error["type"] == "extra_forbidden":
         names, last = {name for key in config_keys() for name in key.split(".")}, str(error["loc"][-1])
         close = [ELSEWHERE[last]] if last in ELSEWHERE else difflib.get_close_matches(last, sorted(names), 1)

@@ -18,7 +18,9 @@ from redheart.config import (
     load_config,
     parse_config,
     preset_names,
+    read_config,
 )
+from redheart.files import seal
 from redheart.schema import RedHeartError
 from redheart.train.resume import _ON_RESUME, ON_RESUME, changes
 
@@ -41,8 +43,10 @@ DEFAULTS = {
              "regret_edges": (1 / 3, 2 / 3), "constant_floor": 0.01},
     "loss.shares": {"heads": 0.7, "analyzers": 0.3, "aux": 1.0},
     "training": {"seed": 0, "epochs": None, "max_steps": None, "precision": "bf16", "log_every": 10, "evaluate_rows": 2048,
-                 "synergy_every": 100, "keep_checkpoints": 2, "best_metric": "loss", "log_samples": False, "patience": None,
+                 "synergy_every": 100, "best_metric": "loss", "log_samples": False, "patience": None,
                  "max_bad_steps": 3, "collective_timeout_s": 600},
+    "guard": {"on_spike": "warn", "window": 32, "threshold": 12.0, "skip_steps": 4, "max_rewinds": 3},
+    "checkpoint": {"minutes": None, "keep_last": 2, "keep_best": 1, "keep_every": None, "on_error": "end"},
     "memory": {"strategy": "zero2_offload", "gpu_memory_gib": 8.0, "host_memory_gib": 16.0, "swap": ()},
 }  # fmt: skip
 # what each preset says itself, in the order of its file
@@ -171,6 +175,17 @@ def test_a_table_of_ones_own_has_settings_of_its_own_unless_others_are_said(tmp_
 def test_a_key_is_known_by_the_names_that_others_give_it(key: str, meant: str):
     with pytest.raises(RedHeartError, match=rf"unknown config key {key} \(did you mean {meant}\?\)"):
         load_config("local", [f"{key}=1"])
+
+
+def test_a_key_that_has_moved_is_refused_by_its_new_name_and_read_from_what_a_run_wrote(tmp_path: Path):
+    with pytest.raises(RedHeartError, match=r"training\.keep_checkpoints is called checkpoint\.keep_last now"):
+        load_config("local", ["training.keep_checkpoints=5"])
+    values = load_config("local", ["checkpoint.keep_last=5"]).model_dump(mode="json")
+    values["training"]["keep_checkpoints"] = values["checkpoint"].pop("keep_last")
+    written = tmp_path / "config.yaml"
+    written.write_text(seal(yaml.safe_dump(values)))  # as an earlier version did
+    assert load_config(str(written)).checkpoint.keep_last == 5
+    assert read_config(written, "").checkpoint.keep_last == 5
 
 
 def test_the_presets_are_listed():

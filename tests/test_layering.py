@@ -17,6 +17,7 @@ ROOMS = [
     [
         "schema",
         "config",
+        "sections",
         "files",
         "origins",
         "caches",

@@ -133,12 +133,12 @@ def _config(
 ) -> RunConfig:  # fmt: skip
     """The settings that all legs share: the preset's, with steps, batch and evaluations of the bench."""
     sizes = [] if batch is None else [f"training.global_batch_size={batch}", f"training.micro_batch_size={batch}"]
-    config = load_config(preset, [*sizes, f"training.epochs={epochs}", *overrides])
+    config = load_config(preset, [*sizes, f"training.epochs={epochs}", "checkpoint.keep_last=1", *overrides])
     stream = SampleStream(data, "train", config.data.remote)
     config = with_edges(config, stream)
     total = steps or steps_of(config, stream.rows_per_epoch)
     every = math.ceil(total / evaluations)
-    changes = {"max_steps": total, "evaluate_every": every, "checkpoint_every": every, "keep_checkpoints": 1}
+    changes = {"max_steps": total, "evaluate_every": every, "checkpoint_every": every}
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 

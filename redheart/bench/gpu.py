@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 
 from redheart.bench.gpu_worker import WARM_UP
-from redheart.config import RunConfig, Strategy, load_config
+from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.files import read_json, read_sealed_json, write_json, write_sealed_json
 from redheart.memory.activations import PAIR_SHARE
@@ -35,6 +35,7 @@ from redheart.memory.plan import GIB, Candidate, Card, Plan, fastest, plan, smal
 from redheart.memory.states import STRATEGIES
 from redheart.owned import make_directory
 from redheart.schema import RedHeartError
+from redheart.sections import Strategy
 
 TARGET = {"preset": "330m", "tokens": 64, "cap_gib": 8.0, "samples_per_s": 120.0}
 TAIL = 2000  # characters of a failed process's last words that are kept

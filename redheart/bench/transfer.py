@@ -138,7 +138,7 @@ class _Bench:
     def __init__(
         self, data: str, out: Path, small: str, large: str, source_steps: int, steps: int, evaluate_every: int, overrides: Sequence[str]
     ):  # fmt: skip
-        settings = [*overrides, f"training.evaluate_every={evaluate_every}", "training.keep_checkpoints=1"]
+        settings = [*overrides, f"training.evaluate_every={evaluate_every}", "checkpoint.keep_last=1"]
         self.data, self.out, self.small, self.steps, self.source_steps = data, out, small, steps, source_steps
         self.large = load_config(large, settings)
         self.model_of_small = load_config(small).model

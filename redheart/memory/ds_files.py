@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from redheart.config import Strategy
 from redheart.files import write_json, write_text
 from redheart.memory.states import (
     REDUCE_BUCKET,
@@ -22,6 +21,7 @@ from redheart.memory.states import (
     ZERO3_SUB_GROUP,
     Traits,
 )
+from redheart.sections import Strategy
 
 MULTINODE = "zero3_multinode"
 FILES: dict[str, Strategy] = {s: s for s in STRATEGIES if s not in ("plain", "gpu_8bit")}  # gpu_8bit runs on zero2's

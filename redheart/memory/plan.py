@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from redheart.config import RunConfig, Strategy
+from redheart.config import RunConfig
 from redheart.memory.activations import MicroStep, activations
 from redheart.memory.budget import CONTEXT
 from redheart.memory.launches import WAITS, count_launches
@@ -24,6 +24,7 @@ from redheart.memory.states import STRATEGIES, Parameters, States, Traits, state
 from redheart.model.axes import decays
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
+from redheart.sections import Strategy
 
 GIB = 2**30
 MIB = 2**20

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from redheart.config import Strategy
+from redheart.sections import Strategy
 
 REDUCE_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 1 GB in bf16
 ZERO3_PREFETCH = 20_000_000  # elements gathered ahead

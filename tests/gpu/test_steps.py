@@ -11,8 +11,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from redheart.config import Strategy
 from redheart.model.select import MODULES
+from redheart.sections import Strategy
 from tests.gpu.conftest import STAND_IN, begin, finish
 
 CPU = [s for s in get_args(Strategy) if s != "gpu_8bit"]  # 8-bit states on the GPU: held against fp32 ones

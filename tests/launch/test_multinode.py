@@ -32,7 +32,7 @@ SETTINGS = [
     *("model.width=24", "model.heads=2", "model.layers=1", "model.task_width=16", "model.task_heads=2", "model.encoder_width=8"),
     *("data.encoder.name=random", "data.encoder.layers=[0]", f"data.encoder.max_tokens={MAX_TOKENS}"),
     *(f"training.max_steps={STEPS}", "training.log_every=1", "training.evaluate_every=1000", "training.checkpoint_every=2"),
-    *(f"training.collective_timeout_s={TIMEOUT_S}", "training.keep_checkpoints=9"),
+    *(f"training.collective_timeout_s={TIMEOUT_S}", "checkpoint.keep_last=9"),
 ]  # fmt: skip
 
 

@@ -7,10 +7,11 @@ from typing import get_args
 
 import pytest
 
-from redheart.config import Strategy, load_config
+from redheart.config import load_config
 from redheart.console import LiteralConsole
 from redheart.memory import show
 from redheart.memory.plan import GIB, Candidate, Card, Plan
+from redheart.sections import Strategy
 
 TERMS = (
     "weights",

@@ -67,7 +67,7 @@ def config(steps: int) -> RunConfig:
         [
             *(*SMALL, *ENCODER, "memory.strategy=plain", "training.precision=fp32", f"training.max_steps={steps}"),
             *("training.global_batch_size=16", "training.micro_batch_size=16", "training.evaluate_every=10"),
-            *("training.checkpoint_every=10", "optimizer.learning_rate=3e-3", "training.keep_checkpoints=9"),
+            *("training.checkpoint_every=10", "optimizer.learning_rate=3e-3", "checkpoint.keep_last=9"),
         ],
     )
 

@@ -130,7 +130,7 @@ def test_losses_that_are_not_finite_leave_the_best_where_it_was(
 
     monkeypatch.setattr(trainer, "evaluate", broken)
     monkeypatch.setattr("redheart.train.trainer.every", lambda step, n: n == 1 or step % n == 0)
-    result = train(config(6, "training.checkpoint_every=1", "training.keep_checkpoints=1"), data, run, "last")
+    result = train(config(6, "training.checkpoint_every=1", "checkpoint.keep_last=1"), data, run, "last")
     assert (best(run), last(run).name) == (good, "step-00000006")
     assert result.state.best_step == read_progress(good).step
     assert result.state.last_dev_loss is None

@@ -101,7 +101,7 @@ def test_8_bit_adam_under_zero_resumes_bitwise_and_learns(data: Path, tmp_path: 
     network are chaotic: two processors end as far apart as two optimizers (17.4 and 16.1 have been seen)."""
     settings = ["--set", "memory.strategy=zero2_offload_8bit", "--set", "training.evaluate_every=10"]
     whole, run = tmp_path / "whole", tmp_path / "resumed"
-    train(data, whole, 20, *settings, "--set", "training.checkpoint_every=8", "--set", "training.keep_checkpoints=9")
+    train(data, whole, 20, *settings, "--set", "training.checkpoint_every=8", "--set", "checkpoint.keep_last=9")
     shutil.copytree(whole / "checkpoints" / "step-00000008", run / "checkpoints" / "step-00000008")
     train(data, run, 20, *settings, "--resume", run / "checkpoints" / "step-00000008")
     expected, got = last_weights(whole), last_weights(run)

@@ -23,7 +23,7 @@ SETTINGS = [
         "training.log_every=2",
         "training.evaluate_every=3",
     ),
-    *("training.checkpoint_every=3", "training.keep_checkpoints=9", "training.log_samples=true"),
+    *("training.checkpoint_every=3", "checkpoint.keep_last=9", "training.log_samples=true"),
 ]
 
 

@@ -1,0 +1,113 @@
+"""Sections of a configuration about the run itself: the optimizer, the steps, what watches over them, what is kept, what it may take.
+
+config.py puts them together with those about the network and the data.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Strategy = Literal[
+    "plain", "gpu_8bit", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit"
+]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Settings that belong together; each key says what it means (`redheart train --help-config`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class OptimizerConfig(Section):
+    """AdamW, with warm-up and then a cosine to the final learning rate."""
+
+    name: Literal["adamw", "adamw_8bit"] | None = Field(
+        None,
+        description="fp32 or 8-bit states; null: what memory.strategy says. What is asked for is what runs, or an error",
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="the highest one, reached at the end of the warm-up")
+    final_learning_rate: float = Field(1e-6, ge=0, description="that of the last step")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is scaled down to this norm")
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, and what is written down on the way."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of samples, dropout and rounding")
+    epochs: float | None = Field(None, gt=0, description="passes over the training split; null: 4, at least 100 steps")
+    max_steps: int | None = Field(None, gt=0, description="optimizer steps of the run, whatever epochs says")
+    global_batch_size: int = Field(gt=0, description="samples of one optimizer step over all ranks and micro-steps")
+    micro_batch_size: int = Field(gt=0, description="most samples a rank runs at once")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of matrix products and of the weights they read")
+    # YAML 1.1 reads off as false
+    compile: Annotated[Literal["off", "regional"], BeforeValidator(lambda x: "off" if x is False else x)] = Field(
+        "off",
+        description="regional: torch.compile for the layers of stacks, each shape when it first comes. On a CPU at most "
+        "15 % (`local`) for a minute or two of compilation of each of some 15 shapes; on a GPU unmeasured: `bench gpu` times both",
+    )
+    log_every: int = Field(10, gt=0, description="steps between two lines of the log and of TensorBoard")
+    evaluate_every: int = Field(100, ge=0, description="steps between two looks at the dev loss; 0: ten looks in all")
+    evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
+    patience: int | None = Field(
+        None, gt=0, description="looks at dev in a row without a new best that end the run; null: none"
+    )
+    synergy_every: int = Field(
+        100, gt=0, description="steps between two looks at gradients' angles and regret's causes"
+    )
+    checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
+    best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
+    log_samples: bool = Field(False, description="write every step's sample ids to samples-rankN.jsonl")
+    max_bad_steps: int = Field(3, gt=0, description="non-finite steps in a row that end the run")
+    collective_timeout_s: int = Field(
+        600, gt=0, description="how long ranks wait in a step for one that does not answer, before the run ends"
+    )
+
+
+class GuardConfig(Section):
+    """What becomes of a loss that leaps: z = (loss - median) / (1.4826 MAD) over the losses before it."""
+
+    on_spike: Literal["warn", "rewind"] = Field(
+        "warn",
+        description="of a leaping loss: tell it, or go back to the checkpoint before it and leave its samples out",
+    )
+    window: int = Field(32, ge=8, description="steps whose losses say what is usual; no spike before there are so many")
+    threshold: float = Field(12.0, gt=0, description="robust standard deviations above the median that make a spike")
+    skip_steps: int = Field(
+        4, gt=0, description="steps whose samples a rewind leaves out, the spike's the last of them"
+    )
+    max_rewinds: int = Field(3, gt=0, description="rewinds of a run; one more spike ends it")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written beside training.checkpoint_every, how, and which of them stay."""
+
+    minutes: float | None = Field(
+        None, gt=0, description="minutes after which one is due, whatever the steps; null: none"
+    )
+    keep_last: int = Field(2, gt=0, description="newest checkpoints that stay")
+    keep_best: int = Field(1, gt=0, description="checkpoints with the best dev loss that stay beside them")
+    keep_every: int | None = Field(None, gt=0, description="those of steps that are multiples of it stay; null: none")
+    on_error: Literal["end", "go_on"] = Field(
+        "end", description="of a save that failed (disk full, quota): end the run, or tell it and go on to the next one"
+    )
+
+
+class MemoryConfig(Section):
+    """What the run may take, and how weights, gradients and optimizer states are spread over GPU, host and ranks."""
+
+    strategy: Strategy = Field(
+        "zero2_offload", description="where states live: `redheart plan` compares all of them and names the fastest"
+    )
+    gpu_memory_gib: float = Field(8.0, gt=0, description="most memory taken on each GPU, the CUDA context included")
+    host_memory_gib: float = Field(16.0, gt=0, description="most memory taken on the host by all processes of a node")
+    swap: tuple[str, ...] = Field(
+        (),
+        description="modules that stay on the host and visit the device for their turn; training: strategy plain only",
+    )
