@@ -32,9 +32,11 @@ from redheart.evaluation.curves import CONSTANT, DEV, LOSS, MODULES, OVERVIEW, R
 from redheart.evaluation.evaluate import METRICS, Evaluation
 from redheart.evaluation.examples import Example, shown
 from redheart.ranks import is_main
+from redheart.schema import Batch
 from redheart.tasks import TASKS
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
+from redheart.train.sample_log import SampleLog
 
 GIB = 2**30
 
@@ -42,17 +44,43 @@ GIB = 2**30
 class Board:
     """Writes to RUN/tensorboard; on a resume, events of steps after the checkpoint's are hidden."""
 
-    def __init__(self, run: Path, config: RunConfig, state: Progress, factors: Mapping[str, float], total_steps: int):
+    def __init__(
+        self,
+        run: Path,
+        config: RunConfig,
+        state: Progress,
+        factors: Mapping[str, float],
+        total_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self._run, self._config, self._state, self._factors = run, config, state, factors
+        self._total = total_steps
+        self._clock, self._samples = time.perf_counter(), 0
+        self._ranks = rank, world_size
+        self._last: dict[str, float] = {}  # of the last look at dev
+        self._writer: Any = None
+        self.reopen()
+
+    def reopen(self) -> None:
+        """From here on what is written are the steps after `state.step`; what is there of later ones is hidden, or forgotten."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._config, self._scales, self._factors = config, state.scales, factors
-        self._clock, self._samples = time.perf_counter(), 0
-        self._start, self._first, self._total = self._clock, state.step, total_steps
-        self._last: dict[str, float] = {}  # of the last look at dev
-        self._writer = None
+        state = self._state
+        self._start, self._first = time.perf_counter(), state.step
+        if self._writer:
+            self._writer.close()
         if is_main():
-            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=state.step + 1 if state.step else None)
-            self._writer.add_text("config", f"```yaml\n{dump_config(config)}```", state.step)
+            purge = state.step + 1 if state.step or self._writer else None
+            self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=purge)
+            self._writer.add_text("config", f"```yaml\n{dump_config(self._config)}```", state.step)
+        self._log = SampleLog(self._run, *self._ranks, state.step) if self._config.training.log_samples else None
+        self.restart_clock()
+
+    def samples(self, step: int, batches: Sequence[Batch]) -> None:
+        """Which samples this rank trains on at `step`, where training.log_samples asks for it."""
+        if self._log:
+            self._log.write(step, batches)
 
     def progress(self) -> AbstractContextManager[tuple[Bar, TaskID]]:
         """The bar of the run; where stderr is no terminal nothing, since `train` says a line there."""
@@ -63,14 +91,17 @@ class Board:
         self._samples += num_samples
 
     def train(
-        self, step: int, losses: Mapping[str, float], total: float, update: Update, learning_rate: float, skipped: int
+        self, step: int, losses: Mapping[str, float], total: float, update: Update, learning_rate: float
     ) -> float:
         """Logs a training step; returns the samples per second since the last call."""
         now = time.perf_counter()
         rate = self._samples / (now - self._clock)
         self._clock, self._samples = now, 0
         values = {LOSS: total, f"{OVERVIEW}/learning_rate": learning_rate, RATE: rate}
-        values |= {f"{OVERVIEW}/grad_norm": update.grad_norm, f"{OVERVIEW}/skipped_steps": float(skipped)}
+        values |= {
+            f"{OVERVIEW}/grad_norm": update.grad_norm,
+            f"{OVERVIEW}/skipped_steps": float(self._state.skipped_steps),
+        }
         values |= {f"{OVERVIEW}/{name}": v for name, v in memory().items()}
         values |= {tag(name, "train_loss"): value for name, value in losses.items()}
         values |= {f"{MODULES}/{module}/grad_norm": v for module, v in update.module_norms.items()}
@@ -85,11 +116,11 @@ class Board:
 
     def dev(self, step: int, result: Evaluation, stream: SampleStream) -> None:
         """Logs a look at dev: losses beside the constant predictor's, metrics, and some texts of the split with what was said."""
-        constant = sum(self._factors[name] * self._scales[name] for name in result.losses)
+        constant = sum(self._factors[name] * self._state.scales[name] for name in result.losses)
         values = {DEV: result.total, CONSTANT: constant}
         for name, value in result.losses.items():
             values |= {tag(name, "dev_loss"): value}
-            values |= {tag(name, "constant"): self._scales[name]} if TASKS[name].final else {}
+            values |= {tag(name, "constant"): self._state.scales[name]} if TASKS[name].final else {}
         for (task, origin), metrics in result.metrics.items():
             wanted = METRICS[TASKS[task].kind] if TASKS[task].final else ()
             values |= {tag(task, f"{origin}_{name}"): metrics[name] for name in wanted if name in metrics}

@@ -46,6 +46,18 @@ LEFT_BESIDE = re.compile(
 )
 REBUILD = "rebuild.tmp"  # train/oom.py
 TRAINER = "trainer.json"
+# what a rewind leaves as it is: of this launch, or found out since
+HELD = (
+    "world_size",
+    "micro_batch_size",
+    "out_of_memory",
+    "changes",
+    "branch",
+    "branched_at",
+    "spikes",
+    "rewinds",
+    "left_out",
+)
 
 
 @dataclass
@@ -72,6 +84,14 @@ class Progress:
     last_loss: float | None = None
     last_dev_loss: float | None = None
     skipped_steps: int = 0
+    value: float | None = None  # what `best_value` is the lowest of, at value_step; null where it was not finite
+    value_step: int | None = None
+    recent_losses: list[float] = field(default_factory=list)  # train/spikes.py
+    spikes: int = 0
+    rewinds: int = 0
+    left_out: list[int] = field(
+        default_factory=list
+    )  # the steps, in the order of the data, whose samples a rewind left out
     micro_batch_size: int = 0  # what a rank runs at once now; less than the configured one after out_of_memory
     out_of_memory: list[dict[str, Any]] = field(default_factory=list)  # when the micro-batch had to shrink
     order: str = ""  # which rows the data has and in which order: train/resume.py
@@ -88,6 +108,7 @@ class Progress:
 
     def improves(self, value: float) -> bool:
         """Whether `value` (lower is better) is the best so far; it is kept if so. What is not finite never is."""
+        self.value, self.value_step = value if math.isfinite(value) else None, self.step
         if not math.isfinite(value) or (self.best_value is not None and value >= self.best_value):
             self.looks_since_best += 1
             return False
@@ -97,6 +118,19 @@ class Progress:
     def ended(self, total_steps: int, patience: int | None) -> bool:
         """Whether the run is at its last step, or its last `patience` evaluations brought nothing better (Prechelt 1998)."""
         return self.step >= total_steps or (patience is not None and self.looks_since_best >= patience)
+
+    def reads(self, step: int) -> int:
+        """Which step's samples, in the order of the data, `step` trains on: those that were left out are passed over."""
+        for passed in sorted(self.left_out):
+            step += passed <= step
+        return step
+
+    def go_back(self, earlier: Progress, left_out: list[int]) -> None:
+        """Becomes what a checkpoint says, but for what was found out since and for how the run is launched."""
+        for name, value in asdict(earlier).items():
+            if name not in HELD:
+                setattr(self, name, value)
+        self.left_out, self.rewinds = [*self.left_out, *left_out], self.rewinds + 1
 
     def note(self) -> str:
         """The last losses, for the progress bar."""
@@ -122,7 +156,7 @@ def save(engine: Engine, run: Path, config: RunConfig, state: Progress, keep: in
         write_json(temporary / TRAINER, asdict(state))
         write_config(temporary / "config.yaml", config)
         commit_directory(temporary, final, final.with_name(final.name + ".old"))
-        _settle(run, keep)
+        _settle(run, keep, config)
     barrier()
     return final
 
@@ -133,6 +167,7 @@ class _Lineage(NamedTuple):
     branch: int
     step: int
     branched_at: int
+    value: float | None = None  # its dev value, where that was looked at
 
 
 def committed(run: Path) -> list[Path]:
@@ -156,7 +191,8 @@ def _lineages(run: Path) -> dict[Path, _Lineage]:
         try:
             verify_manifest(directory, only=[TRAINER])
             said = read_progress(directory)
-            found[directory] = _Lineage(said.branch, step, said.branched_at)
+            value = said.value if said.value_step == step else None
+            found[directory] = _Lineage(said.branch, step, said.branched_at, value)
         except RedHeartError:
             found[directory] = _Lineage(0, step, 0)
     return found
@@ -179,6 +215,13 @@ def best(run: Path) -> Path | None:
     if said.best_step is None or said.best_value is None or not math.isfinite(said.best_value):
         return None
     return next((d for d in committed(run) if _step(d) == said.best_step), None)
+
+
+def before(run: Path, state: Progress, step: int) -> Path | None:
+    """The newest checkpoint of `step` or earlier on the branch of `state`; where none is so early its oldest, and None without any."""
+    own = [d for d, one in _lineages(run).items() if one.branch == state.branch or one.step <= state.branched_at]
+    early = [d for d in own if _step(d) <= step]
+    return max(early, key=_step) if early else min(own, key=_step, default=None)
 
 
 def _step(directory: Path) -> int:
@@ -270,9 +313,23 @@ def clear(run: Path) -> None:
         console.print(line, markup=False)
 
 
-def _settle(run: Path, keep: int | None) -> list[str]:
-    """Brings `last` and `best` up to date, then removes the checkpoints of abandoned branches and, with `keep`, all but the
-    newest `keep` and the best; what it changed. In this order a pointer never names what is gone."""
+def _staying(standing: list[Path], keep: int, config: RunConfig) -> set[Path]:
+    """Which of the checkpoints, in the order in which they were made, `config` keeps beside `best`: the newest `keep`, others of good
+    dev value, those of round steps, and one that a rewind of the next spike can go back to."""
+    stays, wanted, guard = set(standing[-keep:]), config.checkpoint, config.guard
+    found = _lineages(standing[0].parent.parent)
+    values = [(value, d) for d in standing if (value := found[d].value) is not None]
+    stays |= {d for _, d in sorted(values)[: wanted.keep_best]}
+    stays |= {d for d in standing if wanted.keep_every and _step(d) % wanted.keep_every == 0}
+    if guard.on_spike == "rewind":
+        far = [d for d in standing if _step(d) <= _step(standing[-1]) - guard.skip_steps + 1]
+        stays |= set(far[-1:] or standing[:1])
+    return stays
+
+
+def _settle(run: Path, keep: int | None, config: RunConfig | None = None) -> list[str]:
+    """Brings `last` and `best` up to date, then removes the checkpoints of abandoned branches and, with `keep`, those that
+    `config` does not keep; what it changed. In this order a pointer never names what is gone."""
     standing, newest = committed(run), last(run)
     if newest is None:
         return []
@@ -290,7 +347,9 @@ def _settle(run: Path, keep: int | None) -> list[str]:
             changed.append(f"{path} names {directory.name} again")
             write_pointer(path, directory.name)
     obsolete = [d for d in _lineages(run) if d not in standing]
-    obsolete += [d for d in standing[:-keep] if d not in kept.values()] if keep else []
+    if keep and config:
+        stays = _staying(standing, keep, config) | {d for d in kept.values() if d}
+        obsolete += [d for d in standing if d not in stays]
     for directory in obsolete:
         removed = directory.with_name(directory.name + ".removed")
         remove(removed)

@@ -22,7 +22,7 @@ from redheart.train.checkpoint import REBUILD, clear, committed, last
 
 KIND = "run"
 RESULT = "result.json"  # how the last launch ended
-NAMES = ("config.yaml", "ds_config.json", "checkpoints", "tensorboard", RESULT, REBUILD)
+NAMES = ("config.yaml", "ds_config.json", "checkpoints", "tensorboard", "events.jsonl", RESULT, REBUILD)
 REPORT = ("report.md", "report.html", "learning_curve.png", "reliability.png", "causes_of_regret.png")  # evaluate's
 EARLIER = (*NAMES, *REPORT, "samples-rank*.jsonl", "non_finite_step_*.json", "finished.json")
 

@@ -16,6 +16,8 @@ from redheart.files import write_json
 from redheart.owned import own
 from redheart.ranks import is_main
 from redheart.schema import RedHeartError
+from redheart.train.aside import Events
+from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
 from redheart.train.stages import LossSums
 
@@ -65,9 +67,9 @@ class StopRequest:
 class NonFiniteGuard:
     """Counts steps that were skipped because a gradient was not finite; `max_bad_steps` in a row end the run with a file."""
 
-    def __init__(self, run_directory: Path, max_bad_steps: int):
+    def __init__(self, run_directory: Path, max_bad_steps: int, state: Progress, events: Events):
         self.run_directory, self.max_bad_steps = run_directory, max_bad_steps
-        self.skipped = 0
+        self._state, self._events = state, events
         self.in_a_row = 0
 
     def check(self, step: int, update: Update, sums: LossSums, sample_ids: list[str]) -> None:
@@ -78,13 +80,14 @@ class NonFiniteGuard:
         if update.applied:
             self.in_a_row = 0
             return
-        self.skipped += 1
+        self._state.skipped_steps += 1
         self.in_a_row += 1
         norms, losses = update.module_norms, sums.read()
         modules = [m for m, v in norms.items() if not math.isfinite(v)]
         tasks = [t for t, v in losses.items() if not math.isfinite(v)]
         fault = f"modules {', '.join(modules) or 'unknown'}; losses {', '.join(tasks) or 'all finite'}"
         console.print(f"step {step}: gradient not finite, step skipped ({fault})")
+        self._events.write(step, "skipped_step", modules=modules, losses=tasks)
         if self.in_a_row < self.max_bad_steps:
             return
         path = self.run_directory / f"non_finite_step_{step:08d}.json"

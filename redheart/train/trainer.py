@@ -20,12 +20,14 @@ from redheart.memory.budget import over_host_memory
 from redheart.ranks import OutOfMemory
 from redheart.schema import Batch, RedHeartError
 from redheart.tasks import task_weights
-from redheart.train import checkpoint, oom, stages
+from redheart.train import oom, stages
+from redheart.train.aside import Events
 from redheart.train.board import Board
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
 from redheart.train.guard import NonFiniteGuard, StopRequest
-from redheart.train.sample_log import SampleLog
+from redheart.train.saving import Saver
+from redheart.train.spikes import SpikeGuard
 from redheart.train.synergy import Synergy
 
 T = TypeVar("T")
@@ -52,12 +54,11 @@ class Trainer:
         self.train_stream, self.dev_stream = streams
         self.total_steps, self.update_parameters = total_steps, update_parameters
         self.factors = factors(task_weights(config.loss), state.scales, config.loss.constant_floor)
-        self.guard = NonFiniteGuard(run, config.training.max_bad_steps)
-        self.guard.skipped = state.skipped_steps
-        self.board, self.synergy = Board(run, config, state, self.factors, total_steps), Synergy(config.loss)
-        self.rehearsals = oom.Rehearsals(config)
-        self.saved = state.step if checkpoint.holds(run, state.step) else None  # the step of the last checkpoint
-        self.log = SampleLog(run, engine.rank, engine.world_size, state.step) if config.training.log_samples else None
+        self.events, self.synergy, self.rehearsals = Events(run), Synergy(config.loss), oom.Rehearsals(config)
+        self.guard = NonFiniteGuard(run, config.training.max_bad_steps, state, self.events)
+        self.spikes = SpikeGuard(config, run, state, self.factors, self.events, may_rewind=update_parameters)
+        self.saver = Saver(config, run, state, self.events, wanted=update_parameters)
+        self.board = Board(run, config, state, self.factors, total_steps, engine.rank, engine.world_size)
 
     def run(self) -> StopRequest:
         """Runs to the end, or to a signal; the last thing it does is a checkpoint."""
@@ -67,21 +68,25 @@ class Trainer:
             if not state.step and state.initial_dev_loss is None and self.dev_stream.num_rows:
                 self._fitting(self._evaluate)
                 state.initial_dev_loss, state.initial_dev_losses = state.last_dev_loss, state.dev_losses
+            if self.spikes.rewinds:
+                self.saver.save(self.engine)  # what a spike before the next checkpoint goes back to
             self.board.restart_clock()
             while not (over := over_host_memory(self.config, state.step)) and not ended():
-                if not self._fitting(lambda: self._step(stop.wanted)):
+                if not self._fitting(lambda: self._step(stop)):
                     break
                 state.step += 1
+                if self.spikes.undo(self.engine):
+                    self.board.reopen()
+                    continue
                 bar.update(task, completed=state.step, note=state.note())
                 done = state.step == self.total_steps
                 improved = False
                 if self.dev_stream.num_rows and (done or every(state.step, settings.evaluate_every)):
                     improved = self._is_best(self._fitting(self._evaluate))
-                if self.update_parameters and (improved or done or every(state.step, settings.checkpoint_every)):
-                    self._save()
+                if improved or done or every(state.step, settings.checkpoint_every):
+                    self.saver.save(self.engine)
                     self.board.restart_clock()
-            if self.update_parameters and self.saved != state.step:
-                self._save()
+            self.saver.save(self.engine)
         self.board.close()
         if over and not ended():
             raise RedHeartError(over)
@@ -97,31 +102,30 @@ class Trainer:
             self.engine = oom.shrink(self.engine, self.config, self.run_directory, self.state, reason)
             self.board.out_of_memory(self.state.out_of_memory[-1])
 
-    def _step(self, stop: bool) -> bool:
+    def _step(self, stop: StopRequest) -> bool:
         """One optimizer step; False, and nothing done, where some rank was asked to stop."""
-        batches, step = self._batches(self.state.step), self.state.step
-        window = stages.open_window(batches, stop, self.rehearsals.wanted(self.engine, batches))
+        step = self.state.step
+        batches = self._batches(self.state.reads(step))
+        window = stages.open_window(batches, stop.wanted, self.rehearsals.wanted(self.engine, batches))
         if window.stop:
             return False
         self.rehearsals.run(self.engine, window, self.factors, self.config.loss)
         sums, said = stages.accumulate(self.engine, window, self.factors, self.config.loss)
         self.synergy.remember(said)
-        want_log = every(step + 1, self.config.training.log_every)
-        if self.log:
-            self.log.write(step, window.batches)
+        self.board.samples(step, window.batches)
+        losses = stages.global_losses(sums, window.counts)
+        total = sum(self.factors[n] * v for n, v in losses.items())
         learning_rate = stages.learning_rate_at(step, self.total_steps, self.config.optimizer)
         update = stages.update(self.engine, learning_rate * self.update_parameters)
         self.guard.check(step, update, sums, [i for b in window.batches for i in b.ids])
-        self.state.skipped_steps = self.guard.skipped
+        self.spikes.look(step, losses, total if update.applied else math.nan)
         self.board.count(self.config.training.global_batch_size)
         if every(step + 1, self.config.training.synergy_every):
             first = batches[0].to(self.engine.device, self.engine.dtype)
             self.board.synergy(step + 1, self.synergy.analyse(self.engine, first, self.factors))
-        if want_log:
-            losses = stages.global_losses(sums, window.counts)
-            total = sum(self.factors[n] * v for n, v in losses.items())
+        if every(step + 1, self.config.training.log_every):
             self.state.last_loss = total if math.isfinite(total) else None
-            self.board.train(step + 1, losses, total, update, learning_rate, self.guard.skipped)
+            self.board.train(step + 1, losses, total, update, learning_rate)
         return True
 
     def _batches(self, step: int) -> list[Batch]:
@@ -143,7 +147,3 @@ class Trainer:
     def _is_best(self, result: Evaluation) -> bool:
         wanted = self.config.training.best_metric
         return self.state.improves(result.total if wanted == "loss" else result.losses[wanted])
-
-    def _save(self) -> None:
-        self.state.world_size, self.saved = self.engine.world_size, self.state.step
-        checkpoint.save(self.engine, self.run_directory, self.config, self.state, self.config.training.keep_checkpoints)

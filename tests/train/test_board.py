@@ -85,7 +85,7 @@ def test_a_line_for_every_logged_step_stands_in_for_the_bar(
     monkeypatch.setattr(board.time, "perf_counter", lambda: 10.0)
     shown.count(64)
     update = Update(applied=True, module_norms={"backbone": 1.0})
-    assert shown.train(40, {"regret": 0.5}, 0.75, update, 1e-4, 0) == 6.4
+    assert shown.train(40, {"regret": 0.5}, 0.75, update, 1e-4) == 6.4
     shown.close()
     told = capsys.readouterr().err
     assert re.fullmatch(

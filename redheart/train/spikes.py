@@ -1,0 +1,113 @@
+"""Losses that leap: found by a robust z-score, told, and undone where `guard.on_spike` is rewind.
+
+z = (loss - median) / max(1.4826 MAD, FLOOR · median) over the `guard.window` losses before it (Hampel 1974): neither the trend of a
+run nor earlier spikes move median and MAD much. A step's loss is divided by the constant predictor's over the same answers, since
+which answers have labels differs from batch to batch. A rewind restores the newest checkpoint from before the samples at fault and
+leaves these out for good (Chowdhery et al. 2022, PaLM): the steps between are taken again, bit for bit. Every rank has the same sums
+over ranks, so all find the same; losses and what was left out are kept with each checkpoint, so a resumed run does, too, wherever its
+checkpoints lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from redheart.config import RunConfig
+from redheart.console import console
+from redheart.ranks import barrier
+from redheart.schema import RedHeartError
+from redheart.train import checkpoint
+from redheart.train.aside import Events
+from redheart.train.checkpoint import Progress
+from redheart.train.engine import Engine
+
+NORMAL = 1.4826  # MADs in a normal distribution's standard deviation
+FLOOR = 0.01  # of the median: losses that hardly vary are no reason to call small steps spikes
+
+
+class Spike(NamedTuple):
+    """The loss of `step` (from 0), as shares of the constant predictor's, and how far it lies above what is usual."""
+
+    step: int
+    loss: float
+    usual: float
+    z: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: loss {self.loss:.3f} of the constant predictor's, {self.z:.0f} robust deviations above the "
+            f"usual {self.usual:.3f}"
+        )
+
+
+class SpikeGuard:
+    """Looks at the loss of every step that was applied; a run that keeps no checkpoints only warns."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        state: Progress,
+        factors: Mapping[str, float],
+        events: Events,
+        may_rewind: bool,
+    ):
+        self._config, self._run, self._state, self._events = config, run, state, events
+        self.rewinds = may_rewind and config.guard.on_spike == "rewind"
+        self._found: Spike | None = None
+        self._constant = {name: factor * state.scales[name] for name, factor in factors.items()}
+
+    def look(self, step: int, losses: Mapping[str, float], total: float) -> None:
+        """Remembers the global `losses` of `step`, which weigh `total` (NaN: not applied), and tells of a spike."""
+        self._found = None
+        if not math.isfinite(total):
+            return
+        loss, recent = total / sum(self._constant[name] for name in losses), self._state.recent_losses
+        wanted = self._config.guard
+        self._state.recent_losses = [*recent, loss][-wanted.window :]
+        if len(recent) < wanted.window:
+            return
+        usual = median(recent)
+        deviation = max(NORMAL * median(abs(x - usual) for x in recent), FLOOR * usual)
+        spike = Spike(step, loss, usual, (loss - usual) / deviation)
+        if spike.z <= wanted.threshold:
+            return
+        self._found = spike
+        self._state.spikes += 1
+        self._events.write(step, "spike", loss=loss, usual=usual, z=spike.z, reads=self._state.reads(step))
+        if not self.rewinds:
+            console.print(f"{spike} (guard.on_spike=rewind would leave its samples out)", markup=False)
+
+    def undo(self, engine: Engine) -> bool:
+        """Whether the last step was a spike that has to be undone; engine and state are then as of a checkpoint from before the samples
+        at fault, which are left out from now on. Collective. Raises RedHeartError after `guard.max_rewinds`."""
+        spike = self._found if self.rewinds else None
+        if spike is None:
+            return False
+        state, wanted = self._state, self._config.guard
+        if state.rewinds == wanted.max_rewinds:
+            raise RedHeartError(
+                f"{spike}, and the run went back {state.rewinds} times before (guard.max_rewinds): lower optimizer.learning_rate, "
+                f"look at the samples of these steps ({self._run / 'events.jsonl'}), or raise guard.threshold"
+            )
+        first = max(0, spike.step - wanted.skip_steps + 1)
+        source = checkpoint.before(self._run, state, first)
+        if source is None:
+            raise RedHeartError(f"{spike}, and {self._run} has no checkpoint to go back to: a save has failed before")
+        checkpoint.verified(source)
+        earlier = checkpoint.read_progress(source)
+        left_out = [state.reads(step) for step in range(max(first, earlier.step), spike.step + 1)]
+        engine.load(source)
+        barrier()
+        state.go_back(earlier, left_out)
+        console.print(
+            f"{spike}: back to {source.name}; {len(left_out)} steps' samples are left out from step {spike.step + 1 - len(left_out)} "
+            f"on (rewind {state.rewinds} of {wanted.max_rewinds})",
+            markup=False,
+        )
+        self._events.write(spike.step, "rewind", to_step=state.step, left_out=left_out, rewinds=state.rewinds)
+        return True

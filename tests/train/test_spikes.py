@@ -1,0 +1,180 @@
+"""A loss that leaps is found, told and undone: the run is then one that never saw the samples at fault, and so is a resumed one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from redheart.config import RunConfig, load_config
+from redheart.data.order import global_batch
+from redheart.data.shards import INDEX, write_shard
+from redheart.data.stream import SampleStream
+from redheart.files import read_sealed_json, write_sealed_json
+from redheart.schema import RedHeartError
+from redheart.train.aside import Events
+from redheart.train.checkpoint import Progress, committed
+from redheart.train.spikes import SpikeGuard
+from redheart.train.start import train as start
+from tests.runs import forked, last_weights, losses, train
+from tests.train.tiny import SETTINGS
+
+BATCH, STEPS, SPIKE = 4, 18, 13  # SPIKE: the step, from 0, whose batch is at fault
+QUICK = [
+    *SETTINGS,
+    *("training.log_every=1", "training.evaluate_every=1000", "training.synergy_every=1000", f"training.max_steps={STEPS}"),
+    *(f"training.global_batch_size={BATCH}", "training.micro_batch_size=2", "training.log_samples=true"),
+    *("guard.window=8", "training.checkpoint_every=5", "guard.on_spike=rewind", "guard.skip_steps=2"),
+]  # fmt: skip
+
+
+def config(*settings: str) -> RunConfig:
+    return load_config("local", [*QUICK, "memory.strategy=plain", *settings])
+
+
+@pytest.fixture(scope="module")
+def planted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared training rows six times over, so that no step sees a row twice, and one row of step SPIKE's whose labels lie far out
+    of their range."""
+    out = tmp_path_factory.mktemp("planted")
+    index = read_sealed_json(data / INDEX, "again")
+    index["plan"] = "planted"
+    for split, times in (("train", 6), ("dev", 1)):
+        stream = SampleStream(data, split)
+        rows = [
+            {**row, "id": f"{row['id']}-{k}"} for k in range(times) for row in stream.rows(np.arange(stream.num_rows))
+        ]
+        for write in range(2):
+            entry = write_shard(out / f"{split}-00000.arrow", rows, 768, 64)
+            index["splits"][split] |= {"shards": [entry], "rows": len(rows)}
+            write_sealed_json(out / INDEX, index)
+            if split == "dev" or write:
+                break
+            stream = SampleStream(out, "train")
+            assert stream.num_rows >= STEPS * BATCH + 2 * BATCH
+            victim = stream.rows(global_batch(stream.index, 0, SPIKE, BATCH)[:1])[0]["id"]
+            for row in rows:
+                if row["id"] == victim:
+                    row["bentham"] = [30.0] * 7
+    return out
+
+
+def ids(run: Path, ranks: int = 1) -> list[list[str]]:
+    """The samples of every step, over all ranks, in order."""
+    lines = [
+        [json.loads(x)["ids"] for x in (run / f"samples-rank{r}.jsonl").read_text().splitlines()] for r in range(ranks)
+    ]
+    return [[i for part in parts for i in part] for parts in zip(*lines, strict=True)]
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = last_weights(a), last_weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.fixture(scope="module")
+def rewound(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("spikes") / "rewound"
+    result = start(config(), planted, run)
+    assert (result.state.spikes, result.state.rewinds, result.state.left_out) == (1, 1, [SPIKE - 1, SPIKE])
+    return run
+
+
+def test_a_planted_spike_is_undone_and_its_samples_left_out(planted: Path, rewound: Path):
+    stream = SampleStream(planted, "train")
+    read = [s if s < SPIKE - 1 else s + 2 for s in range(STEPS)]
+    numbers = [global_batch(stream.index, 0, s, BATCH) for s in read]
+    assert ids(rewound) == [list(stream.batch(n, np.zeros_like(n)).ids) for n in numbers]
+    (spike,), (rewind,) = events(rewound, "spike"), events(rewound, "rewind")
+    assert (spike["step"], spike["reads"]) == (SPIKE, SPIKE)
+    assert spike["z"] > 12
+    assert (rewind["to_step"], rewind["left_out"]) == (10, [SPIKE - 1, SPIKE])
+    seen = losses(rewound)
+    assert sorted(seen) == list(range(1, STEPS + 1))
+    assert max(seen.values()) < 3 * min(seen.values())
+
+
+def test_a_run_that_only_warns_goes_on_with_the_same_samples(planted: Path, tmp_path: Path, capsys):
+    result = start(config("guard.on_spike=warn"), planted, tmp_path / "run")
+    assert (result.state.spikes, result.state.rewinds, result.state.left_out) == (1, 0, [])
+    assert losses(tmp_path / "run")[SPIKE + 1] > 10 * losses(tmp_path / "run")[SPIKE]
+    assert f"step {SPIKE}: loss" in capsys.readouterr().err
+    assert events(tmp_path / "run", "rewind") == []
+
+
+@pytest.mark.parametrize(
+    "stopped_at", [pytest.param(12, marks=pytest.mark.slow), SPIKE, pytest.param(16, marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_rewinds_to_the_same_bits(
+    planted: Path, rewound: Path, tmp_path: Path, monkeypatch, stopped_at: int
+):
+    """Whether it was stopped between the samples at fault, before the spike or after the rewind; other checkpoints are there then."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "ended", lambda self, *_: self.step >= stopped_at)
+        start(config(), planted, run)
+    assert committed(run)[-1].name == f"step-{stopped_at:08d}"
+    result = start(config(), planted, run, "last")
+    assert result.state.left_out == [SPIKE - 1, SPIKE]
+    assert same(run, rewound)
+    assert ids(run) == ids(rewound)
+    assert losses(run) == losses(rewound)
+
+
+def test_it_gives_up_after_the_bound(planted: Path, tmp_path: Path):
+    """Every step is a spike to so low a threshold, wherever the run goes on."""
+    always = config("guard.threshold=1e-9", "guard.max_rewinds=2", "optimizer.learning_rate=1e-9", "guard.skip_steps=1")
+    with pytest.raises(
+        RedHeartError, match=r"went back 2 times before \(guard\.max_rewinds\).*optimizer\.learning_rate"
+    ):
+        start(always, planted, tmp_path / "run")
+    assert [e["rewinds"] for e in events(tmp_path / "run", "rewind")] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_under_zero_the_rewound_run_is_the_one_that_never_saw_them(
+    planted: Path, rewound: Path, tmp_path: Path, ranks: int
+):
+    settings = [x for s in [*QUICK, "memory.strategy=zero2_offload_8bit"] for x in ("--set", s)]
+    train(planted, tmp_path / "run", STEPS, *settings, ranks=ranks)
+    assert ids(tmp_path / "run", ranks) == ids(rewound)
+    assert [e["left_out"] for e in events(tmp_path / "run", "rewind")] == [[SPIKE - 1, SPIKE]]
+    never = ["--set", "guard.threshold=1e9"]
+    run = tmp_path / "never"
+    arguments = ["train", "--preset", "local", "--data", planted, "--out", run, *settings, *never]
+    done = forked("tests.train.left_out", f"{SPIKE - 1},{SPIKE}", *arguments, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same(tmp_path / "run", run)
+
+
+def test_what_a_spike_is(tmp_path: Path):
+    state = Progress(scales={"a": 0.5})
+    guard = SpikeGuard(config("guard.threshold=6"), tmp_path, state, {"a": 2.0}, Events(tmp_path), may_rewind=True)
+    random = np.random.default_rng(0)
+    recent = list(random.normal(0.8, 0.05, 8))
+    for step, loss in enumerate(recent):
+        guard.look(step, {"a": 0.0}, loss)
+    assert state.recent_losses == recent
+    middle = np.median(recent)
+    deviation = 1.4826 * np.median(np.abs(np.array(recent) - middle))
+    guard.look(8, {"a": 0.0}, float("nan"))  # a step that was not applied says nothing
+    guard.look(8, {"a": 0.0}, float(middle + 5.99 * deviation))
+    assert state.spikes == 0
+    state.recent_losses = recent
+    guard.look(8, {"a": 0.0}, float(middle + 6.01 * deviation))
+    assert state.spikes == 1
+    assert json.loads((tmp_path / "events.jsonl").read_text())["z"] == pytest.approx(6.01)
+
+
+def test_what_was_left_out_is_passed_over_in_order():
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        left_out = random.permutation(40)[: random.integers(0, 12)].tolist()
+        kept = [s for s in range(80) if s not in left_out]
+        assert [Progress(left_out=left_out).reads(s) for s in range(60)] == kept[:60]
