@@ -16,6 +16,7 @@ from redheart.caches import forget_empty_variables
 from redheart.console import any_encoding, emit, literal, quiet_start
 from redheart.device import settle_allocator
 from redheart.early import check
+from redheart.ends import code_of, ending
 from redheart.files import no_room
 from redheart.options import (  # fmt: skip
     All,
@@ -376,20 +377,23 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point: an error of the user's is one line and exit code 1; wrong options are exit code 2."""
-    any_encoding()
-    forget_empty_variables()
-    quiet_start()
-    settle_allocator()
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
-    try:
-        with leaving():
-            app(check(typer.main.get_command(app), arguments))
-    except Exception as error:
-        room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
-        if debug or not (isinstance(error, RedHeartError) or room or path):
-            raise
-        message = f"writing failed ({room}): make room, or raise the limit (quota, ulimit -f)" if room else str(error)
-        print("redheart:", literal(" ".join(line.strip() for line in message.splitlines())), file=sys.stderr)
-        sys.exit(1)
+    """Entry point: an error of the user's is one line; exit codes as in ends.py."""
+    with ending():
+        any_encoding()
+        forget_empty_variables()
+        quiet_start()
+        settle_allocator()
+        arguments = sys.argv[1:]
+        debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
+        try:
+            with leaving():
+                app(check(typer.main.get_command(app), arguments))
+        except Exception as error:
+            room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
+            if debug or not (isinstance(error, RedHeartError) or room or path):
+                raise
+            message = (
+                f"writing failed ({room}): make room, or raise the limit (quota, ulimit -f)" if room else str(error)
+            )
+            print("redheart:", literal(" ".join(line.strip() for line in message.splitlines())), file=sys.stderr)
+            sys.exit(code_of(error))

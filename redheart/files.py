@@ -7,7 +7,6 @@ finished has a name that no user chooses, `.NAME.redheart-XXXXXXXX.tmp`: a NAME.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -71,6 +70,13 @@ def unfinished_of(final: Path) -> list[Path]:
     """What has such a name beside `final`, of whatever process."""
     pattern = re.compile(rf"\.{re.escape(final.name[:60])}\.redheart-[0-9a-f]{{8}}\.tmp")
     return [p for p in final.parent.glob(".*.tmp") if pattern.fullmatch(p.name)]
+
+
+def unfinished_files(directory: Path) -> list[Path]:
+    """The files in `directory` that have such a name."""
+    return [
+        p for p in directory.glob(".*.tmp") if re.fullmatch(r"\..+\.redheart-[0-9a-f]{8}\.tmp", p.name) and p.is_file()
+    ]
 
 
 def remove(path: Path) -> None:
@@ -259,15 +265,19 @@ def unfinished_directory(final: Path) -> Iterator[Path]:
     It holds a locked file as long as this process lives. What killed processes left on their way to `final` is removed first.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in unfinished_of(final):
-        if (left / LOCK).is_file() and not _is_locked(left / LOCK):
-            shutil.rmtree(left)
     temporary = unfinished_name(final)
-    temporary.mkdir()
-    handle = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    parent = os.open(final.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody finds it unlocked either
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        alone = _lock(parent, wait=True)  # nobody is between making a directory and locking it
+        for left in unfinished_of(final):
+            if (alone and not (left / LOCK).is_file()) or ((left / LOCK).is_file() and not _is_locked(left / LOCK)):
+                remove(left)
+        temporary.mkdir()
+        handle = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        _lock(handle, wait=True)
+    finally:
+        os.close(parent)
+    try:
         yield temporary
         if not temporary.exists():
             (final / LOCK).unlink(missing_ok=True)
@@ -277,13 +287,19 @@ def unfinished_directory(final: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Whether the file is ours alone now. A file system without locks: then nobody finds it unlocked either."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except OSError:
+        return False
+
+
 def _is_locked(path: Path) -> bool:
     handle = os.open(path, os.O_RDWR)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
+        return not _lock(handle)
     finally:
         os.close(handle)
 

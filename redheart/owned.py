@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from redheart.console import console
-from redheart.files import LOCK, flush_to_disk, read_sealed_json, remove, write_sealed_json
+from redheart.files import LOCK, flush_to_disk, read_sealed_json, remove, unfinished_files, write_sealed_json
 from redheart.schema import RedHeartError
 
 MARKER = ".redheart.json"
@@ -104,6 +104,8 @@ def exclusive(directory: Path, work: str) -> Iterator[None]:
                 f"{directory} cannot be locked ({error.strerror}): see to it that no other process is {work} in it",
                 markup=False,
             )
+        for left in unfinished_files(directory):  # of processes that were killed
+            remove(left)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"pid {os.getpid()}\n".encode(), 0)
         yield

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from redheart.schema import RedHeartError
+from redheart.schema import PassingError, RedHeartError
 
 
 def _group() -> bool:
@@ -148,13 +148,13 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 @contextmanager
 def naming_lost_ranks(remedy: str) -> Iterator[None]:
-    """Turns the failure of a collective into a RedHeartError that says so and names the remedy."""
+    """Turns the failure of a collective into a PassingError that says so and names the remedy."""
     try:
         yield
     except RuntimeError as error:
         if not (_group() and is_lost_rank(error)):
             raise
-        raise RedHeartError(
+        raise PassingError(
             f"rank {rank()} of {world_size()} lost another rank: a process or a node ended, or the network between them broke "
             f"({str(error).splitlines()[0]}); {remedy}"
         ) from error

@@ -18,6 +18,10 @@ class RedHeartError(Exception):
     """Something the user can mend. The message names the thing and the remedy, and is printed without a traceback."""
 
 
+class PassingError(RedHeartError):
+    """One that may be over when the same command runs again: a lost rank, a store that does not answer."""
+
+
 @dataclass(frozen=True)
 class Label:
     """One label of a sample (docs: DESIGN §3). `names` gives its entries in order; a scalar has one entry."""

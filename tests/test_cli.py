@@ -88,5 +88,7 @@ def test_a_write_that_finds_no_room_is_one_line_at_every_door(monkeypatch, capsy
     assert said[0].endswith("make room, or raise the limit (quota, ulimit -f)")
     error.args = ("a fault of ours",)
     if isinstance(error, RuntimeError):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(SystemExit) as ended:
             main()
+        assert ended.value.code == 70
+        assert capsys.readouterr().err.startswith("Traceback")

@@ -25,6 +25,7 @@ ROOMS = [
         "device",
         "ranks",
         "console",
+        "ends",
         "options",
         "version",
         "presets",

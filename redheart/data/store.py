@@ -20,7 +20,7 @@ from redheart.config import RemoteConfig
 from redheart.console import console
 from redheart.data.shards import FORMAT_VERSION, INDEX, check_index
 from redheart.files import check_sealed_json, read_json, sha256_of
-from redheart.schema import SPLITS, RedHeartError
+from redheart.schema import SPLITS, PassingError, RedHeartError
 
 BLOCK = 1 << 20
 
@@ -106,7 +106,7 @@ class Store:
             except Exception as error:  # fsspec's file systems raise many kinds; the last one is reported
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 if attempt == self.settings.attempts:
-                    raise RedHeartError(
+                    raise PassingError(
                         f"{what} of {self.location} cannot be read after {attempt} attempts ({reason}): check the "
                         "store and the network, then go on with --resume"
                     ) from error

@@ -291,8 +291,9 @@ def go_on(state: Progress, source: Path, run: Path) -> None:
         state.best_value = state.best_step = None
 
 
-def clear(run: Path) -> None:
-    """Removes what a run that died left half-done, and brings the pointers up to date; says so. For the process that holds `run`."""
+def clear(run: Path, config: RunConfig | None = None) -> None:
+    """Removes what a run that died left half-done, with `config` also what its last save had still to remove, and brings the pointers
+    up to date; says so. For the process that holds `run`."""
     found = run / "checkpoints"
     left = [p for p in found.iterdir() if LEFT.fullmatch(p.name)] if found.is_dir() else []
     left += [p for p in run.iterdir() if LEFT_BESIDE.fullmatch(p.name)]
@@ -309,7 +310,7 @@ def clear(run: Path) -> None:
             console.print(f"{final} has its name again, which an earlier end had taken from it", markup=False)
     if names:
         console.print(f"removed what an earlier end left unfinished: {', '.join(sorted(names))}", markup=False)
-    for line in _settle(run, None):
+    for line in _settle(run, config.training.keep_checkpoints if config else None):
         console.print(line, markup=False)
 
 

@@ -20,7 +20,7 @@ from redheart.model.loading import read_tensor
 from redheart.model.redheart import RedHeartModel
 from redheart.optim.adam8bit import STATES, expand_states
 from redheart.schema import RedHeartError
-from redheart.train.engine import PLAIN_STATE, Engine, parameter_groups
+from redheart.train.engine import PLAIN_STATE, Engine, parameter_groups, read_state
 from redheart.train.engine.moments import Read
 from redheart.train.engine.universal import universal_checkpoint
 from redheart.train.engine.zero import TAG
@@ -94,8 +94,7 @@ def _carried(directory: Path) -> Moments:
 def _of_plain(stored: Stored) -> Moments:
     def states() -> dict[int, Any]:
         """Mapped anew: what was read is resident no longer than what is read of it."""
-        path = stored.directory / PLAIN_STATE
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer"]["state"]
+        return read_state(stored.directory, mmap=True)["optimizer"]["state"]
 
     kept = states()
     if not kept:
@@ -123,7 +122,7 @@ def _of_universal(zero: Path, stored: Stored) -> Moments:
         shapes = {name: p.shape for name, p in RedHeartModel(stored.sizes).named_parameters()}
 
     def load(name: str, kind: str) -> torch.Tensor:
-        content = torch.load(zero / name / f"{kind}.pt", map_location="cpu", weights_only=False, mmap=True)
+        content = torch.load(zero / name / f"{kind}.pt", map_location="cpu", mmap=True)
         return content["param"] if isinstance(content, dict) else content
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +134,7 @@ def _of_universal(zero: Path, stored: Stored) -> Moments:
     if (zero / first / "step.pt").is_file():
         return Moments(int(load(first, "step")), read)
     # ZeRO-3's parameters are converted without their step; DeepSpeed, too, then takes that of the first state
-    optimizer = torch.load(zero / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True)
+    optimizer = torch.load(zero / "optimizer_state.pt", map_location="cpu", mmap=True)
     return Moments(int(optimizer["optimizer_state_dict"]["state"][0]["step"]), read)
 
 

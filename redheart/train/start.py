@@ -171,7 +171,7 @@ def _train(
             engine.load(source)
             barrier()  # every rank has read what it needs
             if launched_rank() == 0:
-                checkpoint.clear(run)
+                checkpoint.clear(run, config if update_parameters and source == checkpoint.last(run) else None)
                 if update_parameters:
                     write_config(run / "config.yaml", config)
             barrier()

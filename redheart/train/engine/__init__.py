@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 
 from redheart.config import RunConfig
-from redheart.device import variables_kept
 from redheart.memory.budget import limit_gpu
 from redheart.model.regional import check_compilation, compile_layers
 from redheart.ranks import is_out_of_memory
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import Build, Engine, Update, free_memory, parameter_groups
-from redheart.train.engine.machinery import compile_kernels, import_machinery
-from redheart.train.engine.plain import PLAIN_STATE, PlainEngine
+from redheart.train.engine.machinery import compile_kernels, tensors_only
+from redheart.train.engine.plain import PLAIN_STATE, PlainEngine, read_state
 from redheart.train.engine.zero import DeepSpeedEngine
 
 __all__ = [
@@ -35,6 +34,7 @@ __all__ = [
     "free_memory",
     "make_engine",
     "parameter_groups",
+    "read_state",
 ]
 
 
@@ -75,11 +75,9 @@ def _engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size
 def consolidated_weights(directory: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights in a checkpoint of any engine and world size, on the CPU."""
     if (directory / PLAIN_STATE).is_file():
-        return torch.load(directory / PLAIN_STATE, map_location="cpu", weights_only=True)["model"]
-    with variables_kept():  # no process group comes of it
-        import_machinery()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        return read_state(directory)["model"]
+    with tensors_only(), contextlib.redirect_stdout(io.StringIO()):  # it tells its progress on stdout, which is ours
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress on stdout, which is ours
         state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="pytorch_model")
     return {name: tensor.clone() for name, tensor in state.items()}

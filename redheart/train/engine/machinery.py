@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redheart.config import RunConfig
-from redheart.device import has_gpu, tell_deepspeed
+from redheart.device import has_gpu, tell_deepspeed, variables_kept
 from redheart.files import read_json
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import build_root
@@ -48,6 +51,34 @@ def import_machinery() -> tuple[Any, Any]:
     # (by its name among the modules: the attribute deepspeed.comm.torch is torch itself)
     vars(sys.modules["deepspeed.comm.torch"])["print"] = deepspeed.utils.logger.info
     return accelerate, deepspeed
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Inside, every `torch.load`, DeepSpeed's own among them, reads tensors, numbers and what ZeRO's states are made of, and refuses
+    the rest: a pickle can ask for any function to be called."""
+    with variables_kept():  # no process group comes of it
+        import_machinery()
+        import torch
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # wins over the `weights_only=False` of DeepSpeed's calls
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            try:
+                yield
+            except pickle.UnpicklingError as error:
+                raise not_tensors(error) from None
+
+
+def not_tensors(error: pickle.UnpicklingError) -> RedHeartError:
+    """What torch refused to read, in one line."""
+    asked = re.search(r"GLOBAL (\S+)|Unsupported (operand|class) \S+", " ".join(str(error).split()))
+    return RedHeartError(
+        f"a state of this checkpoint holds more than tensors ({asked[0] if asked else 'no torch file'}), and nothing of it was run: "
+        "choose another checkpoint"
+    )
 
 
 def forget_machinery() -> None:

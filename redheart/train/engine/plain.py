@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from redheart.train.engine.base import (
     parameter_groups,
     read_norms,
 )
+from redheart.train.engine.machinery import not_tensors
 from redheart.train.engine.moments import Piece, Read, adopt
 
 PLAIN_STATE = "plain_state.pt"
@@ -92,7 +94,7 @@ class PlainEngine(Engine):
             raise RedHeartError(
                 f"{directory} was not saved with memory.strategy=plain: resume with the strategy it names"
             )
-        state = torch.load(directory / PLAIN_STATE, map_location=self.device, weights_only=True)
+        state = read_state(directory, self.device)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -103,3 +105,11 @@ class PlainEngine(Engine):
     def close(self) -> None:
         del self.model, self.swap, self._optimizer, self._owned
         free_memory()
+
+
+def read_state(directory: Path, device: torch.device | str = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """{"model", "optimizer"} of a checkpoint of this engine; one that holds more than tensors is an error, and nothing of it is run."""
+    try:
+        return torch.load(directory / PLAIN_STATE, map_location=device, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise not_tensors(error) from None

@@ -21,6 +21,7 @@ import torch
 from redheart.console import console
 from redheart.optim.adam8bit import STATES, expand_states
 from redheart.ranks import barrier, is_main
+from redheart.train.engine.machinery import tensors_only
 
 STATE_OF = {False: "base_optimizer_state", True: "optimizer_state_dict"}  # where a shard has them: ZeRO-1/2, ZeRO-3
 
@@ -34,29 +35,32 @@ def num_ranks_of(checkpoint: Path) -> int:
 def universal_checkpoint(checkpoint: Path) -> Iterator[Path]:
     """A universal checkpoint made of `checkpoint`, there until the context ends. Collective: the main process makes it."""
     work = checkpoint.parent.with_name(f".{checkpoint.parent.name}.redheart-universal")  # no name of a user's
-    if is_main():
-        shutil.rmtree(work, ignore_errors=True)
-        (work / "plain").mkdir(parents=True)
-        console.print(f"{checkpoint.parent.name} was saved by {num_ranks_of(checkpoint)} processes: converting it …")
-        for file in sorted(checkpoint.glob("*.pt")):
-            if file.name.endswith("_optim_states.pt"):
-                torch.save(_with_plain_moments(file), work / "plain" / file.name)
-            else:
-                os.link(file, work / "plain" / file.name)
-        _convert(work / "plain", work / "universal")
-        shutil.rmtree(work / "plain")
-    barrier()
-    try:
-        yield work / "universal"
-        barrier()
-    finally:
+    with tensors_only():
         if is_main():
             shutil.rmtree(work, ignore_errors=True)
+            (work / "plain").mkdir(parents=True)
+            console.print(
+                f"{checkpoint.parent.name} was saved by {num_ranks_of(checkpoint)} processes: converting it …"
+            )
+            for file in sorted(checkpoint.glob("*.pt")):
+                if file.name.endswith("_optim_states.pt"):
+                    torch.save(_with_plain_moments(file), work / "plain" / file.name)
+                else:
+                    os.link(file, work / "plain" / file.name)
+            _convert(work / "plain", work / "universal")
+            shutil.rmtree(work / "plain")
+        barrier()
+        try:
+            yield work / "universal"
+            barrier()
+        finally:
+            if is_main():
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _with_plain_moments(file: Path) -> dict[str, Any]:
     """A shard's content, 8-bit moments as fp32."""
-    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True)
     optimizer = content["optimizer_state_dict"]
     for state in optimizer[STATE_OF["optimizer_state_dict" in optimizer]]["state"].values():
         if STATES[0] in state:

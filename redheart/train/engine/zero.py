@@ -33,7 +33,14 @@ from redheart.train.engine.base import (
     parameter_groups,
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
-from redheart.train.engine.machinery import START_S, check_accelerate, deepspeed_config, import_machinery, settle_groups
+from redheart.train.engine.machinery import (
+    START_S,
+    check_accelerate,
+    deepspeed_config,
+    import_machinery,
+    settle_groups,
+    tensors_only,
+)
 from redheart.train.engine.moments import Read, adopt, partitions
 from redheart.train.engine.one_norm import OneNorm
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
@@ -179,7 +186,8 @@ class DeepSpeedEngine(Engine):
             raise RedHeartError(f"{directory} was not saved by DeepSpeed: resume with the memory.strategy it names")
         saved_ranks = num_ranks_of(directory / TAG)
         if saved_ranks == self.world_size:
-            self._accelerator.load_state(str(directory))
+            with tensors_only():
+                self._accelerator.load_state(str(directory))
         else:
             with universal_checkpoint(directory / TAG) as converted:
                 self._load_universal(converted)

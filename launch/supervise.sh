@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Starts a training again when it ends by what starting again can cure; exit codes in launch/README.md.
+set -euo pipefail
+
+usage() {
+  cat >&2 <<'TEXT'
+usage: bash launch/supervise.sh [options] -- LINE
+
+LINE is any line that trains, with --out: redheart train …, accelerate launch … -m redheart train …, deepspeed …, torchrun …,
+bash launch/multinode/run_node.sh … -- train …
+
+  --restarts N   at most N starts in a row that brought no new checkpoint (default 5)
+  --wait S       seconds before the first of them, doubled with each (default 5, at most 300)
+  --help
+
+LINE is started as it is. It is started again with --resume once the run has a checkpoint, else with --overwrite: what this supervisor
+began and nobody saved. It is not when it ended well or by a signal that it was sent, when it refused its settings, its data or its
+command line (exit codes 1 and 2), and when this supervisor is asked to end: SIGTERM, SIGINT and SIGUSR1 go on to LINE.
+TEXT
+}
+wrong() { echo "supervise: $*" >&2; echo "supervise: see --help" >&2; exit 2; }
+say() { echo "supervise: $*" >&2; }
+number() { [[ "${2:-}" =~ ^(0|[1-9][0-9]{0,5})$ ]] || wrong "$1 needs a whole number"; }
+
+restarts=5 wait=5
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --restarts) number "$1" "${2:-}"; restarts=$2; shift 2 ;;
+    --wait) number "$1" "${2:-}"; wait=$2; shift 2 ;;
+    --) shift; break ;;
+    *) wrong "unknown option '$1' (the line that trains goes behind --)" ;;
+  esac
+done
+[ $# -gt 0 ] || wrong "behind -- comes the line that trains"
+
+line=("$@") again=() run="" resumes=no # again: the line without how it was to begin
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --out) run=${2:-} ;;
+    --out=*) run=${1#--out=} ;;
+  esac
+  case "$1" in
+    --overwrite | --init=*) ;;
+    --init) [ $# -lt 2 ] || shift ;;
+    --resume=*) resumes=yes ;;
+    --resume) resumes=yes; if [ $# -gt 1 ] && [[ "$2" != -* ]]; then shift; fi ;;
+    *) again+=("$1") ;;
+  esac
+  shift
+done
+[ -n "$run" ] || wrong "the line names no --out, so nobody could tell whether its run has a checkpoint"
+
+newest() { # the last checkpoint that was committed, or nothing
+  local found=""
+  for manifest in "$run"/checkpoints/step-*/manifest.json; do
+    if [ -f "$manifest" ]; then found=$manifest; fi
+  done
+  echo "$found"
+}
+
+REDHEART_EXIT_CODES=$(mktemp) # where every process of the line says how it ended; a launcher says something of its own
+export REDHEART_EXIT_CODES
+trap 'rm -f "$REDHEART_EXIT_CODES"' EXIT
+child="" asked=""
+pass_on() { asked=$1; if [ -n "$child" ]; then kill "-$1" "$child" 2>/dev/null || true; fi; }
+for signal in TERM INT USR1; do
+  # shellcheck disable=SC2064
+  trap "pass_on $signal" "$signal"
+done
+any() { grep -qxE "$1" "$REDHEART_EXIT_CODES"; } # whether a process ended with such a code
+
+without=0
+while :; do
+  : >"$REDHEART_EXIT_CODES"
+  before=$(newest)
+  "${line[@]}" &
+  child=$!
+  while :; do # a signal interrupts `wait`; the line still has to end, with a checkpoint
+    code=0
+    wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  child=""
+  [ "$code" -ne 0 ] || exit 0
+  case "$asked" in TERM | INT) say "ended by SIG$asked, as asked"; exit "$code" ;; esac
+  asked=""
+  if any '1|2'; then
+    say "not started again: its settings, its data or its files were refused (exit code $code), and would be again"
+    exit "$code"
+  fi
+  if [[ "$code" =~ ^(130|143)$ ]] && ! any '70|75'; then
+    say "not started again: somebody asked it to end (exit code $code)"
+    exit "$code"
+  fi
+  if [[ "$code" =~ ^(2|126|127)$ ]] && [ ! -s "$REDHEART_EXIT_CODES" ]; then
+    say "not started again: the line cannot be started (exit code $code)"
+    exit "$code"
+  fi
+  if any 70; then why="an error that nobody foresaw"
+  elif any 75; then why="a process, a node or the network was lost"
+  else why="it was killed"; fi
+  after=$(newest)
+  if [ "$after" != "$before" ]; then without=0; else without=$((without + 1)); fi
+  if [ "$without" -gt "$restarts" ]; then
+    say "not started again: $why (exit code $code), and $without starts in a row brought no checkpoint"
+    exit "$code"
+  fi
+  pause=0
+  if [ "$without" -gt 0 ]; then pause=$((wait << (without < 16 ? without - 1 : 15))); fi
+  pause=$((pause < 300 ? pause : 300))
+  if [ -n "$after" ] || [ "$resumes" = yes ]; then
+    line=("${again[@]}" --resume)
+  else
+    line=("${again[@]}" --overwrite)
+  fi
+  say "$why (exit code $code): ${line[*]: -1} in $pause s"
+  sleep "$pause" &
+  wait $! || true
+  kill $! 2>/dev/null || true
+  [ -z "$asked" ] || { say "ended by SIG$asked, as asked"; exit "$code"; }
+done

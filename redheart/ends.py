@@ -1,0 +1,52 @@
+"""How a command ends: the exit codes, which tell a supervisor (launch/supervise.sh) whether starting again can help.
+
+| code | what ended it | starting again |
+|---|---|---|
+| 0 | it is done | |
+| 1 | settings, data, a damaged file, a full disk: one line names it and the remedy | meets it again |
+| 2 | the command line is wrong | meets it again |
+| 70 | nobody foresaw it: a traceback | may help |
+| 75 | another rank, a node or the network was lost: one line names it | helps |
+| 128 + N | signal N; SIGINT and SIGTERM end a run with a checkpoint | was asked to end |
+
+A launcher has an exit code of its own: each process appends its code to the file of REDHEART_EXIT_CODES, where that is set.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from redheart.schema import PassingError, RedHeartError
+
+REFUSED, UNFORESEEN, PASSING = 1, 70, 75
+FILE = "REDHEART_EXIT_CODES"
+
+
+def code_of(error: BaseException) -> int:
+    """Of an error whose line was printed."""
+    return PASSING if isinstance(error, PassingError) else REFUSED
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around a command: an error that nobody foresaw shows its traceback; the exit code is told."""
+    try:
+        yield
+    except SystemExit as end:
+        _tell(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        code = code_of(error) if isinstance(error, RedHeartError) else UNFORESEEN
+        _tell(code)
+        raise SystemExit(code) from None
+    _tell(0)
+
+
+def _tell(code: int) -> None:
+    if file := os.environ.get(FILE):
+        with open(file, "a", encoding="ascii") as told:
+            told.write(f"{code}\n")

@@ -1,0 +1,164 @@
+"""launch/supervise.sh starts again what starting again can cure, and nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.kinds import SETTINGS, write_data
+from tests.faults.trials import ROOT, TABLE
+from tests.faults.works import parameters
+from tests.runs import environment
+
+SUPERVISE = ["bash", str(ROOT / "launch" / "supervise.sh"), "--wait", "0"]
+# a line that saves a checkpoint at each start it is told to, tells a code and ends with another
+LINE = """
+import os, sys
+from pathlib import Path
+run, plan = Path(sys.argv[sys.argv.index("--out") + 1]), sys.argv[1].split(",")
+log = run.parent / "log"
+starts = len(log.read_text().splitlines()) if log.exists() else 0
+with log.open("a") as file:
+    file.write(" ".join(sys.argv[2:]) + "\\n")
+saves, told, code = plan[min(starts, len(plan) - 1)].split(":")
+if saves == "s":
+    step = run / "checkpoints" / f"step-{starts:08d}"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+if told:
+    with open(os.environ["REDHEART_EXIT_CODES"], "a") as file:
+        file.write("".join(f"{c}\\n" for c in told.split("+")))
+if int(code) < 0:
+    os.kill(os.getpid(), -int(code))
+sys.exit(int(code))
+"""
+
+
+def supervised(folder: Path, plan: str, *more: str, options: tuple[str, ...] = ()) -> tuple[int, list[str], str]:
+    """(exit code, the words of each start without --out RUN, what the supervisor said) of starts that end as `plan` says."""
+    command = [*SUPERVISE, *options, "--", sys.executable, "-c", LINE, plan, *more, "--out", str(folder / "run")]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    log = (folder / "log").read_text().replace(f"--out {folder / 'run'}", "").splitlines()
+    return done.returncode, [" ".join(line.split()) for line in log], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("plan", "more", "code", "starts", "said"),
+    [
+        # saves : what its processes tell : its own exit code, at each start
+        ("s:0:0", (), 0, [""], ""),
+        ("s::-9,s::-9,s:0:0", (), 0, ["", "--resume", "--resume"], "it was killed"),
+        ("::-9,s:0:0", (), 0, ["", "--overwrite"], "it was killed"),
+        ("s:75:1,s:0:0", (), 0, ["", "--resume"], "was lost"),  # a peer's end, under a launcher with a code of its own
+        ("s:75+143:1,s:0:0", (), 0, ["", "--resume"], "was lost"),
+        ("s:70:70,s:0:0", (), 0, ["", "--resume"], "nobody foresaw"),
+        ("s::-9,s:0:0", ("--init", "a b", "--preset", "x"), 0, ["--init a b --preset x", "--preset x --resume"], ""),
+        ("s::-9,s:0:0", ("--resume", "old", "--x"), 0, ["--resume old --x", "--x --resume"], ""),
+        ("::-9,s:0:0", ("--resume", "--x"), 0, ["--resume --x", "--x --resume"], ""),
+        ("s::-9,s:0:0", ("--overwrite",), 0, ["--overwrite", "--resume"], ""),
+        (":1:1", (), 1, [""], "were refused"),
+        ("s:1:1", (), 1, [""], "were refused"),
+        ("s:1+75:1", (), 1, [""], "were refused"),  # its own fault, of which another rank only saw the end
+        (":2:2", (), 2, [""], "were refused"),
+        ("::2", (), 2, [""], "cannot be started"),
+        ("::127", (), 127, [""], "cannot be started"),
+        ("s:143:143", (), 143, [""], "somebody asked it"),
+        ("::-9", (), 137, ["", *["--overwrite"] * 2], "3 starts in a row"),
+        ("s::-9,::-9", (), 137, ["", *["--resume"] * 3], "3 starts in a row"),
+        ("s::-9,s::-9,s::-9,s::-9,s:0:0", (), 0, ["", *["--resume"] * 4], ""),  # each brought something
+    ],
+)
+def test_when_a_line_is_started_again(
+    tmp_path: Path, plan: str, more: tuple[str, ...], code: int, starts: list[str], said: str
+):
+    ended, log, told = supervised(tmp_path, plan, *more, options=("--restarts", "2"))
+    assert (ended, log) == (code, starts), told
+    assert said in told
+    TABLE.add("what the supervisor does by exit code", "as the table says")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--", "redheart", "train"], "no --out"),
+        (["--restarts", "many", "--", "x"], "whole number"),
+        (["train"], "unknown option"),
+        ([], "the line that trains"),
+    ],
+)
+def test_a_wrong_call_is_one_line(arguments: list[str], words: str):
+    done = subprocess.run([*SUPERVISE, *arguments], text=True, capture_output=True)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_a_signal_goes_on_to_the_line_and_ends_both(tmp_path: Path):
+    line = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('up', flush=True); time.sleep(60)"
+    command = [*SUPERVISE, "--", sys.executable, "-c", line, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, "ended by SIGTERM, as asked" in said) == (143, True)
+
+
+def test_the_longest_pause_is_bounded_and_a_signal_ends_it(tmp_path: Path):
+    line = f"import os; open({str(tmp_path / 'log')!r}, 'a').write('.'); os.kill(os.getpid(), 9)"
+    command = [*SUPERVISE[:-1], "100", "--", sys.executable, "-c", line, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "in 100 s" not in process.stderr.readline():
+        pass
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert time.monotonic() - started < 10
+    assert (tmp_path / "log").read_text() == "."
+
+
+@pytest.mark.faults
+def test_a_training_that_is_killed_twice_ends_as_one_that_is_not(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    write_data(tmp_path / "data")
+    given = [f"--set={s}" for s in SETTINGS if "max_steps" not in s] + [
+        "--set=training.max_steps=5",
+        "--set=training.seed=3",
+    ]
+    runs = {}
+    for name, steps in (("whole", "99"), ("killed", "2,4")):
+        run, starts = tmp_path / name, tmp_path / f"{name}-starts"
+        line = [
+            sys.executable,
+            "-m",
+            "tests.faults.dies",
+            str(starts),
+            steps,
+            "train",
+            "--data",
+            str(tmp_path / "data"),
+        ]
+        done = subprocess.run(
+            [*SUPERVISE, "--", *line, *given, "--out", str(run)],
+            text=True, capture_output=True, timeout=300, cwd=ROOT, env=environment() | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[name] = parameters(run)
+        assert len(starts.read_text()) == (1 if name == "whole" else 3)
+    assert runs["killed"] == runs["whole"]
+    TABLE.add("a supervised training killed twice", "same parameters")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("wrong", ["--set=training.epoch=3", "--set=model.width=25", "--data=nowhere"])
+def test_a_training_that_is_refused_is_not_started_again(tmp_path: Path, wrong: str):
+    line = [sys.executable, "-m", "redheart", "train", "--data", str(tmp_path), wrong, "--out", str(tmp_path / "run")]
+    done = subprocess.run([*SUPERVISE, "--", *line], text=True, capture_output=True, timeout=120, env=dict(os.environ))
+    assert done.returncode == 1
+    assert len([text for text in done.stderr.splitlines() if text.startswith("redheart: ")]) == 1, done.stderr
+    assert "were refused" in done.stderr
+    TABLE.add("a supervised training that is refused", "ended at once")

@@ -1,0 +1,172 @@
+"""What the fault matrix disturbs: small works on the disk, each a function of paths, run in a child of server.py.
+
+The network is tiny, the encoder and the LLM are stand-ins, everything else is what the commands do. A work leaves everything below
+its folder `home`, and gives what an undisturbed one gives: digests of parameters, or of files.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import redheart.train.validate  # noqa: F401  what the commands import
+from redheart.config import DataConfig, LabelerConfig, RunConfig, load_config
+from redheart.data import augment as augmenting
+from redheart.data import encode, llm_labels
+from redheart.data.prepare import prepare as preparing
+from redheart.evaluation.calibration import CALIBRATION
+from redheart.files import verify_manifest
+from redheart.train import grow as growing
+from redheart.train import start
+from redheart.train.checkpoint import committed, last
+from redheart.train.engine import consolidated_weights
+from redheart.train.export import export as exporting
+from tests.faults.kinds import SETTINGS, Encoder, Llm, tree
+
+STEPS = 2
+RUN = [
+    *SETTINGS, "training.log_every=1", "training.evaluate_every=2", "training.keep_checkpoints=1",
+]  # fmt: skip
+WIDER = ["model.width=48", "model.heads=4", "model.task_width=32", "model.task_heads=4"]
+PREPARED = DataConfig(labeler=LabelerConfig(max_texts=2), rows_per_shard=8)
+
+
+def get_ready() -> None:
+    """Stand-ins for what is large or slow, for good: the process is the server's own."""
+    torch.set_num_threads(1)
+    encode.TextEncoder = augmenting.TextEncoder = Encoder  # type: ignore[misc, assignment]
+    llm_labels.LlmScorer = Llm  # type: ignore[misc, assignment]
+    start.check_memory = lambda *_: None  # type: ignore[assignment]  # measures for a while
+    growing.SHARD_SIZE = 1_000_000
+    with tempfile.TemporaryDirectory() as folder:  # what is imported late is there for every child
+        home = str(Path(folder) / "world")
+        make_world(home)
+        for work in (resume_training, export, grow, prepare):
+            work(home)
+    gc.collect()
+    gc.freeze()
+
+
+def settings(steps: int, *more: str) -> RunConfig:
+    return load_config("local", [*RUN, f"training.max_steps={steps}", *more])
+
+
+def parameters(run: Path) -> str:
+    """A digest of the last checkpoint's weights."""
+    checkpoint = last(run)
+    assert checkpoint is not None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(consolidated_weights(checkpoint).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def names(folder: Path) -> list[str]:
+    """What lies below a folder; of a TensorBoard's files only that they are there."""
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*")}
+    return sorted(name for name in found if "tensorboard/" not in name)
+
+
+# each work: (home) -> what it gives; `again` is what a user types after it died
+
+
+def start_training(home: str) -> Any:
+    """A fresh run: the first save, later ones, pruning, the calibration at the end."""
+    return _trained(Path(home), None)
+
+
+def resume_training(home: str) -> Any:
+    """A run that goes on: clears up, trains, saves and prunes."""
+    return _trained(Path(home), "last")
+
+
+def _trained(home: Path, resume: str | None, overwrite: bool = False) -> Any:
+    torch.manual_seed(0)
+    run = home / "run"
+    start.train(settings(STEPS), home / "data", run, resume=resume, overwrite=overwrite)
+    return parameters(run), names(home)
+
+
+def train_again(home: str) -> Any:
+    """What a supervisor does: on from the last checkpoint, afresh where there is none."""
+    run = Path(home) / "run"
+    for directory in committed(run):
+        verify_manifest(directory)
+    return _trained(Path(home), "last" if last(run) else None, overwrite=last(run) is None and run.exists())
+
+
+def export(home: str) -> Any:
+    exporting(Path(home) / "run", Path(home) / "export")
+    return tree(Path(home) / "export"), names(Path(home))
+
+
+def grow(home: str) -> Any:
+    growing.grow(Path(home) / "run", settings(STEPS, *WIDER), Path(home) / "grown", moments=True)
+    return tree(Path(home) / "grown"), names(Path(home))
+
+
+def _again(work: Callable[[str], Any], out: str) -> Callable[[str], Any]:
+    """The same once more; where all was done but the end of the process, its result is whole."""
+
+    def again(home: str) -> Any:
+        if (Path(home) / out).exists():
+            verify_manifest(Path(home) / out)
+            shutil.rmtree(Path(home) / out)
+        return work(home)
+
+    return again
+
+
+export_again, grow_again = _again(export, "export"), _again(grow, "grown")
+
+
+def prepare(home: str) -> Any:
+    out = Path(home) / "prepared"
+    preparing(["everyday"], out, PREPARED, num_samples=24)
+    index = json.loads((out / "index.json").read_text())
+    for counted in ("report", "sha256"):  # how often the LLM was asked, for instance
+        del index[counted]
+    return {**tree(out), "index.json": json.dumps(index)}, names(Path(home))
+
+
+prepare_again = prepare
+
+
+def calibrate(home: str) -> Any:
+    from redheart.train.calibrate import calibrate as calibrating
+
+    calibrating(Path(home) / "run")
+    best = next((Path(home) / "run").rglob(CALIBRATION))
+    return best.read_text(), names(Path(home))
+
+
+calibrate_again = calibrate
+
+
+def command(arguments: list[str]) -> Any:
+    """`redheart …`."""
+    from redheart.cli import main
+
+    sys.argv = ["redheart", *arguments]
+    main()
+
+
+def make_world(home: str) -> Any:
+    """Data, a run in the midst, its undisturbed end."""
+    from tests.faults.kinds import write_data
+
+    base = Path(home)
+    (base / "data").mkdir(parents=True)
+    write_data(base / "data")
+    torch.manual_seed(0)
+    start.train(settings(1), base / "data", base / "run")
+    return json.dumps(names(base))
