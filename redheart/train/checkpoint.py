@@ -310,7 +310,7 @@ def clear(run: Path, config: RunConfig | None = None) -> None:
             console.print(f"{final} has its name again, which an earlier end had taken from it", markup=False)
     if names:
         console.print(f"removed what an earlier end left unfinished: {', '.join(sorted(names))}", markup=False)
-    for line in _settle(run, config.training.keep_checkpoints if config else None):
+    for line in _settle(run, config.checkpoint.keep_last if config else None, config):
         console.print(line, markup=False)
 
 
@@ -356,7 +356,10 @@ def _settle(run: Path, keep: int | None, config: RunConfig | None = None) -> lis
         remove(removed)
         os.rename(directory, removed)  # whole, or out of sight
         remove(removed)
-    return [*changed, *(f"{d.name} was of a branch that the run has left: removed" for d in obsolete)]
+    return [
+        *changed,
+        *(f"{d.name} was of a branch that the run has left: removed" for d in obsolete if d not in standing),
+    ]
 
 
 def read_progress(directory: Path) -> Progress:

@@ -34,7 +34,7 @@ from tests.faults.kinds import SETTINGS, Encoder, Llm, tree
 
 STEPS = 2
 RUN = [
-    *SETTINGS, "training.log_every=1", "training.evaluate_every=2", "training.keep_checkpoints=1",
+    *SETTINGS, "training.log_every=1", "training.evaluate_every=2", "checkpoint.keep_last=1",
 ]  # fmt: skip
 WIDER = ["model.width=48", "model.heads=4", "model.task_width=32", "model.task_heads=4"]
 PREPARED = DataConfig(labeler=LabelerConfig(max_texts=2), rows_per_shard=8)
