@@ -76,6 +76,7 @@ while :; do
   before=$(newest)
   "${line[@]}" &
   child=$!
+  [ -z "$asked" ] || pass_on "$asked" # it came before there was a child
   while :; do # a signal interrupts `wait`; the line still has to end, with a checkpoint
     code=0
     wait "$child" || code=$?
@@ -116,7 +117,9 @@ while :; do
   fi
   say "$why (exit code $code): ${line[*]: -1} in $pause s"
   sleep "$pause" &
-  wait $! || true
-  kill $! 2>/dev/null || true
+  child=$!
+  [ -z "$asked" ] || pass_on "$asked" # it came before there was a child
+  wait "$child" || true
+  child=""
   [ -z "$asked" ] || { say "ended by SIG$asked, as asked"; exit "$code"; }
 done
