@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from redheart import plain_yaml
 from redheart.files import SEAL, read_text, seal, unseal, write_text
 from redheart.schema import GOOD_LAYERS, PACKAGED, RedHeartError
 from redheart.sections import CheckpointConfig, GuardConfig, MemoryConfig, OptimizerConfig, Section, TrainingConfig
@@ -223,7 +224,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     with `a.b=c` overrides, whose values are read as YAML."""
     shipped, said = {}, {}
     if preset.endswith((".yaml", ".yml")):
-        path = Path(preset)
+        plain_yaml.check_size(path := Path(preset))
         text = read_text(path, f"give a YAML file, or one of {', '.join(preset_names())}")
         said = _yaml(unseal(text, path, SEALED), preset)
         said = moved(said) if SEAL in text else said
@@ -281,8 +282,8 @@ def parse_section(section: type[S], values: Any) -> S:
 
 def _yaml(text: str, name: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, for instance
+        values = plain_yaml.parse(text)
+    except yaml.YAMLError as error:
         raise RedHeartError(f"configuration {name} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise RedHeartError(f"configuration {name} must be a mapping of sections")
@@ -308,7 +309,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise RedHeartError(f"--set {override!r}: {section} is a value, not a section")
     try:
-        values[key] = yaml.safe_load(text)
+        values[key] = plain_yaml.parse(text)
     except yaml.YAMLError:
         raise RedHeartError(f"--set {override!r}: {text!r} is not a YAML value") from None
     if isinstance(values[key], str):  # YAML 1.1 reads 1e-4 as a string

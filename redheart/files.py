@@ -238,13 +238,21 @@ def verify_manifest(
     if not path.exists():
         raise RedHeartError(f"{path} does not exist: this directory was never committed; choose another one")
     for name, digest in _entries(read_sealed_json(path, remedy), path, remedy).items():
-        file = directory / name
+        file = below(path, name, remedy)
         if name in free or (only is not None and name not in only):
             continue
         if not file.is_file():
             raise RedHeartError(f"{file} is missing although {MANIFEST} names it: {remedy}")
         if sha256_of(file) != digest:
             raise RedHeartError(f"{file} is damaged (its sha256 differs from {MANIFEST}): {remedy}")
+
+
+def below(path: Path, name: object, remedy: str) -> Path:
+    """The file that `path`, a list of files, names in its own directory; a name that leads elsewhere is an error."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if {"", ".", ".."} & set(parts) or "\0" in str(name) or "\\" in str(name):
+        raise RedHeartError(f"{path} names {name!r}, which is no file in its directory: {remedy}")
+    return path.parent.joinpath(*parts)
 
 
 def _entries(content: dict[str, Any], path: Path, remedy: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ ROOMS = [
         "ranks",
         "console",
         "ends",
+        "plain_yaml",
         "options",
         "version",
         "presets",

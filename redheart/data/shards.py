@@ -44,7 +44,7 @@ class _Entry(BaseModel):
     """A shard in the index."""
 
     model_config = ConfigDict(extra="forbid")
-    file: str = Field(pattern=r"^[^/\\]+$")
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     rows: int = Field(ge=0)
     repeat: int = Field(1, ge=1)
     tokens: int = Field(ge=0)

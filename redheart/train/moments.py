@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from redheart.files import read_json, write_json
+from redheart.files import below, read_json, write_json
 from redheart.model.growth import grow_moment, growth_plans
 from redheart.model.loading import read_tensor
 from redheart.model.redheart import RedHeartModel
@@ -83,9 +83,17 @@ def carry(engine: Engine, stored: Stored) -> int | None:
 
 def _carried(directory: Path) -> Moments:
     index = read_json(directory / INDEX, AGAIN)
+    if (
+        not isinstance(index, dict)
+        or not isinstance(index.get("files"), dict)
+        or not isinstance(index.get("step"), int)
+    ):
+        raise RedHeartError(
+            f"{directory / INDEX} does not say which file holds which moments, and of which step: {AGAIN}"
+        )
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        file = directory / index["files"][name]
+        file = below(directory / INDEX, index["files"].get(name), AGAIN)
         return read_tensor(file, f"{name}.{FIRST}", AGAIN), read_tensor(file, f"{name}.{SECOND}", AGAIN)
 
     return Moments(index["step"], read)

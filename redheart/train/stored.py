@@ -15,7 +15,7 @@ from torch import nn
 
 from redheart.config import RunConfig, read_config
 from redheart.console import quiet_libraries
-from redheart.files import read_json
+from redheart.files import below, read_json
 from redheart.model.build import model_config
 from redheart.model.loading import Shape, open_safetensors, read_tensor, refuse_other_tensors, shapes_of, verify_export
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
@@ -67,9 +67,9 @@ def _reader(directory: Path) -> tuple[Callable[[str], torch.Tensor], dict[str, S
     if (directory / INDEX).is_file():
         index = read_json(directory / INDEX, AGAIN)
         places = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        if not isinstance(places, dict):
             raise RedHeartError(f"{directory / INDEX} does not say which file holds which weights: {AGAIN}")
-        names = sorted(set(places.values()))
+        names = sorted({str(below(directory / INDEX, file, AGAIN).relative_to(directory)) for file in places.values()})
     elif (directory / SINGLE).is_file():
         names = [SINGLE]
     else:
