@@ -39,12 +39,12 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` with `text` in one step; a reader sees the old file or the new one, never half of one."""
+def write_text(path: Path, text: str, rights: int = 0o666) -> None:
+    """Replaces `path` with `text` in one step; a reader sees the old file or the new one, never half of one. `rights`: less the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished_name(path)
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, rights)) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -267,7 +267,7 @@ def _entries(content: dict[str, Any], path: Path, remedy: str) -> dict[str, str]
 
 
 @contextmanager
-def unfinished_directory(final: Path) -> Iterator[Path]:
+def unfinished_directory(final: Path, rights: int = 0o777) -> Iterator[Path]:
     """A new hidden directory beside `final`, to be filled and renamed to it; removed in the end where that did not happen.
 
     It holds a locked file as long as this process lives. What killed processes left on their way to `final` is removed first.
@@ -280,7 +280,7 @@ def unfinished_directory(final: Path) -> Iterator[Path]:
         for left in unfinished_of(final):
             if (alone and not (left / LOCK).is_file()) or ((left / LOCK).is_file() and not _is_locked(left / LOCK)):
                 remove(left)
-        temporary.mkdir()
+        temporary.mkdir(rights)
         handle = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         _lock(handle, wait=True)
     finally:

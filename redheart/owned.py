@@ -21,9 +21,10 @@ MARKER = ".redheart.json"
 
 
 def make_directory(path: Path, option: str) -> None:
-    """Makes `path` and its parents; RedHeartError, naming the command's `option`, where a file or a permission is in the way."""
+    """Makes `path`, for its owner alone (users' texts will lie there), and its parents; RedHeartError, naming the command's `option`,
+    where a file or a permission is in the way. One that is there stays as it is."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(0o700, parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise RedHeartError(f"{option} {path} is a file, or lies below one: name a directory") from None
     except OSError as error:

@@ -18,6 +18,7 @@ from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
 
 OUTPUTS = (".csv", ".jsonl")
+PRIVATE = 0o600  # texts of the user's
 
 
 def check_output(path: Path) -> None:
@@ -65,12 +66,12 @@ def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> lis
 def write_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A row for each text, its columns those of `infer.flat`; in a CSV chosen names are parted by spaces."""
     if path.suffix.lower() == ".jsonl":
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), PRIVATE)
         console.print(f"wrote {path}: {len(rows)} texts")
         return
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: " ".join(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
-    write_text(path, out.getvalue())
+    write_text(path, out.getvalue(), PRIVATE)
     console.print(f"wrote {path}: {len(rows)} texts")

@@ -66,7 +66,7 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
 def _write(store: Store, out: Path, dropped: frozenset[str], report: dict[str, Any]) -> dict[str, int]:
     """Writes the directory without the rows in `dropped`, whole or not at all; returns its rows by split."""
     encoder = store.index["encoder"]
-    with unfinished_directory(out) as unfinished:
+    with unfinished_directory(out, 0o700) as unfinished:
         writer = SplitsWriter(unfinished, encoder["width"], encoder["max_tokens"])
         for entry, shard in _shards(store, encoder["width"]):
             rows = shard.table.drop_columns(["features", "contrast_features"]).to_pylist()

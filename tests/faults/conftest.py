@@ -33,6 +33,13 @@ def home(world: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world, tmp_path / "home"))
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of a module with a SAMPLE the tests of these names belong to the default suite, the others to the matrix alone."""
+    sample = getattr(getattr(item, "module", None), "SAMPLE", None)
+    if sample is not None and item.name not in sample:
+        item.add_marker(pytest.mark.faults)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     started, before = time.monotonic(), {k: v.total() for k, v in TABLE.rows.items()}

@@ -114,10 +114,10 @@ def records() -> list[dict[str, Any]]:
     return [parse_record(r, f"record {i}", "mine") for i, r in enumerate(raw)]
 
 
-def write_data(directory: Path) -> None:
+def write_data(directory: Path, seed: int = 0) -> None:
     """Two training shards and a dev shard of random features."""
-    write_directory(directory, [8, 4])
-    index, rng = read_sealed_json(directory / INDEX, "again"), np.random.default_rng(1)
+    write_directory(directory, [8 - seed, 4 + seed])
+    index, rng = read_sealed_json(directory / INDEX, "again"), np.random.default_rng(1 + seed)
     shard = write_shard(directory / "dev-00000.arrow", [make_row(n, rng) for n in range(4)], WIDTH, MAX_TOKENS)
     index["splits"]["dev"] = {"rows": 4, "shards": [shard], "histograms": {}}
     index["levels"] = {"regret": [0.3, 0.6]}
@@ -184,12 +184,16 @@ def encoded(root: Path) -> Any:
 
 @pytest.fixture(scope="module", name="kinds")
 def every_kind(tmp_path_factory: pytest.TempPathFactory, stubs: pytest.MonkeyPatch) -> dict[str, Kind]:
-    base = tmp_path_factory.mktemp("kinds")
+    return make_kinds(tmp_path_factory.mktemp("kinds"), stubs)
+
+
+def make_kinds(base: Path, stubs: pytest.MonkeyPatch, seed: int = 0) -> dict[str, Kind]:
+    """All kinds below `base`; another seed, another run on other data."""
     data, run, out, grown = (base / n for n in ("data", "run", "export", "grown"))
     data.mkdir()
-    write_data(data)
-    config = load_config("local", SETTINGS)
-    torch.manual_seed(0)
+    write_data(data, seed)
+    config = load_config("local", [*SETTINGS, f"training.seed={seed}"])
+    torch.manual_seed(seed)
     stubs.setattr("redheart.train.start.check_memory", lambda *_: None)  # measures for a while
     train(config, data, run)
     export(run, out)

@@ -18,6 +18,11 @@ from redheart.files import MANIFEST, write_manifest, write_sealed_json
 from redheart.train.checkpoint import last
 from tests.faults.trials import TABLE, Server, refused
 
+SAMPLE = {
+    "test_a_pickle_in_a_checkpoint_is_refused_and_not_run[export-torch]", "test_yaml_that_is_not_plain_is_one_line[aliases]",
+    "test_yaml_that_is_not_plain_is_one_line[twice]", "test_a_shard_is_a_name_in_its_folder[../secret]",
+}  # fmt: skip
+
 
 class Evil:
     """Makes a file when it is unpickled."""

@@ -170,3 +170,32 @@ def make_world(home: str) -> Any:
     torch.manual_seed(0)
     start.train(settings(1), base / "data", base / "run")
     return json.dumps(names(base))
+
+
+def train_dying(home: str, steps: int, at: int) -> Any:
+    """On from where the run is, or afresh; SIGKILL before step `at`."""
+    import os
+    import signal
+
+    from redheart.train.trainer import Trainer
+
+    whole = Trainer._step
+
+    def step(self: Trainer, *arguments: Any) -> Any:
+        if self.state.step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, *arguments)
+
+    Trainer._step = step  # type: ignore[method-assign]
+    run = Path(home) / "run"
+    torch.manual_seed(0)
+    resume = "last" if last(run) else None
+    start.train(settings(steps), Path(home) / "data", run, resume=resume, overwrite=resume is None and run.exists())
+    return parameters(run), (run / "samples-rank0.jsonl").read_text(), _losses(run)
+
+
+def _losses(run: Path) -> dict[int, float]:
+    """The training loss of each step, as TensorBoard has it."""
+    from tests.runs import losses
+
+    return losses(run)
