@@ -111,6 +111,18 @@ def together(has_collectives: bool = False) -> Iterator[None]:
         raise OutOfMemory(reason or "on another rank")
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What fails in the block, which may hold no collective that others then wait in, fails on every rank. Collective."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    if any_rank(failed is not None):
+        raise failed or RedHeartError(f"rank {rank()} ends because another rank failed, and says why")
+
+
 FULL = re.compile(
     r"DefaultCPUAllocator: can't allocate"  # the host, by torch
     r"|CUDA out of memory"  # torch's allocator, raised anew by a library

@@ -94,8 +94,12 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, gt=0, description="newest checkpoints that stay")
     keep_best: int = Field(1, gt=0, description="checkpoints with the best dev loss that stay beside them")
     keep_every: int | None = Field(None, gt=0, description="those of steps that are multiples of it stay; null: none")
+    background: bool = Field(
+        False, description="training goes on while a copy of weights and states in host memory is written"
+    )
     on_error: Literal["end", "go_on"] = Field(
-        "end", description="of a save that failed (disk full, quota): end the run, or tell it and go on to the next one"
+        "end",
+        description="of a save that failed (disk full, quota) but for the last: end the run, or tell it and go on",
     )
 
 

@@ -46,7 +46,8 @@ DEFAULTS = {
                  "synergy_every": 100, "best_metric": "loss", "log_samples": False, "patience": None,
                  "max_bad_steps": 3, "collective_timeout_s": 600},
     "guard": {"on_spike": "warn", "window": 32, "threshold": 12.0, "skip_steps": 4, "max_rewinds": 3},
-    "checkpoint": {"minutes": None, "keep_last": 2, "keep_best": 1, "keep_every": None, "on_error": "end"},
+    "checkpoint": {"minutes": None, "keep_last": 2, "keep_best": 1, "keep_every": None, "background": False,
+                   "on_error": "end"},
     "memory": {"strategy": "zero2_offload", "gpu_memory_gib": 8.0, "host_memory_gib": 16.0, "swap": ()},
 }  # fmt: skip
 # what each preset says itself, in the order of its file

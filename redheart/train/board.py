@@ -14,8 +14,9 @@ from __future__ import annotations
 import html
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from redheart.evaluation.examples import Example, shown
 from redheart.ranks import is_main
 from redheart.schema import Batch
 from redheart.tasks import TASKS
+from redheart.train.aside import Aside
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
 from redheart.train.sample_log import SampleLog
@@ -60,6 +62,7 @@ class Board:
         self._ranks = rank, world_size
         self._last: dict[str, float] = {}  # of the last look at dev
         self._writer: Any = None
+        self._tensorboard, self._sample_log = Aside("TensorBoard's files"), Aside("the log of samples")
         self.reopen()
 
     def reopen(self) -> None:
@@ -68,19 +71,22 @@ class Board:
 
         state = self._state
         self._start, self._first = time.perf_counter(), state.step
-        if self._writer:
-            self._writer.close()
-        if is_main():
-            purge = state.step + 1 if state.step or self._writer else None
+        self._put(lambda writer: writer.close())
+        purge = state.step + 1 if state.step or self._writer else None
+
+        def open_writer() -> None:
             self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=purge)
             self._writer.add_text("config", f"```yaml\n{dump_config(self._config)}```", state.step)
+
+        if is_main():
+            self._tensorboard(open_writer)
         self._log = SampleLog(self._run, *self._ranks, state.step) if self._config.training.log_samples else None
         self.restart_clock()
 
     def samples(self, step: int, batches: Sequence[Batch]) -> None:
         """Which samples this rank trains on at `step`, where training.log_samples asks for it."""
         if self._log:
-            self._log.write(step, batches)
+            self._sample_log(partial(self._log.write, step, batches))
 
     def progress(self) -> AbstractContextManager[tuple[Bar, TaskID]]:
         """The bar of the run; where stderr is no terminal nothing, since `train` says a line there."""
@@ -125,21 +131,22 @@ class Board:
             wanted = METRICS[TASKS[task].kind] if TASKS[task].final else ()
             values |= {tag(task, f"{origin}_{name}"): metrics[name] for name in wanted if name in metrics}
         self._write(step, values)
-        if self._writer and not self._last:
-            self._writer.add_custom_scalars(_charts([name for name in result.losses if TASKS[name].final]))
+        if not self._last:
+            charts = _charts([name for name in result.losses if TASKS[name].final])
+            self._put(lambda writer: writer.add_custom_scalars(charts))
         self._last = {name: v for name, v in values.items() if not name.startswith(MODULES)}
         if self._writer and result.said:
-            self._writer.add_text("dev_texts", _table(shown(result.said, stream)), step)
+            table = _table(shown(result.said, stream))
+            self._put(lambda writer: writer.add_text("dev_texts", table, step))
 
     def synergy(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, {f"{SYNERGY}/{name}": value for name, value in values.items()})
 
     def out_of_memory(self, event: Mapping[str, Any]) -> None:
         """An entry of Progress.out_of_memory."""
-        if self._writer:
-            text = "\n".join(f"- {key}: {value}" for key, value in event.items())
-            self._writer.add_text("out_of_memory", text, event["step"])
-            self._write(event["step"], {f"{OVERVIEW}/micro_batch_size": event["micro_batch_size"]})
+        text = "\n".join(f"- {key}: {value}" for key, value in event.items())
+        self._put(lambda writer: writer.add_text("out_of_memory", text, event["step"]))
+        self._write(event["step"], {f"{OVERVIEW}/micro_batch_size": event["micro_batch_size"]})
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -157,15 +164,26 @@ class Board:
                 for key, v in leaves(self._config).items()
                 if (field := config_keys()[key]).is_required() or v != field.get_default(call_default_factory=True)
             }
-            for summary in hparams(settings, self._last):
-                self._writer._get_file_writer().add_summary(summary)
-            self._writer.close()
+
+            def end(writer: Any) -> None:
+                for summary in hparams(settings, self._last):
+                    writer._get_file_writer().add_summary(summary)
+                writer.close()
+
+            self._put(end)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer:
+        def write(writer: Any) -> None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        self._put(write)
+
+    def _put(self, write: Callable[[Any], None]) -> None:
+        """`write` by TensorBoard's writer, where this process has one."""
+        if self._writer:
+            self._tensorboard(lambda: write(self._writer))
 
 
 def _charts(answers: Sequence[str]) -> dict[str, dict[str, list[Any]]]:

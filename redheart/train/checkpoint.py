@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +25,14 @@ from redheart.files import (
     commit_directory,
     read_json,
     read_pointer,
+    read_sealed_json,
     remove,
     verify_manifest,
     write_json,
     write_pointer,
 )
 from redheart.model.loading import LAYOUT, refuse_layout
-from redheart.ranks import barrier, is_main
+from redheart.ranks import failing_together, is_main
 from redheart.schema import RedHeartError
 from redheart.train.engine import Engine
 
@@ -126,11 +127,12 @@ class Progress:
         return step
 
     def go_back(self, earlier: Progress, left_out: list[int]) -> None:
-        """Becomes what a checkpoint says, but for what was found out since and for how the run is launched."""
+        """Becomes what a checkpoint says, on a branch of its own, but for what was found out since and for how the run is launched."""
         for name, value in asdict(earlier).items():
             if name not in HELD:
                 setattr(self, name, value)
         self.left_out, self.rewinds = [*self.left_out, *left_out], self.rewinds + 1
+        self.branch, self.branched_at = self.branch + 1, self.step  # checkpoints after it saw what is left out now
 
     def note(self) -> str:
         """The last losses, for the progress bar."""
@@ -143,22 +145,39 @@ _PROGRESS = TypeAdapter(Progress)
 
 
 def save(engine: Engine, run: Path, config: RunConfig, state: Progress, keep: int) -> Path:
-    """Commits a checkpoint of the current step, drops what it makes obsolete. Collective."""
-    final = run / "checkpoints" / f"step-{state.step:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    if is_main():
-        remove(temporary)
-        temporary.mkdir(parents=True)
-    barrier()
-    engine.save(temporary)
-    barrier()
-    if is_main():
-        write_json(temporary / TRAINER, asdict(state))
+    """Commits a checkpoint of the current step, drops what it makes obsolete. Collective; what fails on one rank fails on all."""
+    temporary, commit = begin(run, config, state, keep)
+    with failing_together():
+        engine.save(temporary)
+    with failing_together():
+        if is_main():
+            commit()
+    return temporary.with_suffix("")
+
+
+def begin(run: Path, config: RunConfig, state: Progress, keep: int) -> tuple[Path, Callable[[], None]]:
+    """Where all ranks write their parts of a checkpoint of `state` as it is now, and what then commits it: for the main process, and
+    for any thread. Collective."""
+    final, said = run / "checkpoints" / f"step-{state.step:08d}", asdict(state)
+    temporary = final.with_suffix(".tmp")
+
+    def commit() -> None:
+        write_json(temporary / TRAINER, said)
         write_config(temporary / "config.yaml", config)
         commit_directory(temporary, final, final.with_name(final.name + ".old"))
         _settle(run, keep, config)
-    barrier()
-    return final
+
+    with failing_together():
+        if is_main():
+            remove(temporary)
+            temporary.mkdir(parents=True)
+    return temporary, commit
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of a committed checkpoint, as its manifest says."""
+    files = read_sealed_json(directory / MANIFEST, "choose another checkpoint")["files"]
+    return sum(entry["bytes"] for entry in files.values())
 
 
 class _Lineage(NamedTuple):
@@ -317,8 +336,8 @@ def clear(run: Path, config: RunConfig | None = None) -> None:
 def _staying(standing: list[Path], keep: int, config: RunConfig) -> set[Path]:
     """Which of the checkpoints, in the order in which they were made, `config` keeps beside `best`: the newest `keep`, others of good
     dev value, those of round steps, and one that a rewind of the next spike can go back to."""
-    stays, wanted, guard = set(standing[-keep:]), config.checkpoint, config.guard
-    found = _lineages(standing[0].parent.parent)
+    stays, found = set(standing[-keep:]), _lineages(standing[0].parent.parent)
+    wanted, guard = config.checkpoint, config.guard
     values = [(value, d) for d in standing if (value := found[d].value) is not None]
     stays |= {d for _, d in sorted(values)[: wanted.keep_best]}
     stays |= {d for d in standing if wanted.keep_every and _step(d) % wanted.keep_every == 0}
@@ -356,10 +375,8 @@ def _settle(run: Path, keep: int | None, config: RunConfig | None = None) -> lis
         remove(removed)
         os.rename(directory, removed)  # whole, or out of sight
         remove(removed)
-    return [
-        *changed,
-        *(f"{d.name} was of a branch that the run has left: removed" for d in obsolete if d not in standing),
-    ]
+    left = [d.name for d in obsolete if d not in standing]
+    return [*changed, *(f"{name} was of a branch that the run has left: removed" for name in left)]
 
 
 def read_progress(directory: Path) -> Progress:

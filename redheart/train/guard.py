@@ -14,43 +14,54 @@ from pathlib import Path
 from redheart.console import console
 from redheart.files import write_json
 from redheart.owned import own
-from redheart.ranks import is_main
+from redheart.ranks import is_launched, is_main
 from redheart.schema import RedHeartError
 from redheart.train.aside import Events
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
 from redheart.train.stages import LossSums
 
-GRACE_S = 5.0
+GRACE_S, ALONE_S = 5.0, 0.5  # under a launcher, and without one
 
 
 class StopRequest:
-    """Set by SIGINT or SIGTERM; the run then ends at the next step's boundary with a checkpoint.
+    """Set by SIGINT or SIGTERM; the run then ends at the next step's boundary with a checkpoint, agreed by all ranks.
 
-    Another signal, GRACE_S or more later, ends it at once.
+    Another one, after the time in which launchers and shells pass on what the terminal sent already, ends it at once; what was
+    committed stays. SIGUSR1 (of a batch system that warns: Slurm's `--signal=USR1@120`) saves at the next boundary, and the run goes
+    on: what ends it comes later, or never. `--signal=TERM@120` ends it with a checkpoint.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._since = 0.0
+        self._since, self._save = 0.0, False
+        self._grace = GRACE_S if is_launched() else ALONE_S
 
     @property
     def wanted(self) -> bool:
         return self.signal is not None
+
+    def take_save(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        asked, self._save = self._save, False
+        return asked
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         if threading.current_thread() is not threading.main_thread():
             yield self  # signals are the main thread's, and so is what they do
             return
-        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
         def note(number: int, frame: object) -> None:
             now = time.monotonic()
-            if self.signal is None:
+            if number == signal.SIGUSR1:
+                self._save = True
+                console.print("SIGUSR1: a checkpoint after this step …")
+            elif self.signal is None:
                 self.signal, self._since = number, now
                 console.print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint …")
-            elif now - self._since > GRACE_S:  # launchers pass on the signal that the terminal sent already
+            elif now - self._since > self._grace:  # launchers pass on the signal that the terminal sent already
                 for s, handler in before.items():
                     signal.signal(s, handler)
                 os.kill(os.getpid(), number)

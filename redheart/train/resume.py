@@ -40,7 +40,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
     ("free", "the same steps, cut otherwise", "training.micro_batch_size"),
     ("free", "what is seen and kept of the run", """training.log_every training.evaluate_every training.synergy_every
      training.checkpoint_every training.log_samples checkpoint.minutes checkpoint.keep_last checkpoint.keep_best
-     checkpoint.keep_every checkpoint.on_error"""),
+     checkpoint.keep_every checkpoint.background checkpoint.on_error"""),
     ("free", "when it gives up", "training.patience training.max_bad_steps training.collective_timeout_s guard.max_rewinds"),
     ("stated", "it holds for the steps to come", "guard.on_spike guard.window guard.threshold guard.skip_steps"),
     ("free", "what the plan may take", "memory.gpu_memory_gib memory.host_memory_gib"),

@@ -24,6 +24,7 @@ from redheart.train import checkpoint
 from redheart.train.aside import Events
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
+from redheart.train.saving import Saver
 
 NORMAL = 1.4826  # MADs in a normal distribution's standard deviation
 FLOOR = 0.01  # of the median: losses that hardly vary are no reason to call small steps spikes
@@ -82,12 +83,13 @@ class SpikeGuard:
         if not self.rewinds:
             console.print(f"{spike} (guard.on_spike=rewind would leave its samples out)", markup=False)
 
-    def undo(self, engine: Engine) -> bool:
+    def undo(self, engine: Engine, saver: Saver) -> bool:
         """Whether the last step was a spike that has to be undone; engine and state are then as of a checkpoint from before the samples
         at fault, which are left out from now on. Collective. Raises RedHeartError after `guard.max_rewinds`."""
         spike = self._found if self.rewinds else None
         if spike is None:
             return False
+        saver.finish()
         state, wanted = self._state, self._config.guard
         if state.rewinds == wanted.max_rewinds:
             raise RedHeartError(

@@ -6,7 +6,7 @@ FORWARD  batch -> outputs        COMPUTE  outputs -> losses (pure)        UPDATE
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Window:
     counts: dict[str, float]  # per loss, over all ranks and micro-batches: the divisors
     stop: bool  # some rank was asked to stop
     rehearse: bool  # some rank has a micro-batch of a shape that is new to it
+    asked: list[float]  # of what else ranks had to say: how many said it
 
     @property
     def num_micro_batches(self) -> int:
@@ -51,12 +52,14 @@ class LossSums:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-def open_window(batches: list[Batch], stop: bool, rehearse: bool = False) -> Window:
-    """One collective per step: the sums of label weights over all ranks, and whether anyone wants to stop or to rehearse."""
+def open_window(batches: list[Batch], stop: bool, rehearse: bool = False, asks: Sequence[bool] = ()) -> Window:
+    """One collective per step: the sums of label weights over all ranks, and who wants to stop, to rehearse, or `asks` anything else."""
     parts = [loss_counts(b.weights, len(b)) for b in batches]
     names = list(parts[0])
-    *totals, stops, new = sum_over_ranks([*(sum(p[n] for p in parts) for n in names), float(stop), float(rehearse)])
-    return Window(batches, dict(zip(names, totals, strict=True)), stops > 0, new > 0)
+    mine = [sum(p[n] for p in parts) for n in names]
+    totals = sum_over_ranks([*mine, float(stop), float(rehearse), *map(float, asks)])
+    stops, new, *asked = totals[len(names) :]
+    return Window(batches, dict(zip(names, totals, strict=False)), stops > 0, new > 0, asked)
 
 
 def accumulate(

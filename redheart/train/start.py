@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class TrainResult:
     go_on: str  # how to go on with it
     calibration: Path | None = None  # of its best checkpoint, where it came to its end
     from_step: int = 0  # where this launch began
+    saving: dict[str, float] = field(default_factory=dict)  # train/saving.py; of this launch
+    resume_s: float | None = None  # from the command to the first step, where it went on with a run
 
     @property
     def end(self) -> str:
@@ -70,6 +72,16 @@ class TrainResult:
             said += f", best {state.best_value:.4f} at step {state.best_step}"
         return f"{said}; everything is in {self.run}"
 
+    def costs(self) -> str:
+        """What saving took, and what did not go as usual, in a line."""
+        s, state = self.saving, self.state
+        told = [f"{s['checkpoints']:.0f} checkpoints, {s['mib']:,.1f} MiB, {100 * s['share']:.1f} % of the time"]
+        told += [f"resumed after {self.resume_s:.1f} s"] if self.resume_s is not None else []
+        counts = {"spikes": state.spikes, "rewinds": state.rewinds, "skipped steps": state.skipped_steps}
+        counts |= {"failed saves": int(s["failed"]), "smaller micro-batches": len(state.out_of_memory)}
+        events = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "no spikes, no skipped steps"
+        return f"saved: {'; '.join(told)}; {events}"
+
     def to_json(self) -> dict[str, Any]:
         state = self.state
         return {
@@ -77,7 +89,8 @@ class TrainResult:
             "seconds": self.seconds, "world_size": state.world_size,
             "initial_dev_loss": state.initial_dev_loss, "last_dev_loss": state.last_dev_loss,
             "best_value": state.best_value, "best_step": state.best_step, "last_loss": state.last_loss,
-            "skipped_steps": state.skipped_steps, "signal": self.signal,
+            "skipped_steps": state.skipped_steps, "spikes": state.spikes, "rewinds": state.rewinds, "saving": self.saving,
+            "resume_s": self.resume_s, "signal": self.signal,
             "micro_batch_size": state.micro_batch_size, "out_of_memory": state.out_of_memory,
             "changes": state.changes, "memory": self.memory,
             "calibration": str(self.calibration) if self.calibration else None,
@@ -120,6 +133,7 @@ def _train(
     update_parameters: bool,
     init: Path | None,
 ) -> TrainResult:
+    began = time.perf_counter()
     streams = _open_streams(data, config)
     config = with_edges(config, streams[0])
     split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
@@ -195,9 +209,14 @@ def _train(
         if launched_rank() == 0:
             calibration = calibrate_best(run, streams[1], state)
     go_on = command(run) if update_parameters else "a dry run keeps no checkpoint: start it again"
-    result = TrainResult(run, state, total_steps, seconds, stop.signal, memory, go_on, calibration, first)
-    if update_parameters and launched_rank() == 0:
-        write_json(run / RESULT, result.to_json())
+    result = TrainResult(
+        run, state, total_steps, seconds, stop.signal, memory, go_on, calibration, first, trainer.saver.figures(),
+        started - began if source else None,
+    )  # fmt: skip
+    if update_parameters:
+        console.print(result.costs())
+        if launched_rank() == 0:
+            write_json(run / RESULT, result.to_json())
     return result
 
 

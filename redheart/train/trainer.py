@@ -64,7 +64,7 @@ class Trainer:
         """Runs to the end, or to a signal; the last thing it does is a checkpoint."""
         state, settings = self.state, self.config.training
         ended = partial(state.ended, self.total_steps, settings.patience if self.update_parameters else None)
-        with StopRequest().listening() as stop, self.board.progress() as (bar, task):
+        with StopRequest().listening() as stop, self.board.progress() as (bar, task), self.saver:
             if not state.step and state.initial_dev_loss is None and self.dev_stream.num_rows:
                 self._fitting(self._evaluate)
                 state.initial_dev_loss, state.initial_dev_losses = state.last_dev_loss, state.dev_losses
@@ -75,18 +75,17 @@ class Trainer:
                 if not self._fitting(lambda: self._step(stop)):
                     break
                 state.step += 1
-                if self.spikes.undo(self.engine):
+                if self.spikes.undo(self.engine, self.saver):
                     self.board.reopen()
                     continue
                 bar.update(task, completed=state.step, note=state.note())
-                done = state.step == self.total_steps
-                improved = False
+                done, improved = state.step == self.total_steps, False
                 if self.dev_stream.num_rows and (done or every(state.step, settings.evaluate_every)):
                     improved = self._is_best(self._fitting(self._evaluate))
                 if improved or done or every(state.step, settings.checkpoint_every):
                     self.saver.save(self.engine)
                     self.board.restart_clock()
-            self.saver.save(self.engine)
+            self.saver.save(self.engine, last=True)
         self.board.close()
         if over and not ended():
             raise RedHeartError(over)
@@ -106,7 +105,9 @@ class Trainer:
         """One optimizer step; False, and nothing done, where some rank was asked to stop."""
         step = self.state.step
         batches = self._batches(self.state.reads(step))
-        window = stages.open_window(batches, stop.wanted, self.rehearsals.wanted(self.engine, batches))
+        new, asks = self.rehearsals.wanted(self.engine, batches), self.saver.asks(stop.take_save())
+        window = stages.open_window(batches, stop.wanted, new, asks)
+        self.saver.heed(self.engine, window.asked)
         if window.stop:
             return False
         self.rehearsals.run(self.engine, window, self.factors, self.config.loss)

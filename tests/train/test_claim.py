@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_that_was_saved(data:
     assert train(config(5), data, run, "last").state.step == 5
 
 
-def test_a_tensorboard_that_finds_no_room_is_one_line_too(
+def test_a_tensorboard_that_finds_no_room_is_told_once_and_ends_no_run(
     data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -172,6 +172,7 @@ def test_a_tensorboard_that_finds_no_room_is_one_line_too(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RecordWriter, "write", full)
-    with pytest.raises(RedHeartError, match=r"No space left on device.*--resume goes on from"):
-        train(config(5), data, run, "last")
-    assert "Traceback" not in capfd.readouterr().err
+    assert train(config(5), data, run, "last").state.step == 5
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("TensorBoard's files cannot be written any more") == 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from redheart.config import OptimizerConfig
 from redheart.device import has_gpu
@@ -75,6 +76,21 @@ class Engine(ABC):
         """Writes everything a bitwise resume needs. Collective."""
 
     @abstractmethod
+    def stage(self, directory: Path) -> Callable[[], None]:
+        """Copies on the host what `save` would write; the call that writes this rank's part of it, with no collective, from any thread.
+        Collective."""
+
+    def state_bytes(self) -> int:
+        """Of this rank's weights and optimizer states: what `save` writes of them, but for headers."""
+        groups = {id(p): p.nbytes for group in self.optimizer_groups() for p in group["params"]}
+        model = {id(p): p.nbytes for p in self.model.parameters()} if self.rank == 0 else {}
+        return sum((groups | model).values()) + sum(t.nbytes for t in self.optimizer_states())
+
+    @abstractmethod
+    def optimizer_states(self) -> Iterator[torch.Tensor]:
+        """Of this rank, as far as they are there: before the first step there are none."""
+
+    @abstractmethod
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, on as many ranks or on another number of them. Collective."""
 
@@ -89,6 +105,16 @@ class Engine(ABC):
     def set_learning_rate(self, value: float) -> None:
         for group in self.optimizer_groups():
             group["lr"] = value
+
+
+def host_copy(state: Any) -> Any:
+    """The same containers with every tensor copied to the host."""
+    return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Every tensor that an optimizer keeps of its parameters."""
+    return (t for kept in optimizer.state.values() for t in kept.values() if isinstance(t, torch.Tensor))
 
 
 def free_memory() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from redheart.train.engine.base import (
     adamw_arguments,
     clip_coefficient,
     free_memory,
+    host_copy,
     norms_of,
     parameter_groups,
     read_norms,
+    states_of,
 )
 from redheart.train.engine.machinery import not_tensors
 from redheart.train.engine.moments import Piece, Read, adopt
@@ -86,8 +90,16 @@ class PlainEngine(Engine):
         return self._optimizer.param_groups
 
     def save(self, directory: Path) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, directory / PLAIN_STATE)
+        torch.save(self._state(), directory / PLAIN_STATE)
+
+    def stage(self, directory: Path) -> Callable[[], None]:
+        return partial(torch.save, host_copy(self._state()), directory / PLAIN_STATE)
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def optimizer_states(self) -> Iterator[torch.Tensor]:
+        return states_of(self._optimizer)
 
     def load(self, directory: Path) -> None:
         if not (directory / PLAIN_STATE).is_file():

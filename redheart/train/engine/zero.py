@@ -6,7 +6,7 @@ DeepSpeed steps inside Accelerate's `backward`; here backward and step stand apa
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +30,9 @@ from redheart.train.engine.base import (
     Update,
     adamw_arguments,
     free_memory,
+    host_copy,
     parameter_groups,
+    states_of,
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
 from redheart.train.engine.machinery import (
@@ -181,6 +183,18 @@ class DeepSpeedEngine(Engine):
     def save(self, directory: Path) -> None:
         self._accelerator.save_state(str(directory), safe_serialization=True)
 
+    def stage(self, directory: Path) -> Callable[[], None]:
+        writer = self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = staged = Staged(writer)
+        try:
+            self.save(directory)
+        finally:
+            self._engine.checkpoint_engine = writer
+        return staged.write
+
+    def optimizer_states(self) -> Iterator[torch.Tensor]:
+        return states_of(self._zero.optimizer)
+
     def load(self, directory: Path) -> None:
         if not (directory / TAG).is_dir():
             raise RedHeartError(f"{directory} was not saved by DeepSpeed: resume with the memory.strategy it names")
@@ -234,6 +248,24 @@ class DeepSpeedEngine(Engine):
             adam.ds_opt_adam.adam_update(
                 adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], p, g, m, v
             )
+
+
+class Staged:
+    """DeepSpeed's writer of checkpoints, but that what it is given is copied, and written when `write` is called."""
+
+    def __init__(self, writer: Any):
+        self._writer = writer
+        self._kept: list[tuple[Any, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._kept.append((host_copy(state_dict), path))
+
+    def write(self) -> None:
+        while self._kept:
+            self._writer.save(*self._kept.pop(0))
 
 
 def place_buffers(model: nn.Module, device: torch.device) -> None:
