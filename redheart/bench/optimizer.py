@@ -1,9 +1,10 @@
-"""`redheart bench optimizer`: a step of the 8-bit Adam beside DeepSpeed's, torch's and bitsandbytes', in turns.
+"""`redheart bench optimizer`: a step of the 8-bit Adam beside DeepSpeed's two, torch's and bitsandbytes', in turns.
 
-Every round times one step of each on the same fp32 parameters and gradients (`num_params` elements, ns per element, medians
-over the rounds), and what goes with it: DeepSpeed's cast of the parameters to bfloat16, which ours writes in its own pass, our
-pass that looks for gradients that are not finite, and a plain copy, whose bytes per second say how near a step is to what the
-memory allows. bitsandbytes is so slow on a CPU that it gets fewer elements.
+Every round times one step of each on as many parameters (`num_params` elements, ns per element, medians over the rounds), and
+what goes with it: DeepSpeed's cast of fp32 parameters to bfloat16, which ours writes in its own pass, our pass that looks for
+gradients that are not finite, and a pass over the very arrays of our step, in its order and by as many threads, that does nothing
+to them but flip a bit: how fast memory lets any step be. DeepSpeed's bf16 kernel keeps weights, gradients and states in bfloat16
+(bf16_optimizer_states), and needs no cast. bitsandbytes is so slow on a CPU that it gets fewer elements.
 
 Temporaries are the growth of the process' largest resident size during one step after the first (VmHWM in /proc/self/status,
 reset through /proc/self/clear_refs, with the C library's free memory given back before).
@@ -23,15 +24,23 @@ from redheart.device import tell_deepspeed
 from redheart.memory.budget import PEAKS, forget_peaks, resident_peak
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
-from redheart.optim.adam8bit import BLOCK
+from redheart.optim.adam8bit import BLOCK, MASTERS, kernel
 from redheart.options import Rounds
 from redheart.schema import RedHeartError
 
-OURS, DEEPSPEED, TORCH, BITSANDBYTES = "cpu_adamw_8bit", "deepspeed_cpu_adam", "torch_fused_adamw", "bitsandbytes_cpu"
+OURS, TORCH, BITSANDBYTES = "cpu_adamw_8bit", "torch_fused_adamw", "bitsandbytes_cpu"
+DEEPSPEED, DEEPSPEED_BF16 = "deepspeed_cpu_adam", "deepspeed_cpu_adam_bf16"
 MOST_BITSANDBYTES = 4_000_000  # elements; 30 to 60 ns each
-DECADES = 6
-# bytes a step must move per element: it reads and writes parameters and states, and reads gradients; ours writes the copy
-BYTES = {OURS: 4 + 2 * 4 + 2 * 2 + 2 + 2 * 8 / BLOCK, DEEPSPEED: 4 + 2 * 12.0, TORCH: 4 + 2 * 12.0}
+DECADES = 8
+# bytes a step must move per element: parameters and states both ways, gradients, and the copy of fp32 weights
+CODES_BYTES = 2 * 2 + 2 * 9 / BLOCK
+BYTES = {
+    "split": 2 * 3 + 2 + CODES_BYTES,
+    "fp32": 2 * 4 + 4 + 2 + CODES_BYTES,
+    DEEPSPEED: 4 + 2 * 12.0,
+    DEEPSPEED_BF16: 2 + 2 * 6.0,
+    TORCH: 4 + 2 * 12.0,
+}
 
 
 def bench_optimizer(
@@ -40,81 +49,94 @@ def bench_optimizer(
     ] = 64_000_000,
     threads: Annotated[int, typer.Option("--threads", min=1)] = 2,
     rounds: Rounds = 9,
+    master: Annotated[
+        str, typer.Option("--master", help="Of our weights: split (bfloat16 and a byte) or fp32, with a bfloat16 copy.")
+    ] = "split",
 ) -> dict[str, Any]:
     """A step of the 8-bit Adam on the CPU, beside DeepSpeed's, torch's and bitsandbytes', in turns; a ratio is our time over theirs.
 
-    ratio_to_deepspeed: our step, which writes the 16-bit copy, over DeepSpeed's, which does not; `_with_copy` counts
-    DeepSpeed's cast too; `_checked` also counts our look for gradients that are not finite (the optimizer's default; a
-    training run's own guard has looked already).
+    ratio_to_deepspeed: our step, which writes the 16-bit weights, over DeepSpeed's with fp32 states, which does not; `_with_copy`
+    counts DeepSpeed's cast too; `_checked` also counts our look for gradients that are not finite (the optimizer's default; a
+    training run's own guard has looked already); ratio_to_deepspeed_bf16: over its kernel of bfloat16 weights and states.
+    share_of_stream: the time of a bare pass over our step's arrays over the step's.
     """
+    if master not in MASTERS:
+        raise RedHeartError(f"--master {master}: choose split or fp32")
     if not PEAKS.exists():
         raise RedHeartError("bench optimizer measures temporaries through /proc: run it on Linux")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _bench(params, threads, rounds)
+        return _bench(params, threads, rounds, master)
     finally:
         torch.set_num_threads(before)
 
 
-def _bench(n: int, threads: int, rounds: int) -> dict[str, Any]:
+def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
     few = min(n, MOST_BITSANDBYTES)
-    p, small = parameter(n), parameter(few)
-    copy, scratch = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n)
-    ours = CPUAdamW8bit([p])
+    p, half, small = parameter(n), parameter(n, torch.bfloat16), parameter(few)
+    copy = torch.zeros(n, dtype=torch.bfloat16)
+    mine = half if master == "split" else p
+    ours = CPUAdamW8bit([mine], master=master)
+    copies: dict[torch.Tensor, torch.Tensor] = {} if master == "split" else {p: copy}
     others = {
         DEEPSPEED: _deepspeed_adam(p),
+        DEEPSPEED_BF16: _deepspeed_adam(parameter(n, torch.bfloat16), fp32_optimizer_states=False),
         TORCH: torch.optim.AdamW([p], lr=1e-4, fused=True),
         BITSANDBYTES: _bitsandbytes_adam(small),
     }
     sizes = {BITSANDBYTES: few}
     timed: dict[str, Callable[[], object]] = {
-        OURS: lambda: ours.step(copies={p: copy}, check_finite=False),
+        OURS: lambda: ours.step(copies=copies, check_finite=False),
+        "stream": lambda: ours.pass_over(mine, copies.get(mine)),
         **{name: optimizer.step for name, optimizer in others.items()},
         "cast": lambda: copy.copy_(p.detach()),
-        "checked": lambda: ours.step(copies={p: copy}),
-        "copy": lambda: scratch.copy_(p.detach()),
+        "checked": lambda: ours.step(copies=copies),
     }
     seconds = interleaved(timed, rounds)  # the first round makes the states
     per_param = {name: median(taken) / sizes.get(name, n) * 1e9 for name, taken in seconds.items()}
     optimizers: dict[str, torch.optim.Optimizer] = {OURS: ours, **others}
-    bandwidth = 8 / per_param["copy"]
+    moved = {OURS: BYTES[master], **{name: BYTES[name] for name in (DEEPSPEED, DEEPSPEED_BF16, TORCH)}}
     with_cast = per_param[DEEPSPEED] + per_param["cast"]
     return {
         "params": n,
         "threads": threads,
+        "master": master,
+        "lanes": kernel().lanes,
         "ns_per_param": {name: per_param[name] for name in optimizers},
         "state_bytes_per_param": {name: _state_bytes(o) / sizes.get(name, n) for name, o in optimizers.items()},
         "peak_temporary_bytes_per_param": {
             name: _temporary_bytes(timed[name]) / sizes.get(name, n) for name in optimizers
         },
         "ratio_to_deepspeed": per_param[OURS] / per_param[DEEPSPEED],
+        "ratio_to_deepspeed_bf16": per_param[OURS] / per_param[DEEPSPEED_BF16],
         "ratio_to_bitsandbytes": per_param[OURS] / per_param[BITSANDBYTES],
         "ratio_to_deepspeed_with_copy": per_param[OURS] / with_cast,
         "ratio_to_deepspeed_with_copy_checked": per_param["checked"] / with_cast,
         "ns_per_param_checked": per_param["checked"],
         "ns_per_param_deepspeed_cast": per_param["cast"],
-        "copy_bandwidth_gb_per_s": bandwidth,
-        "bytes_per_param": BYTES,
-        "share_of_bandwidth": {name: moved / per_param[name] / bandwidth for name, moved in BYTES.items()},
+        "bytes_per_param": moved,
+        "gb_per_s": {name: size / per_param[name] for name, size in moved.items()},
+        "stream_gb_per_s": BYTES[master] / per_param["stream"],
+        "share_of_stream": per_param["stream"] / per_param[OURS],
         "relative_error_by_decade": relative_error_by_decade(),
         "bitsandbytes_params": few,
         "rounds": rounds,
     }
 
 
-def parameter(n: int) -> torch.nn.Parameter:
+def parameter(n: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
     generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.empty(n).normal_(0, 0.02, generator=generator))
-    p.grad = torch.empty(n).normal_(0, 1e-3, generator=generator)
+    p = torch.nn.Parameter(torch.empty(n).normal_(0, 0.02, generator=generator).to(dtype))
+    p.grad = torch.empty(n).normal_(0, 1e-3, generator=generator).to(dtype)
     return p
 
 
-def _deepspeed_adam(p: torch.nn.Parameter) -> torch.optim.Optimizer:
+def _deepspeed_adam(p: torch.nn.Parameter, **settings: Any) -> torch.optim.Optimizer:
     tell_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam([p], lr=1e-4, adamw_mode=True)
+    return DeepSpeedCPUAdam([p], lr=1e-4, adamw_mode=True, **settings)
 
 
 def _bitsandbytes_adam(p: torch.nn.Parameter) -> torch.optim.Optimizer:

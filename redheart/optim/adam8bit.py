@@ -1,19 +1,11 @@
 """AdamW on the CPU with one byte per moment: `CPUAdamW8bit`, a torch optimizer around the fused C++ step in csrc/.
 
-States of a parameter with n elements: two codes a piece (n bytes each) and two fp32 scales per block of 256: 2.03 bytes per
-element where fp32 Adam keeps 8. Decoupled weight decay (Loshchilov and Hutter 2019); block-wise 8-bit states after Dettmers et
-al. (2022), "8-bit Optimizers via Block-wise Quantization", with other codes and stochastic rounding (csrc/adam8bit.cpp says why).
+States of a parameter with n elements: two codes a piece (n bytes each) and nine bytes per block of 256: 2.04 bytes per element
+where fp32 Adam keeps 8. Decoupled weight decay (Loshchilov and Hutter 2019); block-wise 8-bit states after Dettmers et al. (2022),
+"8-bit Optimizers via Block-wise Quantization", with other codes (csrc/adam8bit.cpp says which and why): the root of the second
+moment with as many mantissa bits as the block's range leaves, the first moment over that root, both rounded stochastically.
+Weights are fp32, or with `master="split"` bfloat16 and a byte of remainder: 3 bytes that hold 16 significant bits.
 The kernel is compiled once by DeepSpeed's op builder, and cached.
-
-Root mean square relative error of the codes by decade below a block's largest value (`redheart bench optimizer`):
-
-                                     1 to 0.1   0.01   1e-3   1e-4   1e-5   1e-6
-    m, rounded stochastically           0.038  0.037  0.038  0.038   0.12    1.2
-    m, bitsandbytes' dynamic map        0.018  0.035  0.066   0.12   0.22   0.40
-    root of v, stochastically           0.019  0.019  0.019  0.019   0.48     10
-    root of v, dynamic map of v         0.007  0.026  0.093   0.79    1.0    1.0
-
-In the last decade a root of v is read as the smallest code, which is too large: the step is too short there, never too long.
 """
 
 from __future__ import annotations
@@ -31,11 +23,15 @@ from redheart.optim.building import built_alone
 from redheart.schema import RedHeartError
 
 BLOCK = 256
-CODES = 2  # the meaning of the codes; another number is another kernel's
+CODES = 3  # the meaning of the codes; another number is another kernel's
 CODE_STATES = {"exp_avg_8bit": torch.int8, "exp_avg_sq_8bit": torch.uint8}  # [n]
 SCALE_STATES = ("exp_avg_scale", "exp_avg_sq_scale")  # float32 [ceil(n / BLOCK)], powers of two or zero
-STATES = (*CODE_STATES, *SCALE_STATES)
-BARE = {"step", "number"}  # what a state may hold before it has moments
+MANTISSA = "exp_avg_sq_mantissa"  # uint8 [ceil(n / BLOCK)], bits of it in a block's second moments
+STATES = (*CODE_STATES, *SCALE_STATES, MANTISSA)
+REMAINDER = "weight_remainder"  # int8 [n], of split weights: in 1/256 of the bfloat16's last place, in the codes' order
+BARE = {"step", "number", REMAINDER}  # what a state may hold before it has moments
+MOST_MANTISSA_BITS = 6
+MASTERS = {"fp32": torch.float32, "split": torch.bfloat16}
 
 
 class OptimizerValueError(RedHeartError, ValueError):
@@ -82,7 +78,10 @@ def kernel(lanes: int = 0) -> Any:
 
 
 class CPUAdamW8bit(torch.optim.Optimizer):
-    """AdamW for fp32 parameters in host memory. `seed` draws the rounding noise: same seed, same run, bit for bit.
+    """AdamW for parameters in host memory. `seed` draws the rounding noise: same seed, same run, bit for bit.
+
+    Parameters are fp32, or with `master="split"` bfloat16: each is then the rounded half of a weight of 16 significant bits, and
+    the state keeps the other half as one byte (`master_weights`, `set_master_weights`). Gradients are fp32 or bfloat16.
 
     What AdamW refuses, it refuses with an error of the same type, and before it writes anything: the kernel is given addresses,
     so that every tensor is looked at first. `lr` and `betas` may be tensors of one element, as for AdamW.
@@ -96,10 +95,21 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         seed: int = 0,
+        master: str = "fp32",
     ):
         _check_settings(lr, betas, eps, weight_decay)
+        if master not in MASTERS:
+            raise OptimizerValueError(f"Invalid master: {master!r} is neither fp32 nor split")
         # the seed is kept in the groups, which are what copies, pickles and checkpoints carry
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "codes": CODES, "seed": seed}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "codes": CODES,
+            "seed": seed,
+            "master": master,
+        }
         super().__init__(params, defaults)
         assert self._kernel  # compiled now, not within the first step
 
@@ -111,6 +121,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("seed", self.defaults.get("seed", 0))  # of checkpoints before there was one
+            group.setdefault("master", self.defaults.get("master", "fp32"))
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -119,8 +130,11 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         copies: dict[torch.Tensor, torch.Tensor] | None = None,
         on_written: Callable[[int, int], None] | None = None,
         check_finite: bool = True,
+        scale: float = 1.0,
     ) -> float | None:
-        """One update of every parameter that has a gradient; `copies[p]` (bfloat16, as many elements) is rewritten in the same pass.
+        """One update of every parameter that has a gradient, which counts times `scale` (clipping, without a pass of its own).
+
+        `copies[p]` (bfloat16, as many elements, of fp32 parameters) is rewritten in the same pass.
 
         `on_written(start, stop)` is told of every stretch of a copy that is finished. A gradient that is not finite raises
         FloatingPointError. By default all gradients are looked at first and nothing has changed then. A caller that has looked
@@ -133,15 +147,19 @@ class CPUAdamW8bit(torch.optim.Optimizer):
                 loss = closure()
         copies = copies or {}
         given = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for _, p in given:
-            _check_step(p, copies.get(p))
+        for group, p in given:
+            _check_step(p, copies.get(p), group["master"])
             if self.state.get(p, {}).keys() - BARE:
                 check_states(self.state[p], p.numel())
-        if check_finite and not all(self._kernel.all_finite(p.grad.data_ptr(), p.numel()) for _, p in given):
+            if REMAINDER in self.state.get(p, {}):
+                _check_state(self.state[p], REMAINDER, p.numel(), p.numel())
+        if check_finite and not all(
+            self._kernel.all_finite(p.grad.data_ptr(), p.numel(), p.grad.dtype == torch.bfloat16) for _, p in given
+        ):
             raise FloatingPointError("a gradient is not finite: the optimizer has changed nothing")
         left = 0
         for group, p in given:
-            left += self._update(p, group, copies.get(p))
+            left += self._update(p, group, copies.get(p), scale)
             if on_written is not None:
                 on_written(0, p.numel())
         if left:
@@ -150,7 +168,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             )
         return loss
 
-    def _update(self, p: torch.Tensor, group: dict[str, Any], copy: torch.Tensor | None) -> int:
+    def _update(self, p: torch.Tensor, group: dict[str, Any], copy: torch.Tensor | None, scale: float) -> int:
         """How many blocks were left alone, for their gradient is not finite."""
         state = self.state[p]
         if STATES[0] not in state:
@@ -158,17 +176,61 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         # which noise it draws: ZeRO shows one group at a time, so a place in param_groups would not tell them apart
         state.setdefault("number", 1 + max(other.get("number", 0) for other in self.state.values()))
         state["step"] = int(state.get("step", 0)) + 1
-        gradient, address = p.grad, 0 if copy is None else copy.data_ptr()
-        assert gradient is not None
         left: int = self._kernel.step(
-            p.data_ptr(), gradient.data_ptr(), self._pointers(state), address, p.numel(), float(group["lr"]),
-            *(float(beta) for beta in group["betas"]), float(group["eps"]), float(group["weight_decay"]), state["step"],
-            group["seed"] * 1_000_003 + state["number"],
+            *self._arrays(p, copy), self._pointers(state), p.numel(), scale,
+            float(group["lr"]), *(float(beta) for beta in group["betas"]), float(group["eps"]), float(group["weight_decay"]),
+            state["step"], group["seed"] * 1_000_003 + state["number"],
         )  # fmt: skip
         return left
 
+    def _arrays(self, p: torch.Tensor, copy: torch.Tensor | None) -> tuple[Any, ...]:
+        """Addresses of fp32 weights, of 16-bit weights, of the remainders, of the gradient, and whether that is bfloat16."""
+        gradient = p.grad
+        assert gradient is not None
+        if p.dtype == torch.bfloat16:
+            weights = (0, p.data_ptr(), self._remainder(p).data_ptr())
+        else:
+            weights = (p.data_ptr(), 0 if copy is None else copy.data_ptr(), 0)
+        return *weights, gradient.data_ptr(), gradient.dtype == torch.bfloat16
+
+    def pass_over(self, p: torch.Tensor, copy: torch.Tensor | None = None) -> None:
+        """Touches what a step of `p` touches and does no arithmetic: a bound of its time. It spoils a bit of everything, in turns."""
+        self._kernel.pass_over(*self._arrays(p, copy), self._pointers(self.state[p]), p.numel())
+
     def _pointers(self, state: dict[str, Any]) -> Any:
         return self._kernel.States(*(state[name].data_ptr() for name in STATES))
+
+    def _remainder(self, p: torch.Tensor) -> torch.Tensor:
+        state = self.state[p]
+        if REMAINDER not in state:
+            state[REMAINDER] = torch.zeros(p.numel(), dtype=torch.int8, device="cpu")
+        remainder: torch.Tensor = state[REMAINDER]
+        return remainder
+
+    @torch.no_grad()
+    def master_weights(self, p: torch.Tensor) -> torch.Tensor:
+        """A parameter as fp32: of a split one all its 16 significant bits."""
+        if p.dtype == torch.float32:
+            return p.detach().clone()
+        w = torch.empty(p.shape, dtype=torch.float32, device="cpu")
+        self._kernel.join_weights(p.data_ptr(), self._remainder(p).data_ptr(), w.data_ptr(), p.numel())
+        return w
+
+    @torch.no_grad()
+    def set_master_weights(self, p: torch.Tensor, w: torch.Tensor) -> None:
+        """The inverse, fp32 [p.numel()]: the nearest split weights; what `master_weights` gave comes back bit for bit."""
+        w = w.detach().contiguous()
+        if w.dtype != torch.float32 or w.numel() != p.numel() or w.device.type != "cpu":
+            raise OptimizerValueError(
+                f"CPUAdamW8bit: weights must be {p.numel()} float32 numbers in host memory, these are {w.numel()} of {w.dtype} "
+                f"on {w.device}"
+            )
+        if p.dtype == torch.float32:
+            p.copy_(w.view(p.shape))
+        elif not self._kernel.split_weights(p.data_ptr(), self._remainder(p).data_ptr(), w.data_ptr(), p.numel()):
+            raise OptimizerValueError(
+                "CPUAdamW8bit: a weight is not finite, or beyond bfloat16's range: check the checkpoint"
+            )
 
     def adopt_moments(self) -> None:
         """Codes `exp_avg` and `exp_avg_sq` that DeepSpeed has put into the state into 8 bits; `step` stays."""
@@ -213,7 +275,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             state.update(_empty_states(p.numel()))
         check_states(state, p.numel())
         block = start // BLOCK
-        part = {name: state[name][start if state[name].numel() == p.numel() else block :] for name in STATES}
+        part = {name: state[name][start if name in CODE_STATES else block :] for name in STATES}
         self._kernel.compress(self._pointers(part), m.data_ptr(), v.data_ptr(), m.numel())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,7 +298,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         def restore(_: torch.optim.Optimizer) -> None:
             """Before every post-hook of the user's."""
             for p, saved in given.values():
-                for name in STATES if saved.keys() - BARE else ():
+                for name in saved.keys() & {*STATES, REMAINDER}:
                     self.state[p][name] = saved[name].detach().clone()
 
         handles = (
@@ -271,25 +333,29 @@ def _sizes(n: int) -> dict[str, int]:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Of one of STATES."""
-    return CODE_STATES.get(name, torch.float32)
+    """Of one of STATES, or of the remainders."""
+    return {**CODE_STATES, MANTISSA: torch.uint8, REMAINDER: torch.int8}.get(name, torch.float32)
 
 
 def check_states(state: dict[str, Any], n: int) -> None:
     """Raises unless a parameter's state is one that the kernel can be given, for `n` elements."""
     for name, size in _sizes(n).items():
-        x = state.get(name)
-        if not isinstance(x, torch.Tensor):
-            raise OptimizerValueError(f"CPUAdamW8bit: the state has no {name}: {_whose(state)}")
-        if x.dtype != dtype_of(name) or x.numel() != size or x.device.type != "cpu" or not x.is_contiguous():
-            raise OptimizerRuntimeError(
-                f"CPUAdamW8bit: {name} must be {size} contiguous numbers of {dtype_of(name)} in host memory for a parameter of "
-                f"{n} elements, this is {x.numel()} of {x.dtype} on {x.device}: was the parameter resized, or the state another's?"
-            )
+        _check_state(state, name, size, n)
     step = state.get("step", 0)
     if int(step) != step or step < 0:
         raise OptimizerValueError(
             f"CPUAdamW8bit: the state's step is {step}, not a number of steps: check the checkpoint"
+        )
+
+
+def _check_state(state: dict[str, Any], name: str, size: int, n: int) -> None:
+    x = state.get(name)
+    if not isinstance(x, torch.Tensor):
+        raise OptimizerValueError(f"CPUAdamW8bit: the state has no {name}: {_whose(state)}")
+    if x.dtype != dtype_of(name) or x.numel() != size or x.device.type != "cpu" or not x.is_contiguous():
+        raise OptimizerRuntimeError(
+            f"CPUAdamW8bit: {name} must be {size} contiguous numbers of {dtype_of(name)} in host memory for a parameter of "
+            f"{n} elements, this is {x.numel()} of {x.dtype} on {x.device}: was the parameter resized, or the state another's?"
         )
 
 
@@ -306,12 +372,13 @@ def _check_state_dict(state_dict: dict[str, Any], sizes: dict[Any, int]) -> None
         )
     for number, state in states.items():
         check_states(state, sizes[number])
+        damaged = f"of parameter {number} is damaged: check the checkpoint"
+        if (state[MANTISSA] > MOST_MANTISSA_BITS).any():
+            raise OptimizerValueError(f"CPUAdamW8bit: {MANTISSA} {damaged}")
         for name in SCALE_STATES:
             mantissa = torch.frexp(state[name]).mantissa
             if not ((mantissa == 0.5) | (mantissa == 0.0)).all():  # NaN, infinities and negative ones are neither
-                raise OptimizerValueError(
-                    f"CPUAdamW8bit: {name} of parameter {number} is damaged: check the checkpoint"
-                )
+                raise OptimizerValueError(f"CPUAdamW8bit: {name} {damaged}")
 
 
 def _whose(state: dict[str, Any]) -> str:
@@ -343,16 +410,18 @@ def _check_settings(lr: Any, betas: Any, eps: float, weight_decay: float) -> Non
         raise OptimizerValueError(f"Invalid weight_decay value: {weight_decay} is out of range")
 
 
-def _check_step(p: torch.Tensor, copy: torch.Tensor | None) -> None:
+def _check_step(p: torch.Tensor, copy: torch.Tensor | None, master: str) -> None:
     gradient = p.grad
     assert gradient is not None
     if gradient.layout != torch.strided:
         raise OptimizerRuntimeError("CPUAdamW8bit does not support sparse gradients, as AdamW does not")
-    for what, x in (("parameter", p), ("gradient", gradient)):
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+    weights = MASTERS[master]
+    for what, x, dtypes in (("parameter", p, (weights,)), ("gradient", gradient, (torch.float32, torch.bfloat16))):
+        if x.device.type != "cpu" or x.dtype not in dtypes or not x.is_contiguous():
             raise OptimizerRuntimeError(
-                f"CPUAdamW8bit needs contiguous float32 tensors in host memory, this {what} is {x.dtype} on {x.device}, "
-                f"strides {x.stride()}: use it under ZeRO with the optimizer offloaded, or bitsandbytes' AdamW8bit on a GPU"
+                f'CPUAdamW8bit(master="{master}") needs contiguous {str(weights)[6:]} tensors in host memory, this {what} is {x.dtype} '
+                f"on {x.device}, strides {x.stride()}: use it under ZeRO with the optimizer offloaded, or bitsandbytes' AdamW8bit "
+                "on a GPU"
             )
     if gradient.shape != p.shape:
         raise OptimizerRuntimeError(
@@ -364,8 +433,9 @@ def _check_step(p: torch.Tensor, copy: torch.Tensor | None) -> None:
         or copy.dtype != torch.bfloat16
         or not copy.is_contiguous()
         or copy.numel() != p.numel()
+        or master == "split"
     ):
         raise OptimizerRuntimeError(
-            f"CPUAdamW8bit writes copies as contiguous bfloat16 in host memory, {p.numel()} elements here: this one is "
-            f"{copy.dtype} on {copy.device}, {copy.numel()} elements"
+            f"CPUAdamW8bit writes copies of fp32 weights, as contiguous bfloat16 in host memory, {p.numel()} elements here: this one "
+            f"is {copy.dtype} on {copy.device}, {copy.numel()} elements, of {master} weights"
         )

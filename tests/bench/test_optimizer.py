@@ -9,13 +9,13 @@ from typer.testing import CliRunner
 from redheart.bench.optimizer import _nearest, relative_error_by_decade
 from redheart.cli import app
 
-NAMES = {"cpu_adamw_8bit", "deepspeed_cpu_adam", "torch_fused_adamw", "bitsandbytes_cpu"}
+NAMES = {"cpu_adamw_8bit", "deepspeed_cpu_adam", "deepspeed_cpu_adam_bf16", "torch_fused_adamw", "bitsandbytes_cpu"}
 
 
-def test_the_command_prints_every_figure():
-    done = CliRunner().invoke(
-        app, ["bench", "optimizer", "--params", "65536", "--threads", "1", "--rounds", "1", "--json"]
-    )
+@pytest.mark.parametrize(("master", "bytes_kept", "bytes_moved"), [("split", 3, 12), ("fp32", 2, 18)])
+def test_the_command_prints_every_figure(master: str, bytes_kept: int, bytes_moved: int):
+    size = ["--params", "65536", "--threads", "1", "--rounds", "1", "--master", master]
+    done = CliRunner().invoke(app, ["bench", "optimizer", *size, "--json"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     for figure in ("ns_per_param", "state_bytes_per_param", "peak_temporary_bytes_per_param"):
@@ -23,24 +23,26 @@ def test_the_command_prints_every_figure():
     assert result["params"] == 65536
     assert result["threads"] == 1
     state = result["state_bytes_per_param"]
-    assert state["cpu_adamw_8bit"] == 2 + 8 / 256
+    assert state["cpu_adamw_8bit"] == bytes_kept + 9 / 256
+    assert state["deepspeed_cpu_adam_bf16"] == 4
     assert state["deepspeed_cpu_adam"] == state["torch_fused_adamw"] == 8
     ns = result["ns_per_param"]
     assert result["ratio_to_deepspeed"] == ns["cpu_adamw_8bit"] / ns["deepspeed_cpu_adam"]
     assert result["ratio_to_bitsandbytes"] == ns["cpu_adamw_8bit"] / ns["bitsandbytes_cpu"]
     assert result["ratio_to_deepspeed_with_copy"] < result["ratio_to_deepspeed"]
+    assert result["ratio_to_deepspeed_bf16"] == ns["cpu_adamw_8bit"] / ns["deepspeed_cpu_adam_bf16"]
     assert result["bytes_per_param"]["deepspeed_cpu_adam"] == 28
+    assert result["bytes_per_param"]["cpu_adamw_8bit"] == bytes_moved + 18 / 256
 
 
 def test_relative_errors_are_those_of_the_codes():
     errors = relative_error_by_decade(blocks=64)
-    ours, linear = errors["exp_avg"]["ours_nearest"], errors["exp_avg"]["linear"]
-    # a 3-bit mantissa: half a step is 1/16 to 1/32 of the value, evenly spread
-    assert all(1 / 16 / math.sqrt(12) < e < 1 / 8 / math.sqrt(12) for e in ours[:4])
-    assert linear[0] < ours[0] < linear[2] < linear[3]
-    assert errors["exp_avg"]["ours"][0] == pytest.approx(
-        ours[0] * math.sqrt(2), rel=0.1
-    )  # stochastic: twice the variance
+    root, linear = errors["exp_avg_sq_root"], errors["exp_avg_sq_root"]["linear"]
+    # eight decades leave a 3-bit mantissa: half a step is 1/16 to 1/32 of the value, evenly spread, in every decade
+    assert all(1 / 16 / math.sqrt(12) < e < 1 / 8 / math.sqrt(12) for e in root["ours_nearest"])
+    assert linear[0] < root["ours"][0] < linear[2] < linear[3]
+    assert root["ours"][0] == pytest.approx(root["ours_nearest"][0] * math.sqrt(2), rel=0.1)  # twice the variance
+    assert max(errors["exp_avg"]["ours_nearest"]) < 1 / 100  # of the ratio to that root, whatever it was rounded to
 
 
 def test_nearest_is_nearest():

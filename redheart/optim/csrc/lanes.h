@@ -1,5 +1,10 @@
-// Vectors of floats and what has no good portable code: square roots, codes from and to bytes, streaming stores. Each intrinsic
-// stands beside its portable form. Included once, by adam8bit.cpp.
+// Vectors of floats and what has no good portable code: bytes to and from lanes, square roots. Each intrinsic stands beside its
+// portable form, and both give the same bits. Included once, by adam8bit.cpp.
+//
+// States of one byte lie in groups of 64 so that nothing has to cross a register: byte 4 l + j of a group belongs to element
+// 2 l + (j & 1) + 32 (j >> 1). A vector of 4 kLanes bytes then holds, in its dwords, the elements whose 16-bit numbers are the
+// lower (j = 0) and upper (j = 1) halves of one vector of dwords, and of another 32 elements on (j = 2, 3): widening is a shift
+// or a mask, and narrowing packs within 128 bits. A turn of every loop is four such vectors, whatever their width.
 
 #pragma once
 
@@ -15,22 +20,24 @@
 namespace {
 
 constexpr int64_t kBlock = 256;
+constexpr int kGroup = 64;
 
 #if defined(REDHEART_LANES)  // for tests: any width gives the same bits
 constexpr int kLanes = REDHEART_LANES;
-#elif defined(__AVX512F__)
+#elif defined(__AVX512BW__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kGroup = 32;  // elements of one turn of the coding loop: codes are narrowed together
-constexpr int kParts = kGroup / kLanes;
+constexpr int kTurn = 4 * kLanes;         // elements, and bytes, of a turn
+constexpr int kTurns = kGroup / kTurn;    // of a group
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 
 template <typename To, typename From>
 inline To bits(From x) {
@@ -52,6 +59,12 @@ inline void store(void* at, T x) {
   std::memcpy(at, &x, sizeof x);
 }
 
+// The byte of a block's element.
+inline constexpr int place(int element) {
+  const int in_group = element % kGroup, in_half = in_group % 32;
+  return element - in_group + 4 * (in_half / 2) + (in_half & 1) + 2 * (in_group / 32);
+}
+
 inline Floats square_root(Floats x) {
 #if defined(__AVX512F__)
   if constexpr (kLanes == 16) return bits<Floats>(_mm512_sqrt_ps(bits<__m512>(x)));
@@ -63,117 +76,78 @@ inline Floats square_root(Floats x) {
   return x;
 }
 
-// kLanes bytes as integers, signed or not as the bytes are.
-template <typename Byte>
-inline Ints load_codes(const Byte* at) {
-  [[maybe_unused]] constexpr bool kSigned = std::is_signed_v<Byte>;
-#if defined(__AVX512F__)
+// Byte kFrom of every dword as its byte kTo, the other three zero.
+template <int kFrom, int kTo>
+inline Words byte_of(Words x) {
+  constexpr uint32_t kMask = 0xffu << (8 * kTo);
+#if defined(__AVX2__)
+  constexpr uint32_t kPick = (0x80808080u & ~kMask) | (static_cast<uint32_t>(kFrom) << (8 * kTo));
+  if constexpr (kFrom != kTo && kLanes >= 8) {
+    const __m128i within = _mm_setr_epi32(kPick, kPick + (0x04040404u & kMask), kPick + (0x08080808u & kMask), kPick + (0x0c0c0c0cu & kMask));
+#if defined(__AVX512BW__)
+    if constexpr (kLanes == 16) return bits<Words>(_mm512_shuffle_epi8(bits<__m512i>(x), _mm512_broadcast_i32x4(within)));
+#endif
+    if constexpr (kLanes == 8) return bits<Words>(_mm256_shuffle_epi8(bits<__m256i>(x), _mm256_broadcastsi128_si256(within)));
+  }
+#endif
+  constexpr int kUp = 8 * (kTo - kFrom);
+  if constexpr (kUp >= 0) return (x << kUp) & kMask;
+  return (x >> -kUp) & kMask;
+}
+
+// Numbers below 2^15, less `floor`, saturated to bytes: x[j] becomes byte j of the dwords.
+inline Words to_bytes(const Ints* x, uint32_t floor) {
+#if defined(__AVX512BW__)
   if constexpr (kLanes == 16) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-    return bits<Ints>(kSigned ? _mm512_cvtepi8_epi32(x) : _mm512_cvtepu8_epi32(x));
+    const __m512i less = _mm512_set1_epi16(static_cast<int16_t>(floor));
+    const __m512i a = _mm512_subs_epu16(_mm512_packus_epi32(bits<__m512i>(x[0]), bits<__m512i>(x[1])), less);
+    const __m512i b = _mm512_subs_epu16(_mm512_packus_epi32(bits<__m512i>(x[2]), bits<__m512i>(x[3])), less);
+    const __m128i turned = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return bits<Words>(_mm512_shuffle_epi8(_mm512_packus_epi16(a, b), _mm512_broadcast_i32x4(turned)));
   }
 #endif
 #if defined(__AVX2__)
   if constexpr (kLanes == 8) {
-    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
-    return bits<Ints>(kSigned ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+    const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(floor));
+    const __m256i a = _mm256_subs_epu16(_mm256_packus_epi32(bits<__m256i>(x[0]), bits<__m256i>(x[1])), less);
+    const __m256i b = _mm256_subs_epu16(_mm256_packus_epi32(bits<__m256i>(x[2]), bits<__m256i>(x[3])), less);
+    const __m128i turned = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return bits<Words>(_mm256_shuffle_epi8(_mm256_packus_epi16(a, b), _mm256_broadcastsi128_si256(turned)));
   }
 #endif
-  Ints x;
-  for (int i = 0; i < kLanes; ++i) x[i] = at[i];
-  return x;
+  Words packed = {};
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < kLanes; ++i)
+      packed[i] |= static_cast<uint32_t>(std::clamp(x[j][i] - static_cast<int32_t>(floor), 0, 255)) << (8 * j);
+  return packed;
 }
 
-inline void store_bytes(Ints x, void* to) {  // the low byte of each
-#if defined(__AVX512F__)
-  if constexpr (kLanes == 16) return store(to, _mm512_cvtepi32_epi8(bits<__m512i>(x)));
-#endif
-  for (int i = 0; i < kLanes; ++i) static_cast<uint8_t*>(to)[i] = static_cast<uint8_t>(x[i]);
-}
+// 16-bit numbers in the upper halves of even and odd elements, side by side in memory order.
+inline Words halves(Words even, Words odd) { return (even >> 16) | (odd & 0xffff0000u); }
 
-#if defined(__AVX2__)
-inline __m256i in_order(__m256i packed) {  // undoes the 128-bit lanes of two levels of packing
-  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+// Floats in memory order (two vectors) as their even and odd elements, and back.
+inline void part(Floats a, Floats b, Floats* even, Floats* odd) {
+  Ints evens, odds;
+  for (int i = 0; i < kLanes; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;
+  *even = __builtin_shuffle(a, b, evens);
+  *odd = __builtin_shuffle(a, b, odds);
 }
-#endif
-
-// kGroup first moments' codes, in [-127, 127], to bytes.
-inline void store_m_codes(const Ints* c, int8_t* to) {
-#if defined(__AVX2__)
-  if constexpr (kLanes == 8) {
-    const __m256i a = _mm256_packs_epi32(bits<__m256i>(c[0]), bits<__m256i>(c[1]));
-    const __m256i b = _mm256_packs_epi32(bits<__m256i>(c[2]), bits<__m256i>(c[3]));
-    store(to, in_order(_mm256_packs_epi16(a, b)));
-    return;
-  }
-#endif
-  for (int k = 0; k < kParts; ++k) store_bytes(c[k], to + k * kLanes);
-}
-
-// kGroup second moments' codes, plus kFloor, to bytes; what is below kFloor becomes 0.
-template <int kFloor>
-inline void store_v_codes(const Ints* c, uint8_t* to) {
-#if defined(__AVX2__)
-  if constexpr (kLanes == 8) {
-    const __m256i floor = _mm256_set1_epi16(kFloor);
-    const __m256i a = _mm256_subs_epu16(_mm256_packus_epi32(bits<__m256i>(c[0]), bits<__m256i>(c[1])), floor);
-    const __m256i b = _mm256_subs_epu16(_mm256_packus_epi32(bits<__m256i>(c[2]), bits<__m256i>(c[3])), floor);
-    store(to, in_order(_mm256_packus_epi16(a, b)));
-    return;
-  }
-#endif
-  for (int k = 0; k < kParts; ++k) {
-    const Ints above = c[k] - kFloor;
-    store_bytes(above > 0 ? above : Ints{}, to + k * kLanes);
-  }
-}
-
-// kGroup parameters as bfloat16, to nearest, ties to even; `stream` (32-byte aligned) leaves the caches alone.
-inline void store_copy(const Floats* p, uint16_t* to, bool stream) {
-  Words w[kParts];
-  for (int k = 0; k < kParts; ++k) {
-    const Words b = bits<Words>(p[k]);
-    w[k] = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-  }
-#if defined(__AVX2__)
-  if constexpr (kLanes == 8) {
-    for (int k = 0; k < kParts; k += 2) {
-      const __m256i packed = _mm256_packus_epi32(bits<__m256i>(w[k]), bits<__m256i>(w[k + 1]));
-      const __m256i halves = _mm256_permute4x64_epi64(packed, 0xd8);
-      __m256i* at = reinterpret_cast<__m256i*>(to + k * kLanes);
-      stream ? _mm256_stream_si256(at, halves) : _mm256_storeu_si256(at, halves);
-    }
-    return;
-  }
-#endif
-  for (int k = 0; k < kParts; ++k) {
-#if defined(__AVX512F__)
-    if constexpr (kLanes == 16) {
-      const __m256i halves = _mm512_cvtepi32_epi16(bits<__m512i>(w[k]));
-      __m256i* at = reinterpret_cast<__m256i*>(to + k * kLanes);
-      stream ? _mm256_stream_si256(at, halves) : _mm256_storeu_si256(at, halves);
-      continue;
-    }
-#endif
-    for (int i = 0; i < kLanes; ++i) to[k * kLanes + i] = static_cast<uint16_t>(w[k][i]);
-  }
+inline void join(Floats even, Floats odd, Floats* a, Floats* b) {
+  Ints first, second;
+  for (int i = 0; i < kLanes; ++i) first[i] = i / 2 + (i & 1) * kLanes, second[i] = first[i] + kLanes / 2;
+  *a = __builtin_shuffle(even, odd, first);
+  *b = __builtin_shuffle(even, odd, second);
 }
 
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Bytes smaller(Bytes a, Bytes b) { return a < b ? a : b; }
 
-inline Ints absolute(Ints x) {
-#if defined(__AVX2__)
-  if constexpr (kLanes == 8) return bits<Ints>(_mm256_abs_epi32(bits<__m256i>(x)));
+// The larger absolute value; of a number and what is none, either.
+inline Floats larger_size(Floats a, Floats b) {
+#if defined(__AVX512DQ__)
+  if constexpr (kLanes == 16) return bits<Floats>(_mm512_range_ps(bits<__m512>(a), bits<__m512>(b), 0b1011));  // |most|
 #endif
-  return x < 0 ? -x : x;
-}
-
-// c with the sign of x; 0 where x is +0
-inline Ints with_sign(Ints c, Floats x) {
-#if defined(__AVX2__)
-  if constexpr (kLanes == 8) return bits<Ints>(_mm256_sign_epi32(bits<__m256i>(c), bits<__m256i>(x)));
-#endif
-  return bits<Ints>(x) < 0 ? -c : c;
+  return bits<Floats>(larger(bits<Ints>(a), bits<Ints>(b) & INT32_MAX));
 }
 
 }  // namespace
