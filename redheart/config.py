@@ -184,6 +184,12 @@ class RunConfig(Section):
         implied: Literal["adamw", "adamw_8bit"] = "adamw_8bit" if self.memory.strategy.endswith("8bit") else "adamw"
         return self.optimizer.name or implied
 
+    @property
+    def has_split_master(self) -> bool:
+        """Whether the host keeps master weights as bfloat16 and a byte: 8-bit Adam on the host of a bf16 run."""
+        on_host = self.optimizer_name == "adamw_8bit" and "offload" in self.memory.strategy
+        return on_host and self.training.precision == "bf16" and self.optimizer.master == "split"
+
     @model_validator(mode="after")
     def _one_optimizer(self) -> RunConfig:
         if self.memory.strategy.endswith("8bit") and self.optimizer.name == "adamw":

@@ -28,6 +28,11 @@ class OptimizerConfig(Section):
         None,
         description="fp32 or 8-bit states; null: what memory.strategy says. What is asked for is what runs, or an error",
     )
+    master: Literal["split", "fp32"] = Field(
+        "split",
+        description="weights that 8-bit Adam keeps on the host of a bf16 run: split (bfloat16 and a byte, gradients in "
+        "bfloat16: 7 bytes a parameter with the states) or fp32 (12 bytes)",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="the highest one, reached at the end of the warm-up")
     final_learning_rate: float = Field(1e-6, ge=0, description="that of the last step")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and of the second moment")

@@ -24,7 +24,8 @@ from redheart.device import tell_deepspeed
 from redheart.memory.budget import PEAKS, forget_peaks, resident_peak
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
-from redheart.optim.adam8bit import BLOCK, MASTERS, kernel
+from redheart.optim.adam8bit import kernel
+from redheart.optim.state import BLOCK, MASTERS
 from redheart.options import Rounds
 from redheart.schema import RedHeartError
 

@@ -23,6 +23,7 @@ from redheart.memory.states import (
 )
 from redheart.sections import Strategy
 
+SPLIT = "bf16_master_weights_and_grads"  # DeepSpeed's key: masters and gradients on the host in 16 bits
 MULTINODE = "zero3_multinode"
 FILES: dict[str, Strategy] = {s: s for s in STRATEGIES if s not in ("plain", "gpu_8bit")}  # gpu_8bit runs on zero2's
 FILES[MULTINODE] = "zero3"
@@ -36,7 +37,7 @@ def ds_settings(file: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 64,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True} | ({SPLIT: True} if traits.offload and traits.eight_bit else {}),
     }
     if traits.fp32_accumulation:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

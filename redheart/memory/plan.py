@@ -86,7 +86,7 @@ class Request:
         """Of one rank."""
         return states(
             self.strategy, self.parameters, self.ranks, self.config.training.precision, self.gradient_accumulation_steps,
-            self.on_cpu, eight_bit=self.traits.eight_bit,
+            self.on_cpu, eight_bit=self.traits.eight_bit, master=self.config.optimizer.master,
         )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ ZeRO-1 and -2, `DeepSpeedZeroOptimizer`
 ZeRO-3, `DeepSpeedZeroOptimizer_Stage3`
   weights b·p, fp32 master 4·p and, with offload, its gradient 4·p; grad_partitions_flat_buffer b·p beside them; one bucket;
   gathered weights: at most max_live_parameters, the prefetched ones and what stays below param_persistence_threshold
+With split masters (engine/split_master.py: 8-bit states, offload, bf16) master and gradient are 2·p each, the remainders p; there is
+no 16-bit buffer and no accumulation buffer, and on the CPU the masters are the weights.
 Pinned buffers go through torch's CachingHostAllocator, which rounds every one up to a power of two.
 """
 
@@ -34,7 +36,8 @@ ZERO3_PREFETCH = 20_000_000  # elements gathered ahead
 ZERO3_MAX_LIVE = 200_000_000  # elements gathered at once
 ZERO3_SUB_GROUP = 100_000_000  # elements the optimizer steps at once
 ZERO3_PERSISTENCE = 100_000  # parameters smaller than this stay gathered
-ADAM_8BIT_BLOCK = 256  # elements that share two fp32 scales
+ADAM_8BIT_BLOCK = 256  # elements that share two fp32 scales and a byte
+MASTER_BYTES = {"fp32": 4, "split": 2}  # of a master weight, remainders apart, and of its gradient
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -119,19 +122,22 @@ def states(
     on_cpu: bool = False,
     bucket: int = REDUCE_BUCKET,
     eight_bit: bool = False,
+    master: str = "split",
 ) -> States:
     """The bytes of one rank. `on_cpu`: the run has no GPU: nothing is pinned, and the 16-bit copy is written in place.
 
-    `eight_bit`: optimizer.name asks for 8-bit states, whatever the strategy.
+    `eight_bit`: optimizer.name asks for 8-bit states, whatever the strategy; `master`: optimizer.master.
     """
     t = traits_of(strategy, eight_bit)
     if t.stage == 0:
         return _plain(t, parameters)
     b = 2 if precision == "bf16" else 4
     parts = partition_sizes(parameters, world_size, t.stage)
+    if not (t.offload and t.eight_bit and b == 2):
+        master = "fp32"
     if t.stage == 3:
-        return _zero3(t, parameters, sum(parts), b, world_size, bucket, t.pinned and not on_cpu)
-    return _zero12(t, parameters, parts, b, world_size, accumulation, on_cpu, bucket)
+        return _zero3(t, parameters, sum(parts), b, world_size, bucket, t.pinned and not on_cpu, master)
+    return _zero12(t, parameters, parts, b, world_size, accumulation, on_cpu, bucket, master)
 
 
 def _zero12(
@@ -143,6 +149,7 @@ def _zero12(
     accumulation: int,
     on_cpu: bool,
     bucket: int,
+    master: str,
 ) -> States:
     part, most, pinned = sum(parts), max(parts), t.pinned and not on_cpu
     weights = b * part * world_size
@@ -151,21 +158,27 @@ def _zero12(
     host: dict[str, int] = {}
     start = weights + max(weights, (4 + b) * part)  # old weights beside flat ones, then the clone and its fp32 master
     if t.offload:
-        gpu["buckets"] += (b + 4) * parameters.largest  # temp_grad_buffer_for_gpu_offload, and a gradient cast to fp32
+        m = MASTER_BYTES[master]
+        # temp_grad_buffer_for_gpu_offload, and a gradient cast to fp32
+        gpu["buckets"] += (b if master == "split" else b + 4) * parameters.largest
         gpu["gradients"] = 4 * part if sums_in_fp32 else 0
-        host["master"] = sum(_pinned(4 * size, pinned) for size in parts)
-        host["gradients"] = host["master"]
+        host["gradients"] = masters = sum(_pinned(m * size, pinned) for size in parts)
         host["states"] = adam_bytes(parts, t.eight_bit)
-        if not (t.eight_bit and b == 2 and on_cpu):  # there train/engine writes the 16-bit weights in place
-            host["copies"] = sum(_pinned(b * size, pinned) for size in parts)
-        if accumulation > 1 and not sums_in_fp32:
+        if master == "split":
+            host["master"] = part + (0 if on_cpu else masters)
+        else:
+            host["master"] = masters
+            if not (t.eight_bit and b == 2 and on_cpu):  # there train/engine writes the 16-bit weights in place
+                host["copies"] = sum(_pinned(b * size, pinned) for size in parts)
+        if accumulation > 1 and not sums_in_fp32 and master != "split":
             sizes = [_pinned(b * n, pinned) for group in parameters.groups for n in group]
             host["accumulation"] = -(-sum(sizes) // world_size)
         if on_cpu:  # old weights stay until the master and its gradient, all zeros, are there
-            return States(gpu, host, 0, 2 * weights + 8 * part, 0, part, part * world_size)
+            return States(gpu, host, 0, 2 * weights + 2 * m * part, 0, part, part * world_size)
         host["buckets"] = _pinned(b * parameters.largest, pinned)  # temp_grad_buffer_for_cpu_offload
         # pin_memory copies: while a master is pinned, the one it came from is there too
-        host_start = max(b * parameters.total, 4 * most + host["master"], 2 * host["master"] + host.get("copies", 0))
+        copies = sum(_pinned(b * size, pinned) for size in parts)
+        host_start = max(b * parameters.total, m * most + masters, 2 * masters + copies)
         return States(gpu, host, 0, weights + max(weights, b * most), host_start, part, part * world_size)
     gpu["master"] = 4 * part
     gpu["states"] = adam_bytes(parts, t.eight_bit)
@@ -179,9 +192,9 @@ def _zero12(
 
 
 def adam_bytes(parts: Iterable[int], eight_bit: bool) -> int:
-    """Both moments of parameters with so many elements each: fp32, or a byte each and two fp32 scales per block of 256."""
+    """Both moments of parameters with so many elements each: fp32, or a byte each and nine per block of 256."""
     if eight_bit:
-        return sum(2 * n + 8 * -(-n // ADAM_8BIT_BLOCK) for n in parts)
+        return sum(2 * n + 9 * -(-n // ADAM_8BIT_BLOCK) for n in parts)
     return sum(8 * n for n in parts)
 
 
@@ -193,7 +206,10 @@ def _plain(t: Traits, parameters: Parameters) -> States:
     return States(gpu, {}, 0, 4 * n, 0, n, n)
 
 
-def _zero3(t: Traits, parameters: Parameters, part: int, b: int, world_size: int, bucket: int, pinned: bool) -> States:
+def _zero3(
+    t: Traits, parameters: Parameters, part: int, b: int, world_size: int, bucket: int, pinned: bool, master: str
+) -> States:
+    m = MASTER_BYTES[master]
     sizes = [n for group in parameters.groups for n in group]
     kept = sum(n for n in sizes if n < ZERO3_PERSISTENCE)
     gathered = min(parameters.total, max(ZERO3_MAX_LIVE, parameters.largest) + ZERO3_PREFETCH + kept)
@@ -202,13 +218,13 @@ def _zero3(t: Traits, parameters: Parameters, part: int, b: int, world_size: int
     gpu["buckets"] = 2 * b * min(bucket, parameters.total) + 4 * parameters.largest
     host: dict[str, int] = {}
     where = host if t.offload else gpu
-    where["master"] = 0 if b == 4 and not t.offload else 4 * part
+    where["master"] = 0 if b == 4 and not t.offload else m * part + (part if master == "split" else 0)
     where["gradients"] = _pinned(b * part, pinned)
     if t.offload:
-        where["gradients"] += sum(_pinned(4 * n, pinned) for n in sub_groups)
+        where["gradients"] += sum(_pinned(m * n, pinned) for n in sub_groups)
     where["states"] = adam_bytes([part], t.eight_bit)
     step = 0 if t.offload else 4 * max(sub_groups)  # a sub-group's fp32 gradient
-    host_start = 4 * part + 4 * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
+    host_start = m * part + m * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
     return States(gpu, host, step, 2 * b * part, host_start, part, part)
 
 

@@ -20,26 +20,22 @@ import torch
 
 from redheart.device import tell_deepspeed
 from redheart.optim.building import built_alone
-from redheart.schema import RedHeartError
-
-BLOCK = 256
-CODES = 3  # the meaning of the codes; another number is another kernel's
-CODE_STATES = {"exp_avg_8bit": torch.int8, "exp_avg_sq_8bit": torch.uint8}  # [n]
-SCALE_STATES = ("exp_avg_scale", "exp_avg_sq_scale")  # float32 [ceil(n / BLOCK)], powers of two or zero
-MANTISSA = "exp_avg_sq_mantissa"  # uint8 [ceil(n / BLOCK)], bits of it in a block's second moments
-STATES = (*CODE_STATES, *SCALE_STATES, MANTISSA)
-REMAINDER = "weight_remainder"  # int8 [n], of split weights: in 1/256 of the bfloat16's last place, in the codes' order
-BARE = {"step", "number", REMAINDER}  # what a state may hold before it has moments
-MOST_MANTISSA_BITS = 6
-MASTERS = {"fp32": torch.float32, "split": torch.bfloat16}
-
-
-class OptimizerValueError(RedHeartError, ValueError):
-    """Where torch.optim.AdamW raises ValueError: a setting out of range, a state that does not fit."""
-
-
-class OptimizerRuntimeError(RedHeartError, RuntimeError):
-    """Where torch.optim.AdamW raises RuntimeError: tensors that do not fit one another in a step."""
+from redheart.optim.state import (
+    BARE,
+    BLOCK,
+    CODE_STATES,
+    CODES,
+    MASTERS,
+    REMAINDER,
+    STATES,
+    OptimizerValueError,
+    check_settings,
+    check_state,
+    check_state_dict,
+    check_states,
+    check_step,
+    empty_states,
+)
 
 
 @cache
@@ -83,9 +79,12 @@ class CPUAdamW8bit(torch.optim.Optimizer):
     Parameters are fp32, or with `master="split"` bfloat16: each is then the rounded half of a weight of 16 significant bits, and
     the state keeps the other half as one byte (`master_weights`, `set_master_weights`). Gradients are fp32 or bfloat16.
 
+    `gradient_scale` is what gradients count times in steps to come: clipping without a pass of its own.
     What AdamW refuses, it refuses with an error of the same type, and before it writes anything: the kernel is given addresses,
     so that every tensor is looked at first. `lr` and `betas` may be tensors of one element, as for AdamW.
     """
+
+    gradient_scale = 1.0
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         seed: int = 0,
         master: str = "fp32",
     ):
-        _check_settings(lr, betas, eps, weight_decay)
+        check_settings(lr, betas, eps, weight_decay)
         if master not in MASTERS:
             raise OptimizerValueError(f"Invalid master: {master!r} is neither fp32 nor split")
         # the seed is kept in the groups, which are what copies, pickles and checkpoints carry
@@ -130,9 +129,8 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         copies: dict[torch.Tensor, torch.Tensor] | None = None,
         on_written: Callable[[int, int], None] | None = None,
         check_finite: bool = True,
-        scale: float = 1.0,
     ) -> float | None:
-        """One update of every parameter that has a gradient, which counts times `scale` (clipping, without a pass of its own).
+        """One update of every parameter that has a gradient, which counts times `gradient_scale`.
 
         `copies[p]` (bfloat16, as many elements, of fp32 parameters) is rewritten in the same pass.
 
@@ -148,18 +146,18 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         copies = copies or {}
         given = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         for group, p in given:
-            _check_step(p, copies.get(p), group["master"])
+            check_step(p, copies.get(p), group["master"])
             if self.state.get(p, {}).keys() - BARE:
                 check_states(self.state[p], p.numel())
             if REMAINDER in self.state.get(p, {}):
-                _check_state(self.state[p], REMAINDER, p.numel(), p.numel())
+                check_state(self.state[p], REMAINDER, p.numel(), p.numel())
         if check_finite and not all(
             self._kernel.all_finite(p.grad.data_ptr(), p.numel(), p.grad.dtype == torch.bfloat16) for _, p in given
         ):
             raise FloatingPointError("a gradient is not finite: the optimizer has changed nothing")
         left = 0
         for group, p in given:
-            left += self._update(p, group, copies.get(p), scale)
+            left += self._update(p, group, copies.get(p))
             if on_written is not None:
                 on_written(0, p.numel())
         if left:
@@ -168,16 +166,16 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             )
         return loss
 
-    def _update(self, p: torch.Tensor, group: dict[str, Any], copy: torch.Tensor | None, scale: float) -> int:
+    def _update(self, p: torch.Tensor, group: dict[str, Any], copy: torch.Tensor | None) -> int:
         """How many blocks were left alone, for their gradient is not finite."""
         state = self.state[p]
         if STATES[0] not in state:
-            state.update(_empty_states(p.numel()))
+            state.update(empty_states(p.numel()))
         # which noise it draws: ZeRO shows one group at a time, so a place in param_groups would not tell them apart
         state.setdefault("number", 1 + max(other.get("number", 0) for other in self.state.values()))
         state["step"] = int(state.get("step", 0)) + 1
         left: int = self._kernel.step(
-            *self._arrays(p, copy), self._pointers(state), p.numel(), scale,
+            *self._arrays(p, copy), self._pointers(state), p.numel(), self.gradient_scale,
             float(group["lr"]), *(float(beta) for beta in group["betas"]), float(group["eps"]), float(group["weight_decay"]),
             state["step"], group["seed"] * 1_000_003 + state["number"],
         )  # fmt: skip
@@ -208,36 +206,34 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         return remainder
 
     @torch.no_grad()
-    def master_weights(self, p: torch.Tensor) -> torch.Tensor:
-        """A parameter as fp32: of a split one all its 16 significant bits."""
+    def master_weights(self, p: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A parameter as fp32 (in `into`, of as many elements, if it is given): of a split one all its 16 significant bits."""
+        w = torch.empty(p.shape, dtype=torch.float32, device="cpu") if into is None else into
         if p.dtype == torch.float32:
-            return p.detach().clone()
-        w = torch.empty(p.shape, dtype=torch.float32, device="cpu")
+            return w.copy_(p)
         self._kernel.join_weights(p.data_ptr(), self._remainder(p).data_ptr(), w.data_ptr(), p.numel())
         return w
 
     @torch.no_grad()
-    def set_master_weights(self, p: torch.Tensor, w: torch.Tensor) -> None:
-        """The inverse, fp32 [p.numel()]: the nearest split weights; what `master_weights` gave comes back bit for bit."""
+    def set_master_weights(self, p: torch.Tensor, w: torch.Tensor, start: int = 0) -> None:
+        """The inverse: the elements of p from `start` on become the nearest to w, fp32, in host memory.
+
+        What `master_weights` gave comes back bit for bit. Elements beyond w's end stay.
+        """
         w = w.detach().contiguous()
-        if w.dtype != torch.float32 or w.numel() != p.numel() or w.device.type != "cpu":
+        if w.dtype != torch.float32 or not 0 <= start <= p.numel() - w.numel() or w.device.type != "cpu":
             raise OptimizerValueError(
-                f"CPUAdamW8bit: weights must be {p.numel()} float32 numbers in host memory, these are {w.numel()} of {w.dtype} "
-                f"on {w.device}"
+                f"CPUAdamW8bit: weights must be at most {p.numel() - start} float32 numbers in host memory, these are {w.numel()} of "
+                f"{w.dtype} on {w.device}"
             )
         if p.dtype == torch.float32:
-            p.copy_(w.view(p.shape))
-        elif not self._kernel.split_weights(p.data_ptr(), self._remainder(p).data_ptr(), w.data_ptr(), p.numel()):
+            p.view(-1)[start : start + w.numel()].copy_(w.view(-1))
+        elif not self._kernel.split_weights(
+            p.data_ptr(), self._remainder(p).data_ptr(), w.data_ptr(), start, w.numel(), p.numel()
+        ):
             raise OptimizerValueError(
                 "CPUAdamW8bit: a weight is not finite, or beyond bfloat16's range: check the checkpoint"
             )
-
-    def adopt_moments(self) -> None:
-        """Codes `exp_avg` and `exp_avg_sq` that DeepSpeed has put into the state into 8 bits; `step` stays."""
-        for p, state in self.state.items():
-            if "exp_avg" in state:
-                state["step"] = int(state["step"])
-                self.set_moments(p, state.pop("exp_avg"), state.pop("exp_avg_sq"))
 
     def moments(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and second moments of a parameter as fp32 tensors of its shape."""
@@ -272,7 +268,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             raise OptimizerValueError("CPUAdamW8bit: a second moment is negative: check the checkpoint")
         state = self.state[p]
         if STATES[0] not in state:
-            state.update(_empty_states(p.numel()))
+            state.update(empty_states(p.numel()))
         check_states(state, p.numel())
         block = start // BLOCK
         part = {name: state[name][start if name in CODE_STATES else block :] for name in STATES}
@@ -290,13 +286,15 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             """After every pre-hook of the user's, which may have made another state dict."""
             numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
             if len(numbers) == len(order):  # or torch raises
-                _check_state_dict(state_dict, {number: p.numel() for number, p in zip(numbers, order, strict=True)})
+                check_state_dict(state_dict, {number: p.numel() for number, p in zip(numbers, order, strict=True)})
                 given.update(
                     {number: (p, state_dict["state"].get(number, {})) for number, p in zip(numbers, order, strict=True)}
                 )
 
         def restore(_: torch.optim.Optimizer) -> None:
             """Before every post-hook of the user's."""
+            for group in self.param_groups:
+                group["master"] = self.defaults["master"]  # how weights are kept here, whatever it was there
             for p, saved in given.values():
                 for name in saved.keys() & {*STATES, REMAINDER}:
                     self.state[p][name] = saved[name].detach().clone()
@@ -320,122 +318,3 @@ def expand_states(state: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     states = kernel().States(*(state[name].data_ptr() for name in STATES))
     kernel().expand(states, m.data_ptr(), v.data_ptr(), n)
     return m, v
-
-
-def _empty_states(n: int) -> dict[str, torch.Tensor]:
-    """Whatever torch's default dtype and device are, which the kernel could not know."""
-    sizes = _sizes(n)
-    return {name: torch.zeros(sizes[name], dtype=dtype_of(name), device="cpu") for name in STATES}
-
-
-def _sizes(n: int) -> dict[str, int]:
-    return {name: n if name in CODE_STATES else -(-n // BLOCK) for name in STATES}
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """Of one of STATES, or of the remainders."""
-    return {**CODE_STATES, MANTISSA: torch.uint8, REMAINDER: torch.int8}.get(name, torch.float32)
-
-
-def check_states(state: dict[str, Any], n: int) -> None:
-    """Raises unless a parameter's state is one that the kernel can be given, for `n` elements."""
-    for name, size in _sizes(n).items():
-        _check_state(state, name, size, n)
-    step = state.get("step", 0)
-    if int(step) != step or step < 0:
-        raise OptimizerValueError(
-            f"CPUAdamW8bit: the state's step is {step}, not a number of steps: check the checkpoint"
-        )
-
-
-def _check_state(state: dict[str, Any], name: str, size: int, n: int) -> None:
-    x = state.get(name)
-    if not isinstance(x, torch.Tensor):
-        raise OptimizerValueError(f"CPUAdamW8bit: the state has no {name}: {_whose(state)}")
-    if x.dtype != dtype_of(name) or x.numel() != size or x.device.type != "cpu" or not x.is_contiguous():
-        raise OptimizerRuntimeError(
-            f"CPUAdamW8bit: {name} must be {size} contiguous numbers of {dtype_of(name)} in host memory for a parameter of "
-            f"{n} elements, this is {x.numel()} of {x.dtype} on {x.device}: was the parameter resized, or the state another's?"
-        )
-
-
-def _check_state_dict(state_dict: dict[str, Any], sizes: dict[Any, int]) -> None:
-    """Of what may be loaded: our codes, of this version, for parameters of `sizes`, with scales that are powers of two or zero."""
-    states = {number: state for number, state in state_dict["state"].items() if state.keys() - BARE}
-    for number, state in states.items():
-        if not any(name in state for name in STATES):
-            raise OptimizerValueError(f"CPUAdamW8bit cannot load the state of parameter {number}: {_whose(state)}")
-    if states and any(g.get("codes") != CODES for g in state_dict["param_groups"]):
-        raise OptimizerValueError(
-            "this checkpoint holds 8-bit optimizer states of another version of Red Heart, whose codes mean other numbers: go "
-            "on with that version, or start from its weights with --init"
-        )
-    for number, state in states.items():
-        check_states(state, sizes[number])
-        damaged = f"of parameter {number} is damaged: check the checkpoint"
-        if (state[MANTISSA] > MOST_MANTISSA_BITS).any():
-            raise OptimizerValueError(f"CPUAdamW8bit: {MANTISSA} {damaged}")
-        for name in SCALE_STATES:
-            mantissa = torch.frexp(state[name]).mantissa
-            if not ((mantissa == 0.5) | (mantissa == 0.0)).all():  # NaN, infinities and negative ones are neither
-                raise OptimizerValueError(f"CPUAdamW8bit: {name} {damaged}")
-
-
-def _whose(state: dict[str, Any]) -> str:
-    """What a state that is not ours seems to be."""
-    keys = set(state)
-    if {"exp_avg", "exp_avg_sq"} <= keys:
-        return "it is AdamW's in fp32 (exp_avg, exp_avg_sq); set_moments codes such moments into 8 bits"
-    if {"state1", "state2"} & keys:
-        return "it is bitsandbytes' (state1, state2), whose codes mean other numbers; start from its weights"
-    return f"it is another optimizer's, with {', '.join(sorted(map(str, keys))) or 'nothing in it'}"
-
-
-def _check_settings(lr: Any, betas: Any, eps: float, weight_decay: float) -> None:
-    """AdamW's rules and words, and eps above zero, without which an element that never had a gradient becomes NaN."""
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise OptimizerValueError("Tensor lr must be 1-element")
-    if len({isinstance(beta, torch.Tensor) for beta in betas}) != 1:
-        raise OptimizerValueError("betas must be either both floats or both Tensors")
-    if not 0 <= float(lr) < float("inf"):
-        raise OptimizerValueError(f"Invalid learning rate: {float(lr)} is out of range")
-    for index, beta in enumerate(betas):
-        if isinstance(beta, torch.Tensor) and beta.numel() != 1:
-            raise OptimizerValueError(f"Tensor betas[{index}] must be 1-element")
-        if not 0 <= float(beta) < 1:
-            raise OptimizerValueError(f"Invalid beta parameter at index {index}: {float(beta)} is out of range")
-    if not 0 < eps < float("inf"):
-        raise OptimizerValueError(f"Invalid epsilon value: {eps} is out of range")
-    if not 0 <= weight_decay < float("inf"):
-        raise OptimizerValueError(f"Invalid weight_decay value: {weight_decay} is out of range")
-
-
-def _check_step(p: torch.Tensor, copy: torch.Tensor | None, master: str) -> None:
-    gradient = p.grad
-    assert gradient is not None
-    if gradient.layout != torch.strided:
-        raise OptimizerRuntimeError("CPUAdamW8bit does not support sparse gradients, as AdamW does not")
-    weights = MASTERS[master]
-    for what, x, dtypes in (("parameter", p, (weights,)), ("gradient", gradient, (torch.float32, torch.bfloat16))):
-        if x.device.type != "cpu" or x.dtype not in dtypes or not x.is_contiguous():
-            raise OptimizerRuntimeError(
-                f'CPUAdamW8bit(master="{master}") needs contiguous {str(weights)[6:]} tensors in host memory, this {what} is {x.dtype} '
-                f"on {x.device}, strides {x.stride()}: use it under ZeRO with the optimizer offloaded, or bitsandbytes' AdamW8bit "
-                "on a GPU"
-            )
-    if gradient.shape != p.shape:
-        raise OptimizerRuntimeError(
-            f"CPUAdamW8bit: a parameter is {tuple(p.shape)} and its gradient {tuple(gradient.shape)}: was the parameter resized "
-            "after the backward pass?"
-        )
-    if copy is not None and (
-        copy.device.type != "cpu"
-        or copy.dtype != torch.bfloat16
-        or not copy.is_contiguous()
-        or copy.numel() != p.numel()
-        or master == "split"
-    ):
-        raise OptimizerRuntimeError(
-            f"CPUAdamW8bit writes copies of fp32 weights, as contiguous bfloat16 in host memory, {p.numel()} elements here: this one "
-            f"is {copy.dtype} on {copy.device}, {copy.numel()} elements, of {master} weights"
-        )

@@ -18,11 +18,12 @@ from redheart.files import below, read_json, write_json
 from redheart.model.growth import grow_moment, growth_plans
 from redheart.model.loading import read_tensor
 from redheart.model.redheart import RedHeartModel
-from redheart.optim.adam8bit import STATES, expand_states
+from redheart.optim.adam8bit import expand_states
+from redheart.optim.state import STATES
 from redheart.schema import RedHeartError
 from redheart.train.engine import PLAIN_STATE, Engine, parameter_groups, read_state
 from redheart.train.engine.moments import Read
-from redheart.train.engine.universal import universal_checkpoint
+from redheart.train.engine.universal import read_whole, universal_checkpoint
 from redheart.train.engine.zero import TAG
 from redheart.train.stored import Stored
 
@@ -130,8 +131,7 @@ def _of_universal(zero: Path, stored: Stored) -> Moments:
         shapes = {name: p.shape for name, p in RedHeartModel(stored.sizes).named_parameters()}
 
     def load(name: str, kind: str) -> torch.Tensor:
-        content = torch.load(zero / name / f"{kind}.pt", map_location="cpu", mmap=True)
-        return content["param"] if isinstance(content, dict) else content
+        return read_whole(zero / name / f"{kind}.pt")
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return load(name, FIRST).view(shapes[name]), load(name, SECOND).view(shapes[name])

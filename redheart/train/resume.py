@@ -53,6 +53,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
      data.dedup_threshold data.columns data.file data.mixture"""),
     ("stated", "the learning rates of the steps to come are those of a run with this value from its start",
      "optimizer.learning_rate optimizer.final_learning_rate optimizer.warmup_fraction training.epochs training.max_steps"),
+    ("stated", "the checkpoint's weights are read whole, and kept so from here on", "optimizer.master"),
     ("stated", "it holds for the steps to come; those done had the other one",
      "optimizer.max_grad_norm model.dropout loss.balance loss.router_z"),
     ("refused", "the weights of the checkpoint belong to another network", """model.encoder_width model.width model.heads

@@ -21,5 +21,5 @@ def test_64_ranks_hold_what_deepspeed_gives_them(preset: str):
     assert states("zero2_offload_8bit", parameters, 64).partition == theirs["zero2"]
     three = states("zero3_offload_8bit", parameters, 64)
     assert three.gpu["weights"] == 2 * theirs["zero3"]  # bf16
-    assert three.host["master"] == 4 * theirs["zero3"]  # fp32
+    assert three.host["master"] == 3 * theirs["zero3"]  # bfloat16 and a byte
     assert parameters.total / 64 <= theirs["zero2"] <= theirs["zero3"] < 1.001 * parameters.total / 64

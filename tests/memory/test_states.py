@@ -50,17 +50,22 @@ def test_zero3_agrees_with_deepspeeds_estimator(world_size):
 
 
 def test_eight_bit_states_take_two_bytes_and_scales():
-    assert adam_bytes([256, 1], True) == 2 * 257 + 2 * 2 * 4
+    assert adam_bytes([256, 1], True) == 2 * 257 + 2 * 9
     assert adam_bytes([256, 1], False) == 8 * 257
 
 
 def test_host_bytes_per_parameter_are_those_of_the_design():
     n = EVEN.total
-    host = states("zero2_offload_8bit", EVEN, 1, on_cpu=False).host
-    unpinned = 4 * n + 4 * n + 2 * n + host["states"]
-    assert unpinned / n == pytest.approx(12.03, abs=0.05)  # DESIGN: at most 12.1
-    with_accumulation = states("zero2_offload_8bit", EVEN, 1, accumulation=2, on_cpu=True).host
-    assert with_accumulation["accumulation"] == 2 * n
+    for master, most in (("split", 7.04), ("fp32", 10.04)):
+        s = states("zero2_offload_8bit", EVEN, 1, on_cpu=True, master=master)
+        whole = sum(s.host.values()) + s.gpu["weights"]  # which on a CPU are the 16-bit copy
+        assert whole / n == pytest.approx(most + 2 * (master == "fp32"), abs=0.01)
+    pinned = states("zero2_offload_8bit", EVEN, 1).host
+    unpinned = 2 * n + 2 * n + n + pinned["states"]  # the upper halves, their gradients, the lower halves
+    assert unpinned / n == pytest.approx(7.04, abs=0.01)
+    for master, kept in (("fp32", 2 * n), ("split", 0)):
+        host = states("zero2_offload_8bit", EVEN, 1, accumulation=2, on_cpu=True, master=master).host
+        assert host.get("accumulation", 0) == kept
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -76,7 +81,7 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
         ("zero1", two, (4 + 2) * most, flat),  # the flat gradient in bf16 and fp32
         ("zero2", two, 0, flat),
         ("zero2_offload", two + (2 + 4) * largest, 0, 2 * n + max(2 * n, 2 * most)),
-        ("zero2_offload_8bit", two + (2 + 4) * largest, 0, 2 * n + max(2 * n, 2 * most)),
+        ("zero2_offload_8bit", two + 2 * largest, 0, 2 * n + max(2 * n, 2 * most)),
         (
             "zero3",
             2 * 2 * bucket + 4 * largest,
@@ -93,7 +98,9 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     masters = (1 << 23) // ranks + 4096 // ranks  # pinned: the next power of two of each group's
     copies = masters // 2
     assert found["zero2_offload"].host_start == max(2 * n, 4 * most + masters, 2 * masters + copies)
-    assert found["zero3_offload_8bit"].host_start == 4 * part + 4 * most
+    assert found["zero3_offload_8bit"].host_start == 2 * part + 2 * most
+    halves = masters // 2
+    assert found["zero2_offload_8bit"].host_start == max(2 * n, 2 * most + halves, 2 * halves + copies)
     on_cpu = states("zero2_offload", EVEN, ranks, bucket=bucket, on_cpu=True)
     assert (on_cpu.gpu_start, on_cpu.host_start) == (4 * n + 8 * part, 0)
     if ranks == 1:
@@ -102,7 +109,8 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
 
 def test_pinned_buffers_are_powers_of_two():
     host = states("zero2_offload_8bit", Parameters(((1000,), (10,)))).host
-    assert host["master"] == 4096 + 64
+    assert host["gradients"] == 2048 + 32
+    assert host["master"] == 2048 + 32 + 1010  # remainders are not pinned
 
 
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "plain"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from redheart.optim import CPUAdamW8bit
-from redheart.optim.adam8bit import BLOCK, MASTERS, STATES, kernel
+from redheart.optim.adam8bit import kernel
+from redheart.optim.state import BLOCK, MASTERS, STATES
 from redheart.schema import RedHeartError
 
 
@@ -439,21 +440,6 @@ def test_moments_are_set_in_whole_blocks_or_to_the_end():
     with pytest.raises(RedHeartError, match="moments must be"):
         other.set_moments(p, m, v[:BLOCK])
     assert all(torch.equal(a, b) for a, b in zip(other.moments(p), whole, strict=True))
-
-
-def test_fp32_moments_that_deepspeed_has_put_there_are_adopted():
-    p, q = parameter(noise(600)), parameter(noise(600))
-    m, v = noise(600, seed=1), noise(600, seed=2).square()
-    optimizer, other = CPUAdamW8bit([p]), CPUAdamW8bit([q])
-    optimizer.state[p].update(exp_avg=m, exp_avg_sq=v, step=torch.tensor(7.0))
-    optimizer.adopt_moments()
-    other.set_moments(q, m, v)
-    assert all(torch.equal(a, b) for a, b in zip(optimizer.moments(p), other.moments(q), strict=True))
-    assert set(optimizer.state[p]) == {*STATES, "step"}
-    assert type(optimizer.state[p]["step"]) is int
-    assert optimizer.state[p]["step"] == 7
-    optimizer.adopt_moments()  # nothing is left to adopt
-    assert optimizer.state[p]["step"] == 7
 
 
 def test_one_moment_that_is_not_finite_among_many_is_refused():

@@ -18,7 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from redheart.optim import CPUAdamW8bit
-from redheart.optim.adam8bit import SCALE_STATES, STATES, dtype_of
+from redheart.optim.state import SCALE_STATES, STATES, dtype_of
 from redheart.schema import RedHeartError
 
 OURS = {"lr", "betas", "eps", "weight_decay"}

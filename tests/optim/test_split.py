@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from redheart.optim import CPUAdamW8bit
-from redheart.optim.adam8bit import BLOCK, REMAINDER
+from redheart.optim.state import BLOCK, REMAINDER
 from redheart.schema import RedHeartError
 
 LEFT = 8  # bits that a pair of a bfloat16 and a byte lacks of fp32's
@@ -41,6 +41,18 @@ def test_fp32_weights_are_rounded_to_the_nearest_pair():
     kept = optimizer.master_weights(p)
     assert ((kept - w) / w).abs().max() <= 2.0**-16
     assert torch.equal((p.detach() - kept).abs(), (kept.bfloat16() - kept).abs())
+
+
+def test_a_part_of_the_weights_can_be_set():
+    n = 3 * BLOCK + 9
+    w = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    optimizer, p = split(torch.zeros(n))
+    for start, stop in ((0, 100), (100, 3 * BLOCK + 2), (3 * BLOCK + 2, n)):
+        optimizer.set_master_weights(p, w[start:stop], start)
+    whole, q = split(w)
+    assert torch.equal(optimizer.master_weights(p), whole.master_weights(q))
+    with pytest.raises(RedHeartError, match="at most 5 float32"):
+        optimizer.set_master_weights(p, w[:6], n - 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,10 +97,11 @@ def test_updates_far_below_the_last_place_arrive_on_average():
 def test_a_gradient_counts_times_the_scale():
     p, q = (torch.nn.Parameter(torch.ones(1000)) for _ in range(2))
     a, b = CPUAdamW8bit([p], lr=1e-2), CPUAdamW8bit([q], lr=1e-2)
+    a.gradient_scale = 0.25
     for seed in range(5):
         g = torch.randn(1000, generator=torch.Generator().manual_seed(seed))
         p.grad, q.grad = g, g * 0.25
-        a.step(scale=0.25)
+        a.step()
         b.step()
     assert torch.equal(p, q)
 

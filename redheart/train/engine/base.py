@@ -122,6 +122,7 @@ def free_memory() -> None:
     gc.collect()
     if has_gpu():
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned blocks that DeepSpeed has let go of
     trim()
 
 

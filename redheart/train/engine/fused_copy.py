@@ -2,7 +2,8 @@
 
 DeepSpeed 0.19.8 (stage_1_and_2.py, `step`) calls `_optimizer_step(group)`, then casts the fp32 master weights into a host
 buffer and copies that into the model's weights. Here `_optimizer_step` hands the optimizer the place of the 16-bit weights,
-and the buffer is one that ignores being written to. tests/train/test_fused_copy.py pins the version.
+and the buffer is one that ignores being written to. Split masters (split_master.py) are these weights already.
+tests/train/test_fused_copy.py pins the version.
 """
 
 from __future__ import annotations
@@ -35,21 +36,27 @@ def fuse_the_copy(zero: Any, optimizer: CPUAdamW8bit) -> None:
     buffers, targets = zero.param_buffer_of_bit16_for_cpu_offload_groups, []
     for i, buffer in enumerate(buffers):
         rank = torch.distributed.get_rank(group=zero.real_dp_process_group[i])
-        weights = zero.parallel_partitioned_bit16_groups[i][rank].detach()
-        host = buffer if weights.device.type == "cuda" else weights
-        targets.append((host, weights))
+        weights, master = (
+            zero.parallel_partitioned_bit16_groups[i][rank].detach(),
+            zero.single_partition_of_fp32_groups[i],
+        )
+        is_split, on_gpu = master.dtype == torch.bfloat16, weights.device.type == "cuda"
+        if is_split and not on_gpu:
+            master.data = weights  # once in memory
+        host = (master.detach() if is_split else buffer) if on_gpu else weights
+        targets.append((host, weights, {} if is_split else {master: host}))
         buffers[i] = host.as_subclass(Written)
+    zero._link_all_hp_params()  # to where the masters are now
 
     def step(i: int) -> None:
-        host, weights = targets[i]
-        master, groups = zero.single_partition_of_fp32_groups[i], optimizer.param_groups
+        (host, weights, copies), groups = targets[i], optimizer.param_groups
 
         def send(start: int, stop: int) -> None:
             if weights is not host:
                 weights[start:stop].copy_(host[start:stop], non_blocking=True)
 
         optimizer.param_groups = [groups[i]]
-        optimizer.step(copies={master: host}, on_written=send, check_finite=False)  # ZeRO has looked at the norm
+        optimizer.step(copies=copies, on_written=send, check_finite=False)  # ZeRO has looked at the norm
         optimizer.param_groups = groups
         zero._lazy_init_hp_params_optimizer_state()
 

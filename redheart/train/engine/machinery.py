@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from redheart.config import RunConfig
 from redheart.device import has_gpu, tell_deepspeed, variables_kept
 from redheart.files import read_json
+from redheart.memory.ds_files import SPLIT
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import build_root
 from redheart.ranks import is_launched, leave
@@ -137,6 +138,10 @@ def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int
     settings["train_batch_size"] = micro_batch_size * accumulation * world_size
     settings["gradient_clipping"] = config.optimizer.max_grad_norm
     settings["bf16"]["enabled"] = config.training.precision == "bf16"
+    if config.has_split_master:
+        settings["bf16"][SPLIT] = True
+    else:
+        settings["bf16"].pop(SPLIT, None)
     if "offload_optimizer" in settings["zero_optimization"] and not has_gpu():
         settings["zero_optimization"]["offload_optimizer"]["pin_memory"] = False  # pinning serves copies to a GPU
     return settings

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from redheart.optim.adam8bit import BLOCK, CPUAdamW8bit
+from redheart.optim.adam8bit import CPUAdamW8bit
+from redheart.optim.state import BLOCK
 from redheart.schema import RedHeartError
 
 CHUNK = 2**16 * BLOCK  # elements that are fp32 at once on their way into 8 bits: two times 64 MiB

@@ -3,7 +3,8 @@
 DeepSpeed 0.19.8 asks of each gradient, as it arrives, whether it is finite (stages 1 and 2 with the optimizer offloaded), and
 reads their norms one after the other in `scaled_global_norm` (stage 3: `_get_norm_groups`). Here those norms, which stand on the
 device already, are read together; a gradient that is not finite has a norm that is not, and `step` skips the update by itself.
-DeepSpeed's clipping multiplies by 1 where there is nothing to clip; here that pass over the gradients is left out.
+DeepSpeed's clipping multiplies by 1 where there is nothing to clip; here that pass over the gradients is left out, and our own
+optimizer does what there is to do as it reads them.
 tests/train/test_one_norm.py pins the version.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from redheart.optim.adam8bit import CPUAdamW8bit
 from redheart.train.engine.base import clip_coefficient, norms_of, read_norms
 
 
@@ -23,6 +25,7 @@ class OneNorm:
 
     def __init__(self, zero: Any, stage: int, modules: Sequence[str], owners: dict[int, str], max_norm: float):
         """`owners`: the module of every parameter, by its id."""
+        self._scaling = zero.optimizer if isinstance(zero.optimizer, CPUAdamW8bit) else None
         self._zero, self._modules, self._owners, self._max_norm = zero, modules, owners, max_norm
         self.module_norms: dict[str, float] = {}
         if stage == 3:
@@ -60,6 +63,8 @@ class OneNorm:
 
     def _clip(self, gradients: Iterable[torch.Tensor]) -> None:
         clip = clip_coefficient(self.total, self._max_norm)
-        if clip < 1:
+        if self._scaling is not None:
+            self._scaling.gradient_scale = clip
+        elif clip < 1:
             for gradient in gradients:
                 gradient.mul_(clip)

@@ -1,7 +1,7 @@
 """A ZeRO checkpoint of any world size as DeepSpeed's universal checkpoint, 8-bit states included.
 
 DeepSpeed's converter knows the moments as fp32 `exp_avg` and `exp_avg_sq`. Shards that hold our 8-bit states are rewritten
-with those first, one shard at a time; what is loaded is coded into 8 bits again (CPUAdamW8bit.adopt_moments). Weights, step
+with those first, one shard at a time; what is loaded is coded into 8 bits again. Weights, step
 and fp32 moments survive bit for bit; 8-bit moments are coded anew over other blocks.
 """
 
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from redheart.console import console
-from redheart.optim.adam8bit import STATES, expand_states
+from redheart.optim.adam8bit import expand_states
+from redheart.optim.state import STATES
 from redheart.ranks import barrier, is_main
 from redheart.train.engine.machinery import tensors_only
 
@@ -56,6 +57,23 @@ def universal_checkpoint(checkpoint: Path) -> Iterator[Path]:
         finally:
             if is_main():
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def whole_weight(converted: Path, name: str) -> torch.Tensor:
+    """A parameter of a universal checkpoint, fp32, of any shape."""
+    return read_whole(converted / "zero" / name / "fp32.pt").float()
+
+
+def whole_moments(converted: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A parameter's first and second moment, as `whole_weight`."""
+    first, second = (read_whole(converted / "zero" / name / f"{kind}.pt") for kind in ("exp_avg", "exp_avg_sq"))
+    return first.float(), second.float()
+
+
+def read_whole(file: Path) -> torch.Tensor:
+    content = torch.load(file, map_location="cpu", mmap=True)
+    whole: torch.Tensor = content["param"] if isinstance(content, dict) else content
+    return whole
 
 
 def _with_plain_moments(file: Path) -> dict[str, Any]:

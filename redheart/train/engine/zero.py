@@ -6,8 +6,8 @@ DeepSpeed steps inside Accelerate's `backward`; here backward and step stand apa
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from redheart.config import RunConfig
 from redheart.device import has_gpu
+from redheart.memory.ds_files import SPLIT
 from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
 from redheart.model.redheart import module_of
@@ -43,9 +44,10 @@ from redheart.train.engine.machinery import (
     settle_groups,
     tensors_only,
 )
-from redheart.train.engine.moments import Read, adopt, partitions
+from redheart.train.engine.moments import Piece, Read, adopt, partitions
 from redheart.train.engine.one_norm import OneNorm
-from redheart.train.engine.universal import num_ranks_of, universal_checkpoint
+from redheart.train.engine.split_master import SplitMasters, taken_for_cpu_adam
+from redheart.train.engine.universal import num_ranks_of, universal_checkpoint, whole_moments, whole_weight
 
 # parameters below which ZeRO-3 does not look ahead for the next use of what it has gathered: DeepSpeed 0.19.8 walks through all
 # that is left of the pass at every module, for two minutes in the first steps of a small network, whose tensors stay gathered anyway
@@ -95,7 +97,8 @@ class DeepSpeedEngine(Engine):
         place_buffers(model, self.device)
         self._names = {id(p): n for n, p in model.named_parameters()}
         optimizer = self._optimizer(model, config)
-        self._engine, _ = self._accelerator.prepare(model, optimizer)
+        with taken_for_cpu_adam() if settings["bf16"].get(SPLIT) else nullcontext():
+            self._engine, _ = self._accelerator.prepare(model, optimizer)
         self._zero = self._engine.optimizer
         inner = self._zero.optimizer
         if type(inner) is not type(optimizer):
@@ -104,6 +107,9 @@ class DeepSpeedEngine(Engine):
             )
         if isinstance(inner, CPUAdamW8bit) and self._stage < 3 and bf16:
             fuse_the_copy(self._zero, inner)
+        self._masters = None
+        if settings["bf16"].get(SPLIT):
+            self._masters = SplitMasters(self._zero, self._stage, inner)
         self.model = self._engine.module
         owners = {i: module_of(name) for i, name in self._names.items()}
         self._norm = OneNorm(self._zero, self._stage, self.model.built, owners, config.optimizer.max_grad_norm)
@@ -130,7 +136,8 @@ class DeepSpeedEngine(Engine):
         groups, arguments = parameter_groups(model, config.optimizer.weight_decay), adamw_arguments(config.optimizer)
         on_host = "offload_optimizer" in self.settings["zero_optimization"]
         if config.optimizer_name == "adamw_8bit" and on_host:
-            return CPUAdamW8bit(groups, seed=config.training.seed, **arguments)
+            master = "split" if self.settings["bf16"].get(SPLIT) else "fp32"
+            return CPUAdamW8bit(groups, seed=config.training.seed, master=master, **arguments)
         if config.optimizer_name == "adamw_8bit":
             if not has_gpu():
                 raise RedHeartError(
@@ -208,7 +215,7 @@ class DeepSpeedEngine(Engine):
         self._match_bias_correction()
 
     def set_moments(self, read: Read, step: int) -> None:
-        for flat, pieces in partitions(self._zero, self._stage, self._names, self.rank):
+        for flat, pieces in self._partitions():
             adopt(self._zero.optimizer, flat, pieces, read, step)
         self._match_bias_correction()
 
@@ -220,6 +227,9 @@ class DeepSpeedEngine(Engine):
         self._accelerate.state.AcceleratorState._reset_state()
         free_memory()
 
+    def _partitions(self) -> Iterable[tuple[torch.Tensor, list[Piece]]]:
+        return partitions(self._zero, self._stage, self._names, self.rank)
+
     def _load_universal(self, converted: Path) -> None:
         settings = self._engine._config
         settings.load_universal_checkpoint = True
@@ -229,8 +239,14 @@ class DeepSpeedEngine(Engine):
             settings.load_universal_checkpoint = False
         if path is None:
             raise RedHeartError(f"DeepSpeed could not read the universal checkpoint {converted}")
-        if isinstance(self._zero.optimizer, CPUAdamW8bit):
-            self._zero.optimizer.adopt_moments()
+        if isinstance(optimizer := self._zero.optimizer, CPUAdamW8bit):
+            for flat, pieces in self._partitions():
+                state = optimizer.state[flat]
+                # DeepSpeed has made them of the masters' type
+                if state.pop("exp_avg", None) is not None and state.pop("exp_avg_sq", None) is not None:
+                    adopt(optimizer, flat, pieces, lambda name: whole_moments(converted, name), int(state["step"]))
+        if self._masters is not None:
+            self._masters.fill(self._partitions(), lambda name: whole_weight(converted, name))
 
     def _match_bias_correction(self) -> None:
         """Brings DeepSpeedCPUAdam's hidden β^t to where an uninterrupted run has it, to the last bit.
