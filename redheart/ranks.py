@@ -8,10 +8,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 from redheart.schema import PassingError, RedHeartError
+
+T = TypeVar("T")
 
 
 def _group() -> bool:
@@ -158,29 +163,42 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
 
 
+def _place(error: BaseException) -> str:
+    """Where in this program, beside this file, a collective was asked for."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).is_relative_to(Path(__file__).parent) and f.filename != __file__]
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno} ({ours[-1].name})" if ours else "a collective"
+
+
 @contextmanager
-def naming_lost_ranks(remedy: str) -> Iterator[None]:
-    """Turns the failure of a collective into a PassingError that says so and names the remedy."""
+def naming_lost_ranks(remedy: str, when: Callable[[], str] = str) -> Iterator[None]:
+    """Turns the failure of a collective into a PassingError that says so: which rank, `when`, in what; and names the remedy."""
     try:
         yield
     except RuntimeError as error:
         if not (_group() and is_lost_rank(error)):
             raise
         raise PassingError(
-            f"rank {rank()} of {world_size()} lost another rank: a process or a node ended, or the network between them broke "
+            f"rank {rank()} of {world_size()}{when()} lost another rank in {_place(error)}: a process or a node ended or stands "
+            f"still, or the network between them broke "
             f"({str(error).splitlines()[0]}); {remedy}"
         ) from error
 
 
-def same_everywhere(mine: str) -> bool:
-    """Whether all ranks gave the same text. Collective."""
+def gathered(mine: T) -> list[T]:
+    """What every rank gave, in the order of ranks. Collective."""
     if not _group():
-        return True
+        return [mine]
     import torch.distributed as dist
 
-    texts: list[str | None] = [None] * world_size()
-    dist.all_gather_object(texts, mine)
-    return len(set(texts)) == 1
+    theirs: list[Any] = [None] * world_size()
+    dist.all_gather_object(theirs, mine)
+    return theirs
+
+
+def same_everywhere(mine: str) -> bool:
+    """Whether all ranks gave the same text. Collective."""
+    return len(set(gathered(mine))) == 1
 
 
 def after_main(action: Callable[[], str]) -> str:

@@ -274,6 +274,8 @@ def predict(request: Request) -> Candidate:
     """One candidate: bytes by term, peaks, times."""
     r, s, step = request, request.states, request.step
     gpu, host = dict(s.gpu), dict(s.host)
+    if r.config.checkpoint.background:
+        host["checkpoint"] = sum(where.get(k, 0) for where in (gpu, host) for k in ("weights", "master", "states"))
     kept = 0
     if r.strategy == "plain" and r.gradient_accumulation_steps == 1:  # gradients grow while activations shrink
         kept = gpu["gradients"] - min(gpu["gradients"], max(0, step.peak_with_gradients - step.peak))

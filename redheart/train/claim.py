@@ -19,6 +19,7 @@ from redheart.owned import adopt, exclusive, make_directory, own, owned, remove_
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import REBUILD, clear, committed, last
+from redheart.train.stalls import stacks_file
 
 KIND = "run"
 RESULT = "result.json"  # how the last launch ended
@@ -45,7 +46,8 @@ class Claim:
         """Makes the directory that of this run. Raises RedHeartError, and has written nothing, where it is somebody else's."""
         if launched_rank() != 0:
             return
-        names = [*NAMES, *(f"samples-rank{r}.jsonl" for r in range(launched_world_size()) if log_samples)]
+        ranks = range(launched_world_size())
+        names = [*NAMES, *map(stacks_file, ranks), *(f"samples-rank{r}.jsonl" for r in ranks if log_samples)]
         for _ in range(1 if self._locked else 2):  # once more when nobody else can change it
             self.refuse(resuming, overwrite)
             if not is_run(self.run):

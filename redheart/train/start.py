@@ -35,6 +35,7 @@ from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.own import prepared
 from redheart.train.resume import accept, command, order_of_rows
 from redheart.train.stages import split_global_batch
+from redheart.train.stalls import stacks
 from redheart.train.stored import fitting
 from redheart.train.trainer import Trainer
 
@@ -176,7 +177,8 @@ def _train(
         naming_no_room(run),
         naming_lost_ranks(
             "once all processes have ended, the same command with --resume goes on from the last checkpoint "
-            "(training.collective_timeout_s is how long ranks wait for each other)"
+            "(training.collective_timeout_s is how long ranks wait for each other)",
+            lambda: f" at step {state.step}",
         ),
     ):
         engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, constants)
@@ -194,7 +196,8 @@ def _train(
         _announce(config, engine.world_size, accumulation, total_steps, state)
         trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters)
         started, first = time.perf_counter(), state.step
-        stop = trainer.run()
+        with stacks(run):
+            stop = trainer.run()
         barrier()
     if isinstance(trainer.engine, PlainEngine) and trainer.engine.swap.names:
         console.print(str(trainer.engine.swap.report()))

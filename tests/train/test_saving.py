@@ -15,6 +15,8 @@ import torch
 
 from redheart.config import RunConfig, load_config
 from redheart.files import verify_manifest
+from redheart.memory.activations import MicroStep
+from redheart.memory.plan import Request, parameters_of, predict
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint, saving
 from redheart.train.checkpoint import Progress, committed, read_progress
@@ -207,6 +209,17 @@ def test_a_second_signal_ends_at_once(monkeypatch):
 def _interrupted() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1)
+
+
+def test_the_plan_counts_the_copy():
+    copies = []
+    for background in ("true", "false"):
+        settings = config(f"checkpoint.background={background}")
+        request = Request(
+            settings, "plain", 2, 4, False, MicroStep(0, 0, 0, 0, 0, 0), parameters_of(settings), on_cpu=True
+        )
+        copies.append(predict(request).host_peak)
+    assert copies[0] - copies[1] == 12 * parameters_of(settings).total  # weights and both moments in fp32
 
 
 class StandIn:
