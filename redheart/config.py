@@ -39,7 +39,7 @@ class ModelConfig(Section):
     task_heads: int = Field(gt=0, description="attention heads over K")
     num_experts: int = Field(8, gt=0, description="experts of the emotion head, as wide in sum; 1: a single network")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of channels dropped; none in encoder layers")
-    activation_checkpointing: bool = Field(False, description="recompute encoder layers in the backward pass")
+    activation_checkpointing: bool = Field(False, description="recompute the layers of all stacks in the backward pass")
     ablate: tuple[str, ...] = Field((), description="modules left out, for instance analyzers.surd: an ablation run")
 
     @model_validator(mode="after")

@@ -43,7 +43,8 @@ from redheart.tasks import GATES, TASKS, task_losses, task_weights
 PAIR_SHARE = 1.0  # contrast texts per sample: a batch of a preference corpus has one for each
 MEASURED_AT = (4, 12)  # micro-batch sizes the line goes through
 CUDA_BLOCK = 512  # bytes to which CUDA's caching allocator rounds an allocation
-CACHE_VERSION = 2
+PIECE = 2**20  # bytes from which on a CPU gives freed memory back (memory/malloc.py)
+CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class MicroStep:
     inputs: int  # bytes of the micro-batch itself
     flops: int  # forward and backward, a multiply-add counts as two
     kernels: int  # operations that are no views: what a GPU has to be told one by one
+    gradients: int = 0  # bytes of all the weights' gradients
+    # bytes beyond `peak` and `peak_with_gradients` where pieces of less than 1 MiB, once there, stay (a CPU's heap: memory/malloc.py)
+    heap: int = 0
+    heap_with_gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class Watch(TorchDispatchMode):
         self.now = self.peak = 0
         self.rounded = self.peak_rounded = 0  # in the allocator's blocks
         self.gradients = self.peak_with_gradients = 0  # of weights, were they kept
+        self.small = self.most_small = self.most_large = self.most_large_with_gradients = (
+            0  # pieces below and from 1 MiB on
+        )
         self.flops = self.kernels = 0
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -98,6 +106,9 @@ class Watch(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         self.peak_rounded = max(self.peak_rounded, self.rounded)
         self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
+        large = self.now - self.small
+        self.most_small, self.most_large = max(self.most_small, self.small), max(self.most_large, large)
+        self.most_large_with_gradients = max(self.most_large_with_gradients, large + self.gradients)
         return result
 
     def know(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -117,10 +128,12 @@ class Watch(TorchDispatchMode):
             rounded = -(-size // CUDA_BLOCK) * CUDA_BLOCK
             self._known[storage] = weakref.finalize(storage, self._release, size, rounded)
             self.now += size
+            self.small += size * (size < PIECE)
             self.rounded += rounded
 
     def _release(self, size: int, rounded: int) -> None:
         self.now -= size
+        self.small -= size * (size < PIECE)
         self.rounded -= rounded
 
 
@@ -145,7 +158,11 @@ def measure(
         with watch:
             step()
     size = sum(x.untyped_storage().nbytes() for x in inputs)
-    return MicroStep(watch.peak, watch.peak_with_gradients, watch.peak_rounded, size, watch.flops, watch.kernels)
+    return MicroStep(
+        watch.peak, watch.peak_with_gradients, watch.peak_rounded, size, watch.flops, watch.kernels, watch.gradients,
+        watch.most_large + watch.most_small - watch.peak,
+        watch.most_large_with_gradients + watch.most_small - watch.peak_with_gradients,
+    )  # fmt: skip
 
 
 def activations(
@@ -168,10 +185,22 @@ def activations(
     return Activations(low, high, sizes)
 
 
-def measured(config: RunConfig, micro_batch_size: int, tokens: int, checkpointing: bool, is_plain: bool) -> MicroStep:
-    """One micro-batch size of a run's own precision, from the cache where it is there. `is_plain`: fp32 weights under autocast."""
+def measured(
+    config: RunConfig,
+    micro_batch_size: int,
+    tokens: int,
+    checkpointing: bool,
+    is_plain: bool,
+    contrasts: int | None = None,
+) -> MicroStep:
+    """One micro-batch size of a run's own precision, from the cache where it is there. `is_plain`: fp32 weights under autocast.
+
+    `contrasts`: of other than the usual number of contrast texts, which is measured each time.
+    """
     bf16 = config.training.precision == "bf16"
     dtype = torch.bfloat16 if bf16 and not is_plain else torch.float32
+    if contrasts is not None and contrasts != round(micro_batch_size * PAIR_SHARE):
+        return measure(config, micro_batch_size, tokens, checkpointing, dtype, bf16 and is_plain, contrasts)
     sizes = (micro_batch_size, micro_batch_size)
     if not _cache_file(config, tokens, checkpointing, dtype, bf16 and is_plain, sizes).is_file():
         usual = _cache_file(config, tokens, checkpointing, dtype, bf16 and is_plain, MEASURED_AT)

@@ -13,7 +13,7 @@ import ctypes
 from functools import cache
 
 MIB = 2**20
-MANY = 100_000_000  # parameters from which on memory matters more than time
+MANY = 25_000_000  # parameters from which on memory matters more than time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

@@ -33,8 +33,9 @@ FRAGMENTATION = 0.05  # of activations and buckets: blocks the allocator cannot 
 RESERVE = 64 * MIB  # half-used segments of the allocator
 HOST_BASE_GPU = 2200 * MIB  # resident libraries of a CUDA build, and what the driver keeps on the host
 HOST_BASE_CPU = 700 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
-HOST_SLACK = 0.10  # of activations: freed pieces that glibc keeps
-HOST_ENGINE = 170 * MIB  # what Accelerate and DeepSpeed load once an engine starts (one run observed)
+HOST_ENGINE = 52 * MIB  # what an engine of Accelerate and DeepSpeed keeps beside its tensors once it has started
+# what the libraries of matrix products keep: buffers, and of oneDNN the code that it writes for every shape in bf16
+HOST_KERNELS = {"fp32": 70 * MIB, "bf16": 220 * MIB}
 
 
 @dataclass(frozen=True)
@@ -276,27 +277,29 @@ def predict(request: Request) -> Candidate:
     gpu, host = dict(s.gpu), dict(s.host)
     if r.config.checkpoint.background:
         host["checkpoint"] = sum(where.get(k, 0) for where in (gpu, host) for k in ("weights", "master", "states"))
-    kept = 0
-    if r.strategy == "plain" and r.gradient_accumulation_steps == 1:  # gradients grow while activations shrink
-        kept = gpu["gradients"] - min(gpu["gradients"], max(0, step.peak_with_gradients - step.peak))
-        gpu["gradients"] -= kept
-    gpu["activations"], gpu["inputs"] = step.peak, step.inputs
+    # what is left of the weights' gradients grows while activations shrink: between `peak` and `peak_with_gradients`, at most
+    left = int(s.growing * step.gradients)
+    passing = max(step.peak + int(s.growing * (step.peak_with_gradients - step.peak)), left + s.after)
+    gpu["gradients"] = gpu.get("gradients", 0) + min(left, passing)
+    gpu["activations"], gpu["inputs"] = passing - min(left, passing), step.inputs
     if r.on_cpu:
-        gpu["allocator"] = int(HOST_SLACK * step.peak)
+        gpu["allocator"] = step.heap + int(min(s.growing, 1.0) * (step.heap_with_gradients - step.heap))
     else:
         gpu["workspace"] = WORKSPACE
         gpu["allocator"] = max(0, step.peak_rounded - step.peak) + RESERVE
         gpu["allocator"] += int(FRAGMENTATION * (step.peak + gpu.get("buckets", 0)))
         gpu["context"] = CONTEXT
-    passing = gpu["activations"] + gpu["inputs"]
     fixed = sum(gpu.get(k, 0) for k in ("workspace", "allocator", "context"))
     during = sum(gpu.values())
-    gpu_peak = max(during, during - passing + s.step + kept, s.gpu_start + fixed)
+    stepping = during - gpu["activations"] - gpu["inputs"] - gpu.get("buckets", 0) + s.step
+    gpu_peak = max(during, stepping, s.gpu_start + fixed)
     if r.on_cpu:
         host = {**host, **{k: host.get(k, 0) + v for k, v in gpu.items()}}
         host["base"] = HOST_BASE_CPU if r.base is None else r.base + HOST_ENGINE * (r.strategy != "plain")
+        host["kernels"] = HOST_KERNELS[r.config.training.precision]
         both = sum(host.values())
-        host_peak = max(both, both - passing + s.step + kept, s.gpu_start + s.host_start + host["base"])
+        stepping += both - during
+        host_peak = r.gpus_per_node * max(both, stepping, s.gpu_start + s.host_start + host["base"])
         gpu, gpu_peak = {}, 0
     else:
         host["base"] = HOST_BASE_GPU if r.base is None else r.base

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
-from redheart.config import RunConfig
+from redheart.config import RunConfig, Strategy
 from redheart.console import console
 from redheart.device import has_gpu
 from redheart.memory.activations import MicroStep, measured
@@ -14,6 +15,7 @@ from redheart.memory.show import plan_table, show_memory
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 
+MACHINERY = 118 * 2**20  # bytes of Accelerate and DeepSpeed, imported when an engine is made
 SMALL = 0.1  # of the memory that is free: a network whose states take less is not worth measuring
 
 
@@ -28,7 +30,7 @@ def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, to
     strategy, checkpointing = config.memory.strategy, config.model.activation_checkpointing
     request = Request(
         config, strategy, micro_batch_size, accumulation, checkpointing, MicroStep(0, 0, 0, 0, 0, 0), parameters_of(config),
-        on_cpu=on_cpu, nodes=nodes, gpus_per_node=here, base=resident() if on_cpu else None,
+        on_cpu=on_cpu, nodes=nodes, gpus_per_node=here, base=_base(strategy) if on_cpu else None,
     )  # fmt: skip
     held = here * (sum(request.states.gpu.values()) + sum(request.states.host.values()))
     small = held < SMALL * min(host, host if gpu is None else gpu) * GIB
@@ -56,3 +58,8 @@ def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, to
         f"--set memory.strategy={best.strategy} --set training.micro_batch_size={best.micro_batch_size} "
         f"--set model.activation_checkpointing={str(best.activation_checkpointing).lower()}"
     )
+
+
+def _base(strategy: Strategy) -> int:
+    """Bytes of this process, with what it has yet to import."""
+    return resident() + (MACHINERY if strategy != "plain" and "deepspeed" not in sys.modules else 0)

@@ -6,8 +6,9 @@ Read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py). n: paramete
 updates, b: bytes of a weight in training (2 in bf16, 4 in fp32).
 
 ZeRO-1 and -2, `DeepSpeedZeroOptimizer`
-  __init__          one flat copy of a group's weights (b·n) while the old ones live, then a clone of the own part (b·p) and its
-                    fp32 master (4·p, on the host with offload) with a 16-bit buffer beside it (b·p, offload only)
+  __init__          group by group (engine/base.py: at most GROUP elements each) one flat copy of its weights while the old ones
+                    live, then a clone of the own part and its fp32 master (4·p, on the host with offload) with a 16-bit buffer
+                    beside it (b·p, offload only)
   initialize_optimizer_states   an fp32 gradient of the own part (4·p, offload only; zeros, which cost memory once written)
   setup_buckets     the whole reduce_bucket_size per micro-step; allreduce_bucket copies a full one, or one larger gradient
   async_accumulate_grad_in_cpu_via_gpu   offload and accumulation > 1: a buffer per parameter on the host (b·p), kept
@@ -25,19 +26,23 @@ Pinned buffers go through torch's CachingHostAllocator, which rounds every one u
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from redheart.sections import Strategy
 
-REDUCE_BUCKET = 20_000_000  # elements; DeepSpeed's default of 5e8 is 1 GB in bf16
+REDUCE_BUCKET = (
+    5_000_000  # elements; DeepSpeed's default of 5e8 is 1 GB in bf16. A larger gradient is reduced where it lies
+)
 ZERO3_PREFETCH = 20_000_000  # elements gathered ahead
 ZERO3_MAX_LIVE = 200_000_000  # elements gathered at once
 ZERO3_SUB_GROUP = 100_000_000  # elements the optimizer steps at once
 ZERO3_PERSISTENCE = 100_000  # parameters smaller than this stay gathered
 ADAM_8BIT_BLOCK = 256  # elements that share two fp32 scales and a byte
 MASTER_BYTES = {"fp32": 4, "split": 2}  # of a master weight, remainders apart, and of its gradient
+# elements of an optimizer's group under ZeRO-1 and -2, which copy one group after the other when they start and when they step
+GROUP = 2**25
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -88,12 +93,26 @@ class Parameters:
         return max(n for group in self.groups for n in group)
 
 
+def chunked(sizes: Sequence[int], most: int = GROUP) -> list[range]:
+    """Places of `sizes` in turn, in chunks of at most so many elements in all, or of one that is larger by itself."""
+    chunks: list[range] = []
+    start = held = 0
+    for i, size in enumerate(sizes):
+        if held and held + size > most:
+            chunks.append(range(start, i))
+            start, held = i, 0
+        held += size
+    return [*chunks, range(start, len(sizes))]
+
+
 @dataclass(frozen=True)
 class States:
     """Bytes by term while a micro-step runs (`gpu`, `host`), and what other moments hold.
 
-    `step`: on the device, beyond the terms, while the optimizer steps (no activations then). `gpu_start`, `host_start`: in all
-    while DeepSpeed sets up (no activations, buckets, gradients or moments then); on the CPU `gpu_start` is both.
+    `growing`: the weights' gradients (b·n) that a micro-step leaves on the device so many times, piece by piece; its term
+    `gradients` was there before. `after`: bytes beside them when the backward pass is over. `step`: on the device, beyond the terms but
+    for the buckets, while the optimizer steps (no activations then). `gpu_start`, `host_start`: in all while DeepSpeed sets up (no
+    activations, buckets, gradients or moments then); on the CPU `gpu_start` is both.
     """
 
     gpu: dict[str, int]
@@ -103,14 +122,17 @@ class States:
     host_start: int
     partition: int  # elements that one rank updates
     weights: int  # elements of weights that one rank keeps
+    growing: float = 0.0
+    after: int = 0
 
 
 def partition_sizes(parameters: Parameters, world_size: int, stage: int) -> list[int]:
-    """Elements of each group that one rank updates: padded to 2 × ranks as a whole (ZeRO-1, -2) or parameter by parameter (-3)."""
+    """Elements of each group that one rank updates: padded to 2 × ranks chunk by chunk (ZeRO-1, -2) or parameter by parameter (-3)."""
     if stage == 3:
         return [sum(-(-n // world_size) for n in group) for group in parameters.groups]
     unit = 2 * world_size  # nccl_start_alignment_factor × ranks
-    return [-(-sum(group) // unit) * unit // world_size for group in parameters.groups]
+    sizes = [sum(group[i] for i in chunk) for group in parameters.groups for chunk in chunked(group)]
+    return [-(-size // unit) * unit // world_size for size in sizes]
 
 
 def states(
@@ -130,7 +152,7 @@ def states(
     """
     t = traits_of(strategy, eight_bit)
     if t.stage == 0:
-        return _plain(t, parameters)
+        return _plain(t, parameters, accumulation)
     b = 2 if precision == "bf16" else 4
     parts = partition_sizes(parameters, world_size, t.stage)
     if not (t.offload and t.eight_bit and b == 2):
@@ -154,13 +176,19 @@ def _zero12(
     part, most, pinned = sum(parts), max(parts), t.pinned and not on_cpu
     weights = b * part * world_size
     sums_in_fp32 = t.fp32_accumulation and b == 2
-    gpu = {"weights": weights, "buckets": 2 * b * max(min(bucket, parameters.total), parameters.largest)}
+    full = b * min(bucket, parameters.total)
+    # ranks reduce a copy of their pieces, or of one larger gradient
+    buckets = full + (b * max(min(bucket, parameters.total), parameters.largest) if world_size > 1 else 0)
+    gpu = {"weights": weights, "buckets": buckets}
     host: dict[str, int] = {}
-    start = weights + max(weights, (4 + b) * part)  # old weights beside flat ones, then the clone and its fp32 master
+    # a group's weights beside their flat copy, then, group by group, the clone of the own part and its fp32 master
+    start = weights + max(b * most * world_size, 4 * part + b * most)
     if t.offload:
         m = MASTER_BYTES[master]
-        # temp_grad_buffer_for_gpu_offload, and a gradient cast to fp32
-        gpu["buckets"] += (b if master == "split" else b + 4) * parameters.largest
+        if not on_cpu or (accumulation > 1 and not sums_in_fp32):  # there it is made, and not written to without
+            gpu["buckets"] += b * parameters.largest  # temp_grad_buffer_for_gpu_offload
+        if b == 2 and not sums_in_fp32 and master != "split":
+            gpu["buckets"] += 4 * parameters.largest  # a gradient cast on its way to the host
         gpu["gradients"] = 4 * part if sums_in_fp32 else 0
         host["gradients"] = masters = sum(_pinned(m * size, pinned) for size in parts)
         host["states"] = adam_bytes(parts, t.eight_bit)
@@ -173,22 +201,30 @@ def _zero12(
         if accumulation > 1 and not sums_in_fp32 and master != "split":
             sizes = [_pinned(b * n, pinned) for group in parameters.groups for n in group]
             host["accumulation"] = -(-sum(sizes) // world_size)
-        if on_cpu:  # old weights stay until the master and its gradient, all zeros, are there
-            return States(gpu, host, 0, 2 * weights + 2 * m * part, 0, part, part * world_size)
+        if on_cpu:  # gloo gathers a group's weights beside them; old ones stay until the masters and their gradients are there
+            gathered = b * most * world_size * (world_size > 1)
+            return States(gpu, host, gathered, weights + b * most + (2 * m + b) * part, 0, part, part * world_size)
         host["buckets"] = _pinned(b * parameters.largest, pinned)  # temp_grad_buffer_for_cpu_offload
         # pin_memory copies: while a master is pinned, the one it came from is there too
         copies = sum(_pinned(b * size, pinned) for size in parts)
         host_start = max(b * parameters.total, m * most + masters, 2 * masters + copies)
-        return States(gpu, host, 0, weights + max(weights, b * most), host_start, part, part * world_size)
+        return States(gpu, host, 0, weights + b * most * world_size, host_start, part, part * world_size)
     gpu["master"] = 4 * part
     gpu["states"] = adam_bytes(parts, t.eight_bit)
-    flat = 0  # the step's flat gradient and its fp32 copy, beside the averaged ones
+    host_start = 0 if on_cpu else b * parameters.total
+    if t.stage == 1:  # all gradients stay until the last backward pass is over, and go through the bucket then
+        reduced, first = gpu.pop("buckets"), accumulation == 1
+        gpu["gradients"] = 0 if first else b * parameters.total
+        flat = 4 * most + b * most * (b == 2) - b * (parameters.total - part)
+        return States(
+            gpu, host, flat, start, host_start, part, part * world_size, float(first), reduced + b * parameters.total * first
+        )  # fmt: skip
     if sums_in_fp32:
         gpu["gradients"] = 4 * part
-    else:
-        gpu["gradients"] = b * (part + (parameters.total if t.stage == 1 else part * (accumulation > 1)))
-        flat = 4 * most + b * most * (b == 2)
-    return States(gpu, host, flat, start, 0 if on_cpu else b * parameters.total, part, part * world_size)
+        return States(gpu, host, 0, start, host_start, part, part * world_size)
+    gpu["gradients"] = b * part * (accumulation > 1)
+    flat = 4 * most + b * most * (b == 2)  # the step's flat gradient and its fp32 copy, beside the averaged ones
+    return States(gpu, host, flat, start, host_start, part, part * world_size, 1 / world_size)
 
 
 def adam_bytes(parts: Iterable[int], eight_bit: bool) -> int:
@@ -198,12 +234,12 @@ def adam_bytes(parts: Iterable[int], eight_bit: bool) -> int:
     return sum(8 * n for n in parts)
 
 
-def _plain(t: Traits, parameters: Parameters) -> States:
+def _plain(t: Traits, parameters: Parameters, accumulation: int) -> States:
     """torch.optim.AdamW on fp32 weights, as first described, in its fused form, which makes nothing beside; or 8-bit states."""
     n = parameters.total
     sizes = [n for group in parameters.groups for n in group]
-    gpu = {"weights": 4 * n, "gradients": 4 * n, "states": adam_bytes(sizes, t.eight_bit)}
-    return States(gpu, {}, 0, 4 * n, 0, n, n)
+    gpu = {"weights": 4 * n, "gradients": 4 * n * (accumulation > 1), "states": adam_bytes(sizes, t.eight_bit)}
+    return States(gpu, {}, 0, 4 * n, 0, n, n, float(accumulation == 1))
 
 
 def _zero3(
@@ -212,7 +248,8 @@ def _zero3(
     m = MASTER_BYTES[master]
     sizes = [n for group in parameters.groups for n in group]
     kept = sum(n for n in sizes if n < ZERO3_PERSISTENCE)
-    gathered = min(parameters.total, max(ZERO3_MAX_LIVE, parameters.largest) + ZERO3_PREFETCH + kept)
+    # one rank has all of them where they lie (NoGatherHandle)
+    gathered = min(parameters.total, max(ZERO3_MAX_LIVE, parameters.largest) + ZERO3_PREFETCH + kept) * (world_size > 1)
     sub_groups = [-(-n // world_size) for n in sub_group_sizes(parameters, world_size)]
     gpu = {"weights": b * part, "gathered": b * gathered}
     gpu["buckets"] = 2 * b * min(bucket, parameters.total) + 4 * parameters.largest

@@ -8,13 +8,10 @@ specialisation, and attention across the tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from redheart.model.axes import ADDS, COPY, DEPTH, FIXED, READ, Width
 from redheart.model.layers import (
@@ -30,6 +27,7 @@ from redheart.model.layers import (
     keyless,
     stacked_linear,
 )  # fmt: skip
+from redheart.model.stacks import Recomputed
 from redheart.schema import TASKS4
 
 MAX_POSITIONS = 512
@@ -44,10 +42,10 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width]
 
 
-class EncoderStack(nn.Module):
+class EncoderStack(Recomputed):
     """Pre-LN encoder layers: x + Attention(LN(x)), then x + MLP(LN(x)); tokens [B, T, n]. Layers are stacked in each parameter.
 
-    Gradient checkpointing recomputes each layer in the backward pass. No dropout here: one mask for all tokens of a text (see
+    No dropout here: one mask for all tokens of a text (see
     model/dropout.py) hides a channel from every layer that could restore it, and costs more than it regularises.
     """
 
@@ -70,9 +68,6 @@ class EncoderStack(nn.Module):
             **dict.fromkeys(("out_weight", "down_weight"), (ADDS, COPY, READ)),
             **dict.fromkeys(("out_bias", "down_bias"), (ADDS, COPY)),
         }
-        self.gradient_checkpointing = False  # Transformers' gradient_checkpointing_enable() sets this and the function
-        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        self.compiled_layer: Callable[..., torch.Tensor] | None = None  # model/regional.py sets it; training uses it
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None, states: list[torch.Tensor] | None = None
@@ -83,10 +78,8 @@ class EncoderStack(nn.Module):
             self.up_weight, self.up_bias, self.down_weight, self.down_bias,
         )  # fmt: skip
         norms = self.norms.flatten(0, 2).unbind()  # a weight and a bias for both blocks of a layer
-        layer = self.compiled_layer if self.compiled_layer and self.training else encoder_layer
-        if self.gradient_checkpointing and self.training:
-            layer = partial(self._gradient_checkpointing_func, layer)
-        for i, weights in enumerate(zip(*(p.unbind() for p in parameters), strict=True)):
+        layer = self.runs(encoder_layer)
+        for i, weights in enumerate(zip(*map(self.apart, parameters), strict=True)):
             x = layer(x, bias, self.heads, *norms[4 * i : 4 * i + 4], *weights)
             if states is not None:
                 states.append(x)

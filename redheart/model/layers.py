@@ -6,7 +6,7 @@ A stacked part has its parameters once, with a leading axis, and is one batched 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from redheart.model.axes import COPY, FIXED, READ, Axis, Width, making, reading
 from redheart.model.dropout import SampleDropout, dropped
+from redheart.model.stacks import Recomputed
 
 Masks = torch.Tensor | None  # [B, columns], see model/dropout.py
 
@@ -284,7 +285,7 @@ def attend_tokens(
     ).squeeze(1)
 
 
-class QueryStack(nn.Module):
+class QueryStack(Recomputed):
     """Layers of queries [B, Q, n] that read a memory [B, M, n], then each other, then think: three pre-LN residual blocks each,
     16·n² weights. Equal layers are one parameter with a leading axis.
 
@@ -314,15 +315,21 @@ class QueryStack(nn.Module):
             **dict.fromkeys(("up_weight", "down_weight"), (FIXED, COPY, READ)),
             "up_bias": (FIXED, COPY),
         }
-        self.compiled_layer: Callable[..., torch.Tensor] | None = None  # model/regional.py sets it; training uses it
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, masks: Masks) -> torch.Tensor:
         """x [B, Q, n] or [Q, n], the same for all; `bias` of the memory as of `attention_bias`."""
         x = x.to(memory.dtype).expand(len(memory), -1, -1)
-        vectors, squares = self.vectors.flatten(0, 1).unbind(), self.square_weight.flatten(0, 1).unbind()
-        exchanges, exchange_biases = self.exchange_weight.flatten(1, 2).unbind(), keyless(self.exchange_bias).unbind()
-        up_weights, up_biases, down_weights = self.up_weight.unbind(), self.up_bias.unbind(), self.down_weight.unbind()
-        layer = self.compiled_layer if self.compiled_layer and self.training else query_layer
+        vectors, squares = self.vectors.flatten(0, 1).unbind(), self.apart(self.square_weight.flatten(0, 1))
+        exchanges, exchange_biases = (
+            self.apart(self.exchange_weight.flatten(1, 2)),
+            keyless(self.exchange_bias).unbind(),
+        )
+        up_weights, up_biases, down_weights = (
+            self.apart(self.up_weight),
+            self.up_bias.unbind(),
+            self.apart(self.down_weight),
+        )
+        layer = self.runs(query_layer)
         for i in range(len(up_weights)):
             drops = self.read_dropout.mask(i, masks), self.dropout.mask(i, masks)
             weights = up_weights[i], up_biases[i], down_weights[i], exchanges[i], exchange_biases[i]

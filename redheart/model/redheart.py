@@ -27,6 +27,7 @@ from redheart.model.padding import checked_mask, real_tokens_first, rows_of, sta
 from redheart.model.parts import BACKBONE, FUSION, FUSION_LAYERS, MODULES, PARTS, sizes_of, sources, utilities
 from redheart.model.readout import with_readout
 from redheart.model.select import ExecutionMode, Selection, select
+from redheart.model.stacks import Recomputed
 from redheart.schema import TASKS4, RedHeartError
 
 __all__ = ["RedHeartConfig", "RedHeartModel", "RedHeartOutput", "module_of", "parameter_counts"]
@@ -120,8 +121,10 @@ class RedHeartModel(PreTrainedModel):
         return selection
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Whether the backward pass recomputes the encoder's layers."""
-        self.backbone.layers.gradient_checkpointing = wanted
+        """Whether the backward pass recomputes the layers of all stacks."""
+        for module in self.modules():
+            if isinstance(module, Recomputed):
+                module.gradient_checkpointing = wanted
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,12 @@ from redheart.config import RunConfig
 from redheart.console import console, table
 from redheart.device import has_gpu
 from redheart.losses.combine import factors
-from redheart.memory.activations import measured
+from redheart.memory.activations import PAIR_SHARE, measured
 from redheart.memory.budget import CONTEXT, resident, resident_peak
 from redheart.memory.plan import GIB, Request, parameters_of, predict
 from redheart.model.build import build_model
 from redheart.model.regional import check_compilation, compile_layers, compiler
-from redheart.ranks import launched_world_size
+from redheart.ranks import launched_world_size, sum_over_ranks
 from redheart.schema import LABELS, Batch
 from redheart.tasks import GATES, TASKS, task_weights
 from redheart.train import stages
@@ -34,19 +34,25 @@ from redheart.train.engine import Engine, compile_kernels, make_engine
 NOMINAL_STEPS = 1000  # learning rates are those with which a run of so many steps warms up
 
 
-def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0) -> Batch:
-    """Random features of full length, every label, and a contrast text for every sample: the most a micro-batch can hold."""
+def synthetic_batch(rows: int, tokens: int, width: int, seed: int = 0, contrasts: int | None = None) -> Batch:
+    """Random features of full length, every label, and a contrast text for every sample (the most a micro-batch can hold) or for the
+    first `contrasts`."""
     draw = torch.Generator().manual_seed(seed)
     features, others = (torch.randn(rows, tokens, width, generator=draw).half() for _ in range(2))
     mask, each = torch.ones(rows, tokens, dtype=torch.bool), torch.arange(rows)
+    pairs = slice(contrasts)
     labels = {name: torch.rand(rows, label.size, generator=draw) for name, label in LABELS.items()}
     weights = {name: torch.ones_like(value) for name, value in labels.items()}
     origins = torch.zeros(rows, len(LABELS), dtype=torch.int8)
-    return Batch(features, mask, others, mask, each, labels, weights, each, origins)
+    return Batch(features, mask, others[pairs], mask[pairs], each[pairs], labels, weights, each, origins)
 
 
 def measure_step(
-    config: RunConfig, tokens: int, num_steps: int = 2, before_compiling: Callable[[dict[str, Any]], None] | None = None
+    config: RunConfig,
+    tokens: int,
+    num_steps: int = 2,
+    before_compiling: Callable[[dict[str, Any]], None] | None = None,
+    contrasts: float = PAIR_SHARE,
 ) -> dict[str, Any]:
     """Runs `num_steps` optimizer steps (the second has everything resident); bytes as GiB, predicted and observed.
 
@@ -58,7 +64,8 @@ def measure_step(
         config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
     )
     strategy, checkpointing, on_gpu = config.memory.strategy, config.model.activation_checkpointing, has_gpu()
-    step = measured(config, micro, tokens, checkpointing, strategy == "plain")
+    pairs = round(contrasts * micro)
+    step = measured(config, micro, tokens, checkpointing, strategy == "plain", pairs)
     if strategy != "plain":
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log keeps the stdout it is imported with
             compile_kernels()  # imports the libraries, too: they belong to the base
@@ -73,7 +80,7 @@ def measure_step(
     torch.manual_seed(config.training.seed)
     engine = make_engine(partial(build_model, config, None), config, accumulation, micro)
     start = peaks()
-    steps = run_steps(engine, config, micro, accumulation, tokens, num_steps)
+    steps = run_steps(engine, config, micro, accumulation, tokens, num_steps, pairs)
     observed, predicted = peaks(), {"host_peak_gib": planned.host_peak / GIB}
     if on_gpu:
         allocated = planned.gpu_peak - sum(planned.gpu.get(k, 0) for k in ("allocator", "context"))
@@ -86,12 +93,13 @@ def measure_step(
         "predicted": predicted,
         "observed": observed,
         "ratio": {name: predicted[name] / observed[name] for name in predicted},
-        "base_gib": base / GIB,
+        "base_gib": sum_over_ranks([float(base)])[0] / GIB,
         "start_gib": start,
         "resident_gib": steps.resident_gib,
         "step_seconds": steps.seconds,
         "losses": steps.losses,
         "compiled": None,
+        "micro_step": asdict(step),
     }
     if before_compiling is not None:
         before_compiling(result)
@@ -118,11 +126,19 @@ class Steps:
     resident_gib: dict[str, float]
 
 
-def run_steps(engine: Engine, config: RunConfig, micro: int, accumulation: int, tokens: int, num_steps: int) -> Steps:
+def run_steps(
+    engine: Engine,
+    config: RunConfig,
+    micro: int,
+    accumulation: int,
+    tokens: int,
+    num_steps: int,
+    pairs: int | None = None,
+) -> Steps:
     """`num_steps` optimizer steps as the trainer takes them, on synthetic batches of `micro` samples."""
     marks = {"engine": resident() / GIB}
     scale = factors(task_weights(config.loss), dict.fromkeys((*TASKS, *GATES), 1.0), config.loss.constant_floor)
-    batches = [synthetic_batch(micro, tokens, config.model.encoder_width, i) for i in range(accumulation)]
+    batches = [synthetic_batch(micro, tokens, config.model.encoder_width, i, pairs) for i in range(accumulation)]
     losses, seconds = [], []
     for number in range(num_steps):
         started = time.perf_counter()
@@ -145,8 +161,8 @@ def run_steps(engine: Engine, config: RunConfig, micro: int, accumulation: int, 
 
 
 def peaks() -> dict[str, float]:
-    """GiB at most so far: of the process in the host's memory, and what torch's allocator had on the GPU."""
-    found = {"host_peak_gib": resident_peak() / GIB}
+    """GiB at most so far: of all ranks in the host's memory, and what torch's allocator had on the GPU."""
+    found = {"host_peak_gib": sum_over_ranks([float(resident_peak())])[0] / GIB}
     if has_gpu():
         found["gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
         found["gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB

@@ -19,6 +19,7 @@ from redheart.config import load_config
 from redheart.memory.ds_files import ds_settings
 from redheart.model.build import build_model
 from redheart.train.engine import parameter_groups
+from redheart.train.engine.base import in_chunks
 from redheart.train.engine.machinery import import_machinery
 
 
@@ -32,7 +33,7 @@ def main() -> None:
 
     assert deepspeed.comm.get_world_size() == ranks
     with torch.device("meta"):
-        groups = [g["params"] for g in parameter_groups(build_model(load_config(preset), None), 0.01)]
+        groups = [g["params"] for g in in_chunks(parameter_groups(build_model(load_config(preset), None), 0.01))]
     optimizer = SimpleNamespace(real_dp_process_group=[None] * len(groups))
     zero2 = 0
     for i, group in enumerate(groups):

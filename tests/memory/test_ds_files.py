@@ -30,7 +30,7 @@ def test_files_are_complete_and_say_what_the_planner_assumes(file):
     text = json.dumps(settings)
     assert "auto" not in text.replace("autocast", "")
     zero = settings["zero_optimization"]
-    assert 2e7 <= zero["reduce_bucket_size"] <= 5e7
+    assert 5e6 <= zero["reduce_bucket_size"] <= 5e7
     assert zero["stage"] == traits.stage
     assert ("offload_optimizer" in zero) == traits.offload
     assert ("data_types" in settings) == traits.fp32_accumulation

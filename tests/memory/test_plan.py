@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,15 +16,16 @@ from redheart.memory.activations import Activations, MicroStep
 from redheart.memory.budget import CONTEXT, gib
 from redheart.memory.launches import UPDATE, WAITS
 from redheart.memory.plan import GIB, Card, Request, parameters_of, plan, predict
+from redheart.memory.show import command
 from redheart.memory.states import TRAITS, Parameters, partition_sizes, states
 from redheart.schema import RedHeartError
 
 MB = 10**6
 LINES = {  # bytes a sample and at zero samples, FLOPs a sample: as measured for these presets at 64 tokens in bf16
-    ("330m", False): (34.5 * MB, 15.3 * MB, 44.6e9),
-    ("330m", True): (16.7 * MB, 15.3 * MB, 51.9e9),
-    ("1b3", False): (80.9 * MB, 78.1 * MB, 177.6e9),
-    ("1b3", True): (45.2 * MB, 78.1 * MB, 206.6e9),
+    ("330m", False): (31 * MB, 117 * MB, 44.6e9),
+    ("330m", True): (5 * MB, 120 * MB, 53.9e9),
+    ("1b3", False): (63 * MB, 476 * MB, 177.6e9),
+    ("1b3", True): (9 * MB, 477 * MB, 214.6e9),
 }
 
 
@@ -35,7 +38,7 @@ def known_activations(monkeypatch):
         def at(n):
             peak = int(factor * (fixed + slope * n))
             return MicroStep(
-                peak, peak + 600 * MB, peak, 200_000 * n, int(flops * n), 13_000 if checkpointing else 10_500
+                peak, peak + 600 * MB, peak, 200_000 * n, int(flops * n), 5_300 if checkpointing else 4_700
             )
 
         return Activations(at(4), at(12), (4, 12))
@@ -59,6 +62,21 @@ def test_330m_at_4_gib_and_1b3_at_8_gib_fit():
     best = chosen("1b3", 8.0, host=48.0)
     assert best.gpu_peak <= 8 * GIB
     assert TRAITS[best.strategy].offload
+
+
+@pytest.mark.parametrize(("preset", "gpu"), [("330m", 1.5), ("1b3", 4.0)])
+def test_the_smallest_cards_hold_the_presets(preset: str, gpu: float):
+    """And what the command asks for is what was planned: the same strategy, micro-batch and recomputation, within the same promise."""
+    found = plan(load_config(preset), gpu, 32.0)
+    best = found.chosen
+    assert best.gpu_peak <= gpu * GIB
+    words = shlex.split(command(found, preset, ()))
+    asked = load_config(preset, [value for option, value in pairwise(words) if option == "--set"])
+    assert asked.memory.gpu_memory_gib == gpu
+    assert asked.memory.strategy == best.strategy
+    assert asked.training.global_batch_size == best.micro_batch_size * best.gradient_accumulation_steps
+    assert asked.training.micro_batch_size == best.micro_batch_size
+    assert asked.model.activation_checkpointing == best.activation_checkpointing
 
 
 def test_1b3_with_zero2_offload_8bit_and_recomputation_fits_8_gib():
@@ -99,7 +117,7 @@ def test_a_host_that_is_too_small_is_named_too():
 
 CONFIG = load_config("330m", ["training.precision=bf16"])
 PARAMETERS = parameters_of(CONFIG)
-STEP = MicroStep(1000 * MB, 1600 * MB, 1024 * MB, 7 * MB, 3 * 10**12, 10_500)
+STEP = MicroStep(1000 * MB, 1600 * MB, 1024 * MB, 7 * MB, 3 * 10**12, 10_500, 660 * MB, 11 * MB, 23 * MB)
 
 
 def predicted(strategy, accumulation, **more):
@@ -120,14 +138,28 @@ def test_a_candidates_bytes_and_peaks_by_hand():
         "activations": 1000 * MB, "inputs": 7 * MB, "workspace": 40 * 2**20, "allocator": allocator, "context": CONTEXT,
     }  # fmt: skip
     terms = sum(found.gpu.values())
-    assert found.gpu_peak == max(terms, terms - 1007 * MB + s.step, s.gpu_start + 40 * 2**20 + allocator + CONTEXT)
+    stepping = terms - 1007 * MB - s.gpu["buckets"] + s.step
+    assert found.gpu_peak == max(terms, stepping, s.gpu_start + 40 * 2**20 + allocator + CONTEXT)
     assert found.host == {**s.host, "base": room.HOST_BASE_GPU}
     assert predicted("zero2", 8, gpus_per_node=4).host_peak == 4 * max(
         room.HOST_BASE_GPU, s.host_start + room.HOST_BASE_GPU
     )
-    once = predicted("plain", 1)  # gradients grow while activations shrink: 600 MB of them stand beside the peak
-    assert once.gpu["gradients"] == 600 * MB
+    once = predicted("plain", 1)  # gradients grow while activations shrink: together as measured
+    assert (once.gpu["gradients"], once.gpu["activations"]) == (660 * MB, 940 * MB)
+    late = predicted("zero1", 1)  # all gradients, and a bucket for them, when the backward pass is over
+    after = states("zero1", PARAMETERS).after
+    assert late.gpu["gradients"] + late.gpu["activations"] == max(1600 * MB, 660 * MB + after)
     assert predicted("plain", 2).gpu["gradients"] == 4 * parameters_of(load_config("330m")).total
+
+
+def test_what_a_cpu_keeps_beside_the_tensors():
+    """Small pieces stay in the heap, an engine and the libraries of matrix products keep their own, and every rank has all of it."""
+    found, other = (predicted("zero1", 1, on_cpu=True, base=300 * MB, gpus_per_node=n) for n in (1, 2))
+    assert found.host["allocator"] == 23 * MB
+    assert predicted("zero2_offload", 1, on_cpu=True, base=0).host["allocator"] == 11 * MB
+    assert found.host["base"] == 300 * MB + room.HOST_ENGINE
+    assert found.host["kernels"] == room.HOST_KERNELS["bf16"]
+    assert other.host_peak >= 2 * sum(other.host.values())
 
 
 def test_a_candidates_times_by_hand():

@@ -8,15 +8,18 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from redheart.config import load_config
 from redheart.memory.plan import parameters_of
 from redheart.memory.states import (
+    GROUP,
     STRATEGIES,
     TRAITS,
     Parameters,
     adam_bytes,
+    chunked,
     partition_sizes,
     states,
     sub_group_sizes,
 )
 from redheart.train.engine import parameter_groups
+from redheart.train.engine.base import in_chunks
 
 EVEN = Parameters(((1 << 20, 3 << 18), (1 << 10,)))  # divides by every world size used here
 
@@ -74,26 +77,32 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     n, largest, bucket = EVEN.total, EVEN.largest, 1000
     most, part = sum(EVEN.groups[0]) // ranks, EVEN.total // ranks  # a rank's share of the larger group, and of both
     found = {s: states(s, EVEN, ranks, bucket=bucket) for s in STRATEGIES if s != "plain" or ranks == 1}
-    two = 2 * 2 * largest  # two buckets in bf16, each as large as the largest parameter
-    flat = 2 * n + max(2 * n, 6 * part)  # old weights beside flat ones, then the clone and its master
-    for strategy, buckets, step, start in (
-        ("gpu_8bit", two, 0, flat),
-        ("zero1", two, (4 + 2) * most, flat),  # the flat gradient in bf16 and fp32
-        ("zero2", two, 0, flat),
-        ("zero2_offload", two + (2 + 4) * largest, 0, 2 * n + max(2 * n, 2 * most)),
-        ("zero2_offload_8bit", two + 2 * largest, 0, 2 * n + max(2 * n, 2 * most)),
-        (
-            "zero3",
-            2 * 2 * bucket + 4 * largest,
-            4 * most,
-            4 * part,
-        ),  # of the larger sub-group, the gradient in fp32
+    # a bucket in bf16 and, where ranks reduce together, a copy of the largest gradient
+    two = 2 * bucket + (2 * largest if ranks > 1 else 0)
+    start = 2 * n + max(
+        2 * most * ranks, 4 * part + 2 * most
+    )  # a group's weights flattened, or its clone and the masters
+    for strategy, buckets, step, at_start in (
+        ("gpu_8bit", two, 0, start),
+        ("zero2", two, 0, start),
+        ("zero2_offload", two + 2 * largest, 0, 2 * n + 2 * most * ranks),  # sums are fp32: nothing is cast
+        ("zero2_offload_8bit", two + 2 * largest, 0, 2 * n + 2 * most * ranks),
+        ("zero3", 2 * 2 * bucket + 4 * largest, 4 * most, 4 * part),  # of the larger sub-group, the gradient in fp32
         ("zero3_offload_8bit", 2 * 2 * bucket + 4 * largest, 0, 4 * part),
     ):
         s = found[strategy]
-        assert (s.gpu["buckets"], s.step, s.gpu_start) == (buckets, step, start), strategy
+        assert (s.gpu["buckets"], s.step, s.gpu_start) == (buckets, step, at_start), strategy
         assert (s.partition, s.weights) == (part, part if strategy.startswith("zero3") else n), strategy
-    assert found["zero1"].gpu["gradients"] == 2 * (part + n)
+        assert (s.growing, s.after) == (0, 0), strategy
+    one = found[
+        "zero1"
+    ]  # keeps every gradient, takes them through the bucket at the end, and then has those of its own part
+    assert (one.growing, one.after, one.gpu["gradients"]) == (1, 2 * n + two, 0)
+    assert one.step == (4 + 2) * most - 2 * (n - part)
+    again = states("zero1", EVEN, ranks, bucket=bucket, accumulation=2)
+    assert (again.growing, again.after, again.gpu["gradients"]) == (0, two, 2 * n)
+    in_fp32 = states("zero2", EVEN, ranks, "fp32", bucket=bucket)
+    assert (in_fp32.growing, in_fp32.gpu["gradients"], in_fp32.step) == (1 / ranks, 0, 4 * most)
     assert found["zero2"].host_start == found["zero1"].host_start == 2 * n
     masters = (1 << 23) // ranks + 4096 // ranks  # pinned: the next power of two of each group's
     copies = masters // 2
@@ -102,9 +111,24 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     halves = masters // 2
     assert found["zero2_offload_8bit"].host_start == max(2 * n, 2 * most + halves, 2 * halves + copies)
     on_cpu = states("zero2_offload", EVEN, ranks, bucket=bucket, on_cpu=True)
-    assert (on_cpu.gpu_start, on_cpu.host_start) == (4 * n + 8 * part, 0)
+    assert (on_cpu.gpu_start, on_cpu.host_start) == (2 * n + 2 * most + 10 * part, 0)
+    assert on_cpu.step == (2 * most * ranks if ranks > 1 else 0)
     if ranks == 1:
-        assert (found["plain"].step, found["plain"].gpu_start) == (0, 4 * n)
+        assert (found["plain"].step, found["plain"].gpu_start, found["plain"].growing) == (0, 4 * n, 1)
+
+
+def test_large_groups_are_cut_where_a_parameter_ends():
+    sizes = [30, 30, 30, 200, 5, 5]
+    chunks = chunked(sizes, 64)
+    assert [list(c) for c in chunks] == [[0, 1], [2], [3], [4, 5]]
+    assert [i for c in chunks for i in c] == list(range(len(sizes)))
+    assert [len(c) for c in chunked([7], 64)] == [1]
+    model = torch.nn.ParameterList([torch.empty(n, device="meta") for n in (GROUP, 3, GROUP - 3, 1)])
+    groups = in_chunks([{"params": list(model), "weight_decay": 0.5}])
+    assert [sum(p.numel() for p in g["params"]) for g in groups] == [GROUP, GROUP, 1]
+    assert {g["weight_decay"] for g in groups} == {0.5}
+    parts = partition_sizes(Parameters(((GROUP, 3, GROUP - 3, 1),)), 1, 2)
+    assert parts == [GROUP, GROUP, 2]
 
 
 def test_pinned_buffers_are_powers_of_two():
@@ -166,7 +190,8 @@ def test_plain_agrees_with_accelerates_estimator():
     size = calculate_maximum_sizes(model)[0] - buffers
     ours = states("plain", parameters).gpu
     assert ours["weights"] == size
-    assert ours["weights"] + ours["gradients"] + ours["states"] == estimate_training_usage(size, "float32")["step"]
+    gradients = states("plain", parameters, accumulation=2).gpu["gradients"]
+    assert ours["weights"] + gradients + ours["states"] == estimate_training_usage(size, "float32")["step"]
     in_bf16 = compute_module_sizes(model.to(torch.bfloat16))[""] - compute_module_sizes(model, buffers_only=True)[""]
     assert states("zero1", parameters, 1).gpu["weights"] == pytest.approx(in_bf16, abs=8)  # ours: padded to 2 a group
 

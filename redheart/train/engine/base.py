@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from redheart.config import OptimizerConfig
 from redheart.device import has_gpu
 from redheart.memory.malloc import trim
+from redheart.memory.states import chunked
 from redheart.model.axes import decays
 from redheart.model.build import Place
 from redheart.model.redheart import RedHeartModel
@@ -135,6 +136,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         (decayed if decays(name, dimensions) else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def in_chunks(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same in groups of bounded size: ZeRO-1 and -2 hold a second copy of one group at a time, while they start and step."""
+    return [
+        {**group, "params": [group["params"][i] for i in chunk]}
+        for group in groups
+        for chunk in chunked([p.numel() for p in group["params"]])
+    ]
 
 
 def adamw_arguments(config: OptimizerConfig) -> dict[str, Any]:

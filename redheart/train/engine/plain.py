@@ -13,6 +13,7 @@ import torch
 
 from redheart.config import RunConfig
 from redheart.device import compute_device
+from redheart.memory.malloc import map_pieces
 from redheart.memory.swap import place
 from redheart.model.redheart import module_of
 from redheart.optim.adam8bit import CPUAdamW8bit
@@ -52,7 +53,11 @@ class PlainEngine(Engine):
             raise RedHeartError(
                 "memory.strategy=plain has 8-bit states on the CPU alone, and without memory.swap: choose zero2_offload_8bit or gpu_8bit"
             )
+        if self.device.type == "cpu":
+            map_pieces(None)
         self.model, self.rank, self.world_size = build(lambda name, module: None), 0, 1
+        if self.device.type == "cpu":
+            map_pieces(sum(p.numel() for p in self.model.parameters()))
         self.swap = place(self.model, self.device, config.memory.swap)
         self._owned = [(module_of(n), p) for n, p in self.model.named_parameters()]  # a walk through all modules, once
         self.dtype = torch.float32

@@ -32,6 +32,7 @@ from redheart.train.engine.base import (
     adamw_arguments,
     free_memory,
     host_copy,
+    in_chunks,
     parameter_groups,
     states_of,
 )
@@ -134,6 +135,8 @@ class DeepSpeedEngine(Engine):
     def _optimizer(self, model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         """The optimizer that `optimizer.name` and `memory.strategy` mean; asserted again after `prepare`."""
         groups, arguments = parameter_groups(model, config.optimizer.weight_decay), adamw_arguments(config.optimizer)
+        if self._stage < 3:
+            groups = in_chunks(groups)
         on_host = "offload_optimizer" in self.settings["zero_optimization"]
         if config.optimizer_name == "adamw_8bit" and on_host:
             master = "split" if self.settings["bf16"].get(SPLIT) else "fp32"
