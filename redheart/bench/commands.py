@@ -25,6 +25,7 @@ BENCHES = {
     "model": "Seconds and FLOPs of a training step, module by module.",
     "step": "Operations, parameter tensors and waits of a training step, counted.",
     "gpu": "Real steps of every strategy that fits a memory cap, beside the plan.",
+    "memory": "Peak memory of drawn configurations on the CPU, beside the plan.",
     "optimizer": "A step of the 8-bit Adam on the CPU, beside DeepSpeed's, torch's and bitsandbytes'.",
     "ablation": "What each module is worth: held-out metrics without it.",
     "parity": "Dev loss after the same steps with fp32 and with 8-bit optimizer states.",

@@ -158,7 +158,7 @@ def states(
     if not (t.offload and t.eight_bit and b == 2):
         master = "fp32"
     if t.stage == 3:
-        return _zero3(t, parameters, sum(parts), b, world_size, bucket, t.pinned and not on_cpu, master)
+        return _zero3(t, parameters, sum(parts), b, world_size, bucket, on_cpu, master)
     return _zero12(t, parameters, parts, b, world_size, accumulation, on_cpu, bucket, master)
 
 
@@ -243,24 +243,27 @@ def _plain(t: Traits, parameters: Parameters, accumulation: int) -> States:
 
 
 def _zero3(
-    t: Traits, parameters: Parameters, part: int, b: int, world_size: int, bucket: int, pinned: bool, master: str
+    t: Traits, parameters: Parameters, part: int, b: int, world_size: int, bucket: int, on_cpu: bool, master: str
 ) -> States:
-    m = MASTER_BYTES[master]
+    m, pinned = MASTER_BYTES[master], t.pinned and not on_cpu
     sizes = [n for group in parameters.groups for n in group]
     kept = sum(n for n in sizes if n < ZERO3_PERSISTENCE)
     # one rank has all of them where they lie (NoGatherHandle)
     gathered = min(parameters.total, max(ZERO3_MAX_LIVE, parameters.largest) + ZERO3_PREFETCH + kept) * (world_size > 1)
     sub_groups = [-(-n // world_size) for n in sub_group_sizes(parameters, world_size)]
+    if on_cpu and world_size > 1:  # gloo copies what it gathers
+        gathered += min(parameters.total, ZERO3_PREFETCH)
     gpu = {"weights": b * part, "gathered": b * gathered}
     gpu["buckets"] = 2 * b * min(bucket, parameters.total) + 4 * parameters.largest
     host: dict[str, int] = {}
     where = host if t.offload else gpu
-    where["master"] = 0 if b == 4 and not t.offload else m * part + (part if master == "split" else 0)
+    where["master"] = m * part + (part if master == "split" else 0)
     where["gradients"] = _pinned(b * part, pinned)
     if t.offload:
         where["gradients"] += sum(_pinned(m * n, pinned) for n in sub_groups)
     where["states"] = adam_bytes([part], t.eight_bit)
-    step = 0 if t.offload else 4 * max(sub_groups)  # a sub-group's fp32 gradient
+    # a sub-group's gradient, and the fp32 one it is cast to
+    step = 0 if t.offload else (4 + b * (b == 2)) * max(sub_groups)
     host_start = m * part + m * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
     return States(gpu, host, step, 2 * b * part, host_start, part, part)
 

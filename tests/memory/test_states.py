@@ -87,7 +87,12 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
         ("zero2", two, 0, start),
         ("zero2_offload", two + 2 * largest, 0, 2 * n + 2 * most * ranks),  # sums are fp32: nothing is cast
         ("zero2_offload_8bit", two + 2 * largest, 0, 2 * n + 2 * most * ranks),
-        ("zero3", 2 * 2 * bucket + 4 * largest, 4 * most, 4 * part),  # of the larger sub-group, the gradient in fp32
+        (
+            "zero3",
+            2 * 2 * bucket + 4 * largest,
+            (4 + 2) * most,
+            4 * part,
+        ),  # of the larger sub-group, the gradient, cast
         ("zero3_offload_8bit", 2 * 2 * bucket + 4 * largest, 0, 4 * part),
     ):
         s = found[strategy]
@@ -113,6 +118,10 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     on_cpu = states("zero2_offload", EVEN, ranks, bucket=bucket, on_cpu=True)
     assert (on_cpu.gpu_start, on_cpu.host_start) == (2 * n + 2 * most + 10 * part, 0)
     assert on_cpu.step == (2 * most * ranks if ranks > 1 else 0)
+    three = states("zero3", EVEN, ranks, "fp32", bucket=bucket)
+    assert (three.gpu["master"], three.step) == (4 * part, 4 * most)
+    gathers, copies_too = (states("zero3", EVEN, ranks, on_cpu=on_cpu).gpu["gathered"] for on_cpu in (False, True))
+    assert (gathers, copies_too) == ((0, 0) if ranks == 1 else (2 * n, 4 * n))
     if ranks == 1:
         assert (found["plain"].step, found["plain"].gpu_start, found["plain"].growing) == (0, 4 * n, 1)
 

@@ -1,0 +1,172 @@
+"""Does the memory plan hold? Configurations drawn by a seed, each planned and then run for two steps on this machine's CPU.
+
+redheart bench memory --configurations 112 --out FILE.json --json
+
+Width, depth, tokens, contrasts, micro-batch, accumulation, precision, recomputation, strategy and the number of ranks are drawn. Each
+configuration runs in processes of its own, forked from one that has imported all there is, so that a peak is its own. Compared is
+the peak of resident memory, all ranks together, with what `redheart plan --measure` predicts; `beyond` leaves out of both what the
+processes held before a network. `--again` predicts the cases of an earlier file anew, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import socket
+import statistics
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from redheart.config import load_config
+from redheart.console import console
+from redheart.evaluation.page import figure
+from redheart.files import read_json, write_json
+from redheart.memory.activations import measured
+from redheart.memory.plan import GIB, Request, parameters_of, predict
+from redheart.schema import RedHeartError
+
+STRATEGIES = ("plain", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit")
+# width and task width of networks from 25M parameters on, where freed memory goes back at once (memory/malloc.py)
+SIZES = ((128, 256), (192, 192), (192, 256), (256, 128), (256, 192), (256, 256), (320, 128), (320, 192), (384, 128))
+TIMEOUT_S = 900
+
+
+def draw(count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` jobs: {set, tokens, contrasts (share of the samples that have one), ranks}. The same for the same seed."""
+    rng = random.Random(seed)
+    jobs = []
+    for _ in range(count):
+        strategy = rng.choice(STRATEGIES)
+        ranks = 1 if strategy == "plain" else rng.choice((1, 1, 2))
+        width, task = rng.choice(SIZES)
+        micro, accumulation = rng.choice((1, 2, 3, 4, 6, 8)), rng.choice((1, 1, 2))
+        settings = {
+            "model.width": width, "model.heads": width // 64, "model.layers": rng.randint(1, 8), "model.task_width": task,
+            "model.task_heads": task // 32, "model.num_experts": rng.choice((1, 4, 8)), "model.dropout": rng.choice((0.0, 0.1)),
+            "model.activation_checkpointing": rng.random() < 0.4, "memory.strategy": strategy,
+            "training.precision": rng.choice(("fp32", "bf16")), "training.micro_batch_size": micro,
+            "training.global_batch_size": micro * accumulation * ranks,
+            "optimizer.name": rng.choice(("adamw", "adamw_8bit")) if strategy == "plain" else None,
+        }  # fmt: skip
+        listed = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        tokens, contrasts = rng.choice((8, 16, 24, 32, 48, 64)), rng.choice((0.0, 0.5, 1.0))
+        jobs.append({"set": listed, "tokens": tokens, "contrasts": contrasts, "ranks": ranks})
+    return jobs
+
+
+def bench_memory(
+    configurations: Annotated[int, typer.Option("--configurations", min=1, help="How many are drawn.")] = 112,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Write every case here, and a picture beside it.")] = None,
+    again: Annotated[Path | None, typer.Option("--again", help="Predict the cases of this file, and run none.")] = None,
+) -> dict[str, Any]:
+    """Predicted beside observed peaks of drawn configurations."""
+    jobs = read_json(again, "name a file of --out")["cases"] if again else draw(configurations, seed)
+    cases: list[dict[str, Any]] = []
+    for number, job in enumerate(jobs, 1):
+        observed = {name: job[name] for name in ("observed_gib", "base_gib")} if again else _observe(job)
+        given = {name: job[name] for name in ("set", "tokens", "contrasts", "ranks")}
+        cases.append(compared(given | observed, planned(job, observed["base_gib"])))
+        case = cases[-1]
+        told = f"{case['predicted_gib']:.3f} GiB of {case['observed_gib']:.3f} ({case['error']:+.1%})"
+        console.print(f"{number} of {len(jobs)}: {told}", highlight=False)
+    result = {"seed": seed, **summary(cases), "cases": cases}
+    if out:
+        write_json(out, result)
+        picture(cases, out.with_suffix(".png"))
+    return result
+
+
+def compared(case: dict[str, Any], predicted: float) -> dict[str, Any]:
+    observed, base = case["observed_gib"], case["base_gib"]
+    return {
+        **case,
+        "predicted_gib": predicted,
+        "error": predicted / observed - 1,
+        "error_beyond": (predicted - base) / (observed - base) - 1,
+    }
+
+
+def summary(cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the relative errors: the median of their sizes, the largest size, the deepest under-prediction; the same beyond the base."""
+    told: dict[str, Any] = {"configurations": len(cases)}
+    for name in ("error", "error_beyond"):
+        errors = [case[name] for case in cases]
+        sizes = [abs(e) for e in errors]
+        told[name] = {"median": statistics.median(sizes), "worst": max(sizes), "lowest": min(errors)}
+    return told
+
+
+def picture(cases: Sequence[dict[str, Any]], path: Path) -> None:
+    """Observed peaks and the relative error of what was predicted, by strategy."""
+    drawn = figure(7, 4.5)
+    axes = drawn.subplots()
+    for i, strategy in enumerate(STRATEGIES):
+        of_it = [c for c in cases if f'memory.strategy="{strategy}"' in c["set"]]
+        axes.scatter(
+            [c["observed_gib"] for c in of_it], [100 * c["error"] for c in of_it], s=14, c=f"C{i}", label=strategy
+        )
+    axes.axhline(0, color="grey", lw=0.8)
+    axes.set(xlabel="peak observed, GiB", ylabel="predicted beyond it, %")
+    axes.legend(fontsize=7)
+    drawn.savefig(path, dpi=120)
+
+
+def planned(job: dict[str, Any], base_gib: float) -> float:
+    """GiB at most, predicted, of all ranks that held `base_gib` together before a network."""
+    config, ranks = load_config("local", job["set"]), job["ranks"]
+    strategy, micro = config.memory.strategy, config.training.micro_batch_size
+    checkpointing, pairs = config.model.activation_checkpointing, round(job["contrasts"] * micro)
+    step = measured(config, micro, job["tokens"], checkpointing, strategy == "plain", pairs)
+    accumulation = config.training.global_batch_size // (micro * ranks)
+    request = Request(
+        config, strategy, micro, accumulation, checkpointing, step, parameters_of(config), on_cpu=True, gpus_per_node=ranks,
+        base=int(base_gib / ranks * GIB),
+    )  # fmt: skip
+    return predict(request).host_peak / GIB
+
+
+def _observe(job: dict[str, Any]) -> dict[str, float]:
+    """{observed_gib, base_gib} of two steps."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["redheart.bench.memory_server"])
+    forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ours, theirs = forked.Pipe(duplex=False)
+    processes = [forked.Process(target=_rank, args=(job, rank, port, theirs)) for rank in range(job["ranks"])]
+    for process in processes:
+        process.start()
+    theirs.close()
+    try:
+        told = ours.recv() if ours.poll(TIMEOUT_S) else None
+    except EOFError:
+        told = None
+    for process in processes:
+        process.join(60 if told else 0)
+        process.kill()
+    if told is None:
+        raise RedHeartError(f"bench memory: no answer within {TIMEOUT_S} s from {' '.join(job['set'])}")
+    return told
+
+
+def _rank(job: dict[str, Any], rank: int, port: int, pipe: Any) -> None:
+    from redheart.train.measure import measure_step
+
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        os.environ.pop(name, None)
+    if job["ranks"] > 1:
+        values = (rank, rank, job["ranks"], job["ranks"], "127.0.0.1", port)
+        os.environ.update(zip(names, map(str, values), strict=True))
+    found = measure_step(load_config("local", job["set"]), job["tokens"], contrasts=job["contrasts"])
+    if rank == 0:
+        pipe.send({"observed_gib": found["observed"]["host_peak_gib"], "base_gib": found["base_gib"]})

@@ -1,0 +1,35 @@
+"""The draw is the seed's, a case says how far a prediction lies off, and a small run is observed and predicted by the command's own way."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from redheart.bench import memory
+from redheart.config import load_config
+
+
+def test_the_draw_is_the_seeds_and_every_configuration_is_sound():
+    jobs = memory.draw(60, 3)
+    assert jobs == memory.draw(60, 3)
+    assert jobs[:20] == memory.draw(20, 3)
+    assert jobs != memory.draw(60, 4)
+    configs = [load_config("local", job["set"]) for job in jobs]
+    assert {c.memory.strategy for c in configs} == set(memory.STRATEGIES)
+    for job, config in zip(jobs, configs, strict=True):
+        assert config.training.global_batch_size % (config.training.micro_batch_size * job["ranks"]) == 0
+        assert config.memory.strategy != "plain" or job["ranks"] == 1
+
+
+def test_errors_are_those_of_the_whole_and_of_what_came_after_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = {"set": ['memory.strategy="plain"'], "tokens": 8, "contrasts": 1.0, "ranks": 1}
+    cases = [{**job, "observed_gib": observed, "base_gib": 1.0} for observed in (2.0, 4.0, 2.0)]
+    (tmp_path / "before.json").write_text(json.dumps({"cases": cases}))
+    predictions = iter((2.2, 3.0, 2.0))
+    monkeypatch.setattr(memory, "planned", lambda job, base: next(predictions))
+    told = memory.bench_memory(1, 0, tmp_path / "out.json", tmp_path / "before.json")
+    assert told["configurations"] == 3
+    assert told["error"] == pytest.approx({"median": 0.1, "worst": 0.25, "lowest": -0.25})
+    assert told["error_beyond"] == pytest.approx({"median": 0.2, "worst": 1 / 3, "lowest": -1 / 3})
+    assert json.loads((tmp_path / "out.json").read_text()) == told
+    assert (tmp_path / "out.png").stat().st_size > 1000
