@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from redheart.config import RunConfig, Strategy
+from redheart.config import RunConfig
 from redheart.console import console
 from redheart.device import has_gpu
 from redheart.memory.activations import MicroStep, measured
@@ -14,6 +14,7 @@ from redheart.memory.plan import GIB, Candidate, Request, fastest, parameters_of
 from redheart.memory.show import plan_table, show_memory
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
+from redheart.sections import Strategy
 
 MACHINERY = 118 * 2**20  # bytes of Accelerate and DeepSpeed, imported when an engine is made
 SMALL = 0.1  # of the memory that is free: a network whose states take less is not worth measuring

@@ -201,7 +201,9 @@ def _zero12(
         if accumulation > 1 and not sums_in_fp32 and master != "split":
             sizes = [_pinned(b * n, pinned) for group in parameters.groups for n in group]
             host["accumulation"] = -(-sum(sizes) // world_size)
-        if on_cpu:  # gloo gathers a group's weights beside them; old ones stay until the masters and their gradients are there
+        if (
+            on_cpu
+        ):  # gloo gathers a group's weights beside them; old ones stay until the masters and their gradients are there
             gathered = b * most * world_size * (world_size > 1)
             return States(gpu, host, gathered, weights + b * most + (2 * m + b) * part, 0, part, part * world_size)
         host["buckets"] = _pinned(b * parameters.largest, pinned)  # temp_grad_buffer_for_cpu_offload

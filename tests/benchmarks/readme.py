@@ -119,7 +119,12 @@ def planned() -> str:
         for name, one in read("plan-measured-cpu.json")["runs"].items()
         for predicted, observed in [(one["predicted"]["host_peak_gib"], one["observed"]["host_peak_gib"])]
     ]
-    return "## Host memory planned and taken, GiB\n\n" + table(("run", "predicted", "observed", "difference"), rows)
+    picture = "\n![errors of drawn configurations](results/plan-memory-cpu.png)\n"
+    return (
+        "## Host memory planned and taken, GiB\n\n"
+        + table(("run", "predicted", "observed", "difference"), rows)
+        + picture
+    )
 
 
 def card() -> str:

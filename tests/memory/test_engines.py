@@ -8,9 +8,10 @@ import torch
 
 from redheart.config import load_config
 from redheart.memory.ds_files import FILES, ds_settings
+from redheart.memory.states import chunked
 from redheart.model.build import build_model
 from redheart.tasks import task_weights
-from redheart.train.engine import make_engine, zero
+from redheart.train.engine import base, make_engine, zero
 from redheart.train.stages import compute, forward, open_window, update
 from tests.train.tiny import SETTINGS, make_batch
 
@@ -45,3 +46,26 @@ def test_a_file_starts_an_engine_that_steps(file: str, monkeypatch):
     engine.close()
     assert torch.distributed.is_initialized()
     assert os.environ["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.slow  # two engines
+def test_groups_that_are_cut_take_the_same_steps(monkeypatch):
+    """What large networks have: several groups of each kind, here of a small one."""
+    config = load_config("local", [*SETTINGS, "training.precision=fp32", "memory.strategy=zero2_offload"])
+    batch, factors, found = make_batch(range(8)), task_weights(config.loss), []
+    for most in (2**25, 20_000):
+        monkeypatch.setattr(base, "chunked", lambda sizes, most=most: chunked(sizes, most))
+        torch.manual_seed(0)
+        engine = make_engine(lambda place: build_model(config, None, place), config, 1, 8)
+        losses = []
+        for _ in range(3):
+            window = open_window([batch], False)
+            loss, _ = compute(forward(engine, batch), batch, window.counts, factors, 1, config.loss)
+            engine.backward(loss, True)
+            assert update(engine, 1e-3).applied
+            losses.append(float(loss))
+        found.append((losses, len(engine.optimizer_groups())))
+        engine.close()
+    (whole, few), (cut, many) = found
+    assert few == 2 < many
+    assert cut == pytest.approx(whole, rel=1e-5)
