@@ -210,8 +210,16 @@ class DeepSpeedEngine(Engine):
             raise RedHeartError(f"{directory} was not saved by DeepSpeed: resume with the memory.strategy it names")
         saved_ranks = num_ranks_of(directory / TAG)
         if saved_ranks == self.world_size:
-            with tensors_only():
-                self._accelerator.load_state(str(directory))
+            try:
+                with tensors_only():
+                    self._accelerator.load_state(str(directory))
+            except ValueError as error:
+                if "parameter groups" not in str(error):
+                    raise
+                raise RedHeartError(
+                    f"{directory} was made by an earlier version, whose optimizer held its parameters in other groups: go on with that "
+                    "version, or start from its weights with --init"
+                ) from None
         else:
             with universal_checkpoint(directory / TAG) as converted:
                 self._load_universal(converted)
