@@ -123,7 +123,8 @@ def check(words: list[str]) -> None:
         check_redheart(rest)
     elif program == "bash":
         if "--" in rest:
-            check_redheart(rest[rest.index("--") + 1 :])
+            after = rest[rest.index("--") + 1 :]
+            check(after) if rest[0].endswith("supervise.sh") else check_redheart(after)
             rest = rest[: rest.index("--")]
         arguments = [] if rest[0].endswith("run_tests.sh") else rest[1:]
         check_script(rest[0], arguments)
