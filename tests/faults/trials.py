@@ -87,7 +87,7 @@ class Server:
         assert self._process.stdout is not None
         self._process.stdin.write((json.dumps(request) + "\n").encode())
         self._process.stdin.flush()
-        deadline = time.monotonic() + seconds + 120  # the first one waits for the imports
+        deadline = time.monotonic() + seconds + 600  # the first one waits for the imports
         ready, _, _ = select.select([self._process.stdout], [], [], deadline - time.monotonic())
         assert ready, (self.folder / "server.err").read_text()[-3000:]
         line = self._process.stdout.readline()

@@ -50,7 +50,7 @@ def get_ready() -> None:
     with tempfile.TemporaryDirectory() as folder:  # what is imported late is there for every child
         home = str(Path(folder) / "world")
         make_world(home)
-        for work in (resume_training, export, grow, prepare):
+        for work in (resume_training, export):
             work(home)
     gc.collect()
     gc.freeze()

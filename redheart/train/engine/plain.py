@@ -130,3 +130,9 @@ def read_state(directory: Path, device: torch.device | str = "cpu", mmap: bool =
         return torch.load(directory / PLAIN_STATE, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise not_tensors(error) from None
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise RedHeartError(
+            f"{directory / PLAIN_STATE} is no whole file of torch's: choose another checkpoint"
+        ) from None
