@@ -71,9 +71,14 @@ def load_weights(directory: Path) -> Trained:
     if (directory / "config.json").is_file():
         verify_export(directory)
         config, progress = read_settings(directory)
+        read_json(directory / "config.json", AGAIN)  # Transformers names no file that nests too deep
         try:
             model = RedHeartModel.from_pretrained(directory)
-        except (OSError, ValueError) as error:  # no weights, or no JSON, in words of Transformers
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+        ) as error:  # no weights, or a dtype that torch lacks, in words of Transformers
             raise RedHeartError(f"{directory} is no whole export ({' '.join(str(error).split())}): {AGAIN}") from None
         model.set_mode(ExecutionMode.EVALUATION)
         return Trained(model, config, progress)
