@@ -89,7 +89,10 @@ def remove(path: Path) -> None:
 
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # torch's and safetensors' own errors of a write that the system refused; torch does not say why
-NO_ROOM_SAID = re.compile(rf"file write failed|unexpected pos|os error ({'|'.join(map(str, sorted(NO_ROOM)))})")
+NO_ROOM_SAID = re.compile(
+    rf"file write failed|unexpected pos|strerror: (?:{'|'.join(map(os.strerror, NO_ROOM))})"
+    rf"|os error ({'|'.join(map(str, sorted(NO_ROOM)))})"
+)
 
 
 def no_room(error: BaseException) -> str | None:

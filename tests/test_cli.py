@@ -71,7 +71,15 @@ def test_a_debugger_gets_the_traceback():
     assert "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize("error", [OSError(28, "x"), OSError(27, "x"), RuntimeError("file write failed at 3")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "x"),
+        OSError(27, "x"),
+        RuntimeError("open file failed with strerror: No space left on device"),
+        RuntimeError("file write failed at 3"),
+    ],
+)
 def test_a_write_that_finds_no_room_is_one_line_at_every_door(monkeypatch, capsys, error):
     def full(*_):
         raise error

@@ -6,6 +6,7 @@ all of those before an fsync with it; contents reach it at the fsync of their fi
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,25 @@ def read_journal(file: Path) -> list[Operation]:
         kind, path, other, offset, length = head.decode().split("\t")
         found.append(Operation(kind, path, other, int(offset), content[: int(length)]))
         content = content[int(length) :]
+    return with_unseen_renames(found)
+
+
+def with_unseen_renames(operations: list[Operation]) -> list[Operation]:
+    """safetensors' Rust renames its temporary file past the C library: seen when the file is synced under its other name."""
+    found: list[Operation] = []
+    made: set[str] = set()
+    for one in operations:
+        if one.kind == "s" and one.path not in made:
+            folder = one.path.rpartition("/")[0]
+            for name in sorted(n for n in made if re.fullmatch(re.escape(folder) + r"/\.tmp\w{6}", n)):
+                found.append(Operation("r", name, one.path, 0, b""))
+                made = (made - {name}) | {one.path}
+                break
+        if one.kind == "c":
+            made.add(one.path)
+        elif one.kind in "rl":
+            made.add(one.other)
+        found.append(one)
     return found
 
 

@@ -18,7 +18,7 @@ AGAIN = {
     "start_training": "train_again", "resume_training": "train_again", "export": "export_again", "grow": "grow_again",
     "prepare": "prepare_again", "calibrate": "calibrate_again",
 }  # fmt: skip
-LEAST = {"start_training": 80, "resume_training": 60, "export": 30, "grow": 60, "prepare": 60, "calibrate": 6}
+LEAST = {"start_training": 80, "resume_training": 60, "export": 30, "grow": 40, "prepare": 60, "calibrate": 6}
 
 
 def fresh(world: Path, home: Path, work: str) -> Path:

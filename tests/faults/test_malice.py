@@ -184,7 +184,7 @@ def test_an_index_of_weights_names_files_in_its_folder(server: Server, home: Pat
 @pytest.fixture(scope="module")
 def grown(server: Server, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = Path(shutil.copytree(world, tmp_path_factory.mktemp("grown") / "home"))
-    server.done("grow", {"home": str(home)})
+    server.done("grow", {"home": str(home), "moments": True})
     return home / "grown"
 
 

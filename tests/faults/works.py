@@ -109,8 +109,9 @@ def export(home: str) -> Any:
     return tree(Path(home) / "export"), names(Path(home))
 
 
-def grow(home: str) -> Any:
-    growing.grow(Path(home) / "run", settings(STEPS, *WIDER), Path(home) / "grown", moments=True)
+def grow(home: str, moments: bool = False) -> Any:
+    """Without moments: reading those of a plain checkpoint takes half a minute."""
+    growing.grow(Path(home) / "run", settings(STEPS, *WIDER), Path(home) / "grown", moments=moments)
     return tree(Path(home) / "grown"), names(Path(home))
 
 
