@@ -2,7 +2,7 @@
 # What a preset knows beside plain transformers: prepares the corpora that people labelled, trains and judges everything over several seeds.
 #   bash tests/benchmarks/quality.sh OUT [options of `redheart bench control`]
 #
-# REDHEART_DATA [default: ../shared/data beside this checkout] holds goemotions/, emobank/ and ethics/ as published. OUT gets data/ and
+# REDHEART_DATA [default: ../shared/data beside this checkout] holds goemotions/, emobank/, ethics/ and amazon_counterfactual/. OUT gets data/ and
 # control/, with the table as control/control-dev.json and .png: metrics with their spread over seeds, seconds, machine, versions.
 # A second call goes on where the first one stopped. --split test scores the test rows: once, when dev has chosen.
 # The whole of it takes hours; SAMPLES=30000 and, say, --steps 340 --batch 64 are a first look.
@@ -19,7 +19,7 @@ corpora=${REDHEART_DATA:-$root/../shared/data}
 bash "$root/launch/setup_env.sh"
 export PATH="$root/red_heart_env/bin:$PATH"
 sources=()
-for name in goemotions emobank ethics; do
+for name in goemotions emobank ethics amazon_counterfactual; do
   [ -d "$corpora/$name" ] || { echo "quality: $corpora/$name is not there: set REDHEART_DATA" >&2; exit 1; }
   sources+=(--source "$name=$corpora/$name")
 done
