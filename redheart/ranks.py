@@ -55,6 +55,9 @@ def leave() -> None:
         return
     import torch.distributed as dist
 
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()  # with the groups that DeepSpeed has made of it, which another run in this process would ask
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -84,15 +84,11 @@ def not_tensors(error: pickle.UnpicklingError) -> RedHeartError:
 
 def forget_machinery() -> None:
     """Ends the process group of this process and what Accelerate and DeepSpeed keep of it, so that another run may start here."""
+    leave()
     if "deepspeed" not in sys.modules:
-        leave()
         return
     import accelerate
-    import deepspeed
 
-    if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()  # and what DeepSpeed has made of it
-    leave()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 
