@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from redheart import plain_yaml
-from redheart.files import SEAL, read_text, seal, unseal, write_text
+from redheart.files import read_text, seal, unseal, write_text
 from redheart.schema import GOOD_LAYERS, PACKAGED, RedHeartError
 from redheart.sections import CheckpointConfig, GuardConfig, MemoryConfig, OptimizerConfig, Section, TrainingConfig
 
@@ -233,7 +233,6 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
         plain_yaml.check_size(path := Path(preset))
         text = read_text(path, f"give a YAML file, or one of {', '.join(preset_names())}")
         said = _yaml(unseal(text, path, SEALED), preset)
-        said = moved(said) if SEAL in text else said
         if "extends" in said:
             shipped = _shipped(said.pop("extends"), "")
     else:
@@ -270,12 +269,12 @@ def _over(under: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def parse_config(values: Any) -> RunConfig:
     """RunConfig from plain values; every wrong key or value is named with its dotted path."""
-    return parse_section(RunConfig, values)
+    return parse_section(RunConfig, moved(copy.deepcopy(values)) if isinstance(values, dict) else values)
 
 
 def read_config(path: Path, remedy: str) -> RunConfig:
     """The complete configuration that `redheart train` left in a YAML file; one that was changed since is an error."""
-    return parse_config(moved(_yaml(unseal(read_text(path, remedy, "YAML"), path, remedy), str(path))))
+    return parse_config(_yaml(unseal(read_text(path, remedy, "YAML"), path, remedy), str(path)))
 
 
 def parse_section(section: type[S], values: Any) -> S:
@@ -323,12 +322,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
             values[key] = float(text)
 
 
-# keys that have another name or place by now; a configuration that a run wrote is read with the new one
+# keys that have another name or place by now, and are read under the old one too
 MOVED = {"training.keep_checkpoints": "checkpoint.keep_last"}
 
 
 def moved(values: dict[str, Any]) -> dict[str, Any]:
-    """What a run of an earlier version wrote down, under the names of now."""
+    """What was written for an earlier version, under the names of now."""
     for old, new in MOVED.items():
         (section, key), (other, name) = old.split("."), new.split(".")
         if isinstance(found := values.get(section), dict) and key in found:
@@ -341,8 +340,6 @@ ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_
 
 def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
-    if path in MOVED:
-        return f"config key {path} is called {MOVED[path]} now"
     if error["type"] == "extra_forbidden":
         names, last = {name for key in config_keys() for name in key.split(".")}, str(error["loc"][-1])
         close = [ELSEWHERE[last]] if last in ELSEWHERE else difflib.get_close_matches(last, sorted(names), 1)

@@ -178,9 +178,12 @@ def test_a_key_is_known_by_the_names_that_others_give_it(key: str, meant: str):
         load_config("local", [f"{key}=1"])
 
 
-def test_a_key_that_has_moved_is_refused_by_its_new_name_and_read_from_what_a_run_wrote(tmp_path: Path):
-    with pytest.raises(RedHeartError, match=r"training\.keep_checkpoints is called checkpoint\.keep_last now"):
-        load_config("local", ["training.keep_checkpoints=5"])
+def test_a_key_that_has_moved_is_read_under_its_old_name_too(tmp_path: Path):
+    assert load_config("local", ["training.keep_checkpoints=5"]).checkpoint.keep_last == 5
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: local\ntraining: {keep_checkpoints: 7}\n")
+    assert load_config(str(mine)).checkpoint.keep_last == 7
+    assert load_config(str(mine), ["checkpoint.keep_best=2"]).checkpoint.keep_last == 7
     values = load_config("local", ["checkpoint.keep_last=5"]).model_dump(mode="json")
     values["training"]["keep_checkpoints"] = values["checkpoint"].pop("keep_last")
     written = tmp_path / "config.yaml"
