@@ -59,7 +59,7 @@ def bench_optimizer(
     ratio_to_deepspeed: our step, which writes the 16-bit weights, over DeepSpeed's with fp32 states, which does not; `_with_copy`
     counts DeepSpeed's cast too; `_checked` also counts our look for gradients that are not finite (the optimizer's default; a
     training run's own guard has looked already); ratio_to_deepspeed_bf16: over its kernel of bfloat16 weights and states.
-    share_of_stream: the time of a bare pass over our step's arrays over the step's.
+    share_of_bandwidth: the time of a bare pass over our step's arrays over the step's.
     """
     if master not in MASTERS:
         raise RedHeartError(f"--master {master}: choose split or fp32")
@@ -119,7 +119,7 @@ def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
         "bytes_per_param": moved,
         "gb_per_s": {name: size / per_param[name] for name, size in moved.items()},
         "stream_gb_per_s": BYTES[master] / per_param["stream"],
-        "share_of_stream": per_param["stream"] / per_param[OURS],
+        "share_of_bandwidth": {OURS: per_param["stream"] / per_param[OURS]},
         "relative_error_by_decade": relative_error_by_decade(),
         "bitsandbytes_params": few,
         "rounds": rounds,

@@ -30,6 +30,7 @@ def test_the_command_prints_every_figure(master: str, bytes_kept: int, bytes_mov
     assert result["ratio_to_deepspeed"] == ns["cpu_adamw_8bit"] / ns["deepspeed_cpu_adam"]
     assert result["ratio_to_bitsandbytes"] == ns["cpu_adamw_8bit"] / ns["bitsandbytes_cpu"]
     assert result["ratio_to_deepspeed_with_copy"] < result["ratio_to_deepspeed"]
+    assert result["share_of_bandwidth"].keys() == {"cpu_adamw_8bit"}
     assert result["ratio_to_deepspeed_bf16"] == ns["cpu_adamw_8bit"] / ns["deepspeed_cpu_adam_bf16"]
     assert result["bytes_per_param"]["deepspeed_cpu_adam"] == 28
     assert result["bytes_per_param"]["cpu_adamw_8bit"] == bytes_moved + 18 / 256
