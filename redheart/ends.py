@@ -15,6 +15,7 @@ A launcher has an exit code of its own: each process appends its code to the fil
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ def code_of(error: BaseException) -> int:
 @contextmanager
 def ending() -> Iterator[None]:
     """Around a command: an error that nobody foresaw shows its traceback; the exit code is told."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # so a shell without job control starts what stands before `&`: whoever interrupts this very process means it, from its start on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except SystemExit as end:
