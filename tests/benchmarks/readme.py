@@ -82,7 +82,7 @@ def control() -> str:
 
 
 def optimizers() -> str:
-    told = read("optimizer-zen3.json")
+    told = read("optimizer-avx512.json")
     rows = [
         (
             name,
