@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from redheart.config import RunConfig, moved, parse_config, read_config
+from redheart.config import RunConfig, parse_config, read_config
 from redheart.console import console, quiet_libraries
 from redheart.evaluation.calibration import Calibration, check_belongs
 from redheart.evaluation.calibration import read as read_calibration
@@ -98,7 +98,7 @@ def read_settings(directory: Path) -> tuple[RunConfig, Progress]:
     kept = read_json(path, AGAIN)
     if not isinstance(kept, dict) or kept.keys() != {"config", "progress"}:
         raise RedHeartError(f"{path} must hold config and progress: {AGAIN}")
-    return parse_config(moved(kept["config"])), parse_progress(kept["progress"], path)
+    return parse_config(kept["config"]), parse_progress(kept["progress"], path)
 
 
 def export(path: Path, out: Path) -> dict[str, Any]:

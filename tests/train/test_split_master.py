@@ -78,6 +78,9 @@ def test_masters_take_three_bytes_and_are_whole_on_the_disk(strategy: str, tmp_p
     before, weights = masters(engine), model_weights(engine)
     assert all(torch.equal(flat.detach(), w) for flat, w in zip(flats(engine), weights, strict=True))
     engine.save(tmp_path)
+    saved = {file.name: file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()}
+    assert not [name for name in saved if name.startswith("tmp")]
+    assert sum(saved.values()) == pytest.approx(engine.state_bytes(), rel=0.15)  # and headers
     steps(engine, range(3, 5))
     after = masters(engine)
     engine.close()

@@ -2,16 +2,19 @@
 
 DeepSpeed 0.19.8 keeps master weights and their gradients in bfloat16 where bf16.bf16_master_weights_and_grads asks for it, and
 then insists on its own CPU Adam, by type. What it calls fp32 partitions are the upper halves here. A checkpoint holds whole fp32
-weights, as with fp32 masters, so that every strategy, world size and reader takes it: they are joined into a mapped file on their
-way out, which the system may write back instead of holding, and split again on their way in, which brings back every bit.
+weights, as with fp32 masters, so that every strategy, world size and reader takes it: they are joined on their way out, in files
+without a name beside the checkpoint, mapped, which the system may write back instead of holding; and split again on their way in, which
+brings back every bit.
 tests/train/test_split_master.py pins the version.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +45,7 @@ class SplitMasters:
     def __init__(self, zero: Any, stage: int, optimizer: CPUAdamW8bit):
         self._zero, self._is_3, self._optimizer = zero, stage == 3, optimizer
         self._save, self._load = zero.state_dict, zero.load_state_dict
+        self.directory: Path | None = None  # where a checkpoint is being saved
         zero.state_dict, zero.load_state_dict = self.state_dict, self.load_state_dict
 
     @property
@@ -58,6 +62,11 @@ class SplitMasters:
         if self._is_3:
             return "fp32_flat_groups", "optimizer_state_dict"
         return "single_partition_of_fp32_groups", "base_optimizer_state"
+
+    @property
+    def more_bytes(self) -> int:
+        """By which the masters of a checkpoint are larger than what is here."""
+        return sum(flat.numel() for flat in self._flats)
 
     def state_dict(self) -> dict[str, Any]:
         content: dict[str, Any] = self._save()
@@ -99,6 +108,9 @@ class SplitMasters:
                 torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, rank), group=group)
 
     def _whole(self, flat: torch.Tensor) -> torch.Tensor:
-        with tempfile.NamedTemporaryFile(prefix="redheart-masters-") as file:  # gone with the tensor
+        with tempfile.NamedTemporaryFile(dir=self.directory) as file:  # gone with the tensor
+            os.posix_fallocate(
+                file.fileno(), 0, 4 * flat.numel()
+            )  # a disk that is full is an error here, and a crash in a mapping
             whole = torch.from_file(file.name, shared=True, size=flat.numel(), dtype=torch.float32)
         return self._optimizer.master_weights(flat, whole)

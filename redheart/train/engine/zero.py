@@ -191,6 +191,8 @@ class DeepSpeedEngine(Engine):
         return self._zero.param_groups
 
     def save(self, directory: Path) -> None:
+        if self._masters is not None:
+            self._masters.directory = directory
         self._accelerator.save_state(str(directory), safe_serialization=True)
 
     def stage(self, directory: Path) -> Callable[[], None]:
@@ -201,6 +203,9 @@ class DeepSpeedEngine(Engine):
         finally:
             self._engine.checkpoint_engine = writer
         return staged.write
+
+    def state_bytes(self) -> int:
+        return super().state_bytes() + (self._masters.more_bytes if self._masters else 0)
 
     def optimizer_states(self) -> Iterator[torch.Tensor]:
         return states_of(self._zero.optimizer)
