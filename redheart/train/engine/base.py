@@ -110,7 +110,10 @@ class Engine(ABC):
 
 def host_copy(state: Any) -> Any:
     """The same containers with every tensor copied to the host."""
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+    # a torch.Size would come back as a mere tuple
+    return tree_map_only(
+        torch.Tensor, lambda t: t.detach().to("cpu", copy=True), state, is_leaf=lambda x: isinstance(x, torch.Size)
+    )
 
 
 def states_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
