@@ -304,13 +304,13 @@ def predict(
     from redheart.infer import RedHeartPipeline, flat
     from redheart.reading import texts_of, write_answers
 
-    texts = texts_of(text or (), input_, column)
+    texts, rows = texts_of(text or (), input_, column)
     pipeline = RedHeartPipeline.from_pretrained(checkpoint, device=device, swap=swap or (), untrained=all_)
     answers = pipeline(texts)
     if swap:
         console.print(str(pipeline.swap.report()))
     if output:
-        write_answers(output, [{"text": t, **flat(a)} for t, a in zip(texts, answers, strict=True)])
+        write_answers(output, rows, [flat(a) for a in answers])
     elif not json_:
         for one, answer in zip(texts, answers, strict=True):
             show_answers(one, answer, brief)

@@ -179,7 +179,8 @@ def _output(given: dict[str, Any], command: str) -> None:
 
 
 def _input(given: dict[str, Any], command: str) -> None:
-    texts_of(given["text"] or (), Path(given["input_"]), given["column"])
+    with _unheard():
+        texts_of(given["text"] or (), Path(given["input_"]), given["column"])
 
 
 def directory_to_make(path: Path, option: str) -> None:

@@ -127,7 +127,12 @@ InputColumn = Annotated[
     str | None, typer.Option("--column", metavar="COLUMN", help="The column of its texts. [default: text]")
 ]
 OutputFile = Annotated[
-    Path | None, typer.Option("--output", metavar="FILE", help="Write the answers here: .csv or .jsonl, a row a text.")
+    Path | None,
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Write the answers here: .csv or .jsonl, a row a text, behind the columns of --input.",
+    ),
 ]
 GpuMemory = Annotated[
     str | None,

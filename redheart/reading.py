@@ -12,7 +12,7 @@ from typing import Any
 
 from redheart.console import console
 from redheart.data.sources import tabular
-from redheart.data.sources.records import InvalidRecord
+from redheart.data.sources.records import InvalidRecord, LeftOut
 from redheart.files import write_text
 from redheart.owned import check_can_make
 from redheart.schema import RedHeartError
@@ -30,8 +30,8 @@ def check_output(path: Path) -> None:
     check_can_make(path, "--output")
 
 
-def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> list[str]:
-    """`given` (`-` alone: each line of stdin that is not empty), or the texts of a table's column, one for each of its rows.
+def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> tuple[list[str], list[dict[str, Any]]]:
+    """The texts, and the row of each: `given` (`-` alone: each line of stdin that is not empty), or a table's column and whole rows.
 
     Raises RedHeartError where there is none, and for a row without a text.
     """
@@ -43,35 +43,59 @@ def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> lis
         texts = [line.strip() for line in sys.stdin if line.strip()] if list(given) == ["-"] else list(given)
         if not texts:
             raise RedHeartError("give a text, `-` to read one from each line of stdin, or a table with --input")
-        return texts
+        return texts, [{"text": text} for text in texts]
     if not file.is_file() or file.suffix.lower() not in tabular.SUFFIXES:
         raise RedHeartError(f"--input {file}: give a {', '.join(tabular.SUFFIXES)} file")
     column = column or "text"
-    names = tabular.header(file, "--input") if file.suffix.lower() in (".csv", ".tsv", ".parquet") else [column]
-    if column not in names:
-        raise RedHeartError(f"--input {file} has no column {column!r}: name one of {', '.join(names)} with --column")
-    texts = []
-    for place, row in tabular.read(file, "--input", {column: "text"}):
+    delimiter = tabular.delimiter_of(file, [column]) if file.suffix.lower() in (".csv", ".tsv") else ""
+    rows = []
+    for place, row in tabular.as_written(file, "--input", delimiter):
         if isinstance(row, InvalidRecord):
             raise row
-        if isinstance(row, dict):
-            if not isinstance(row.get("text"), str) or not row["text"].strip():
-                raise RedHeartError(f"{place}: column {column!r} has no text: leave the row out")
-            texts.append(row["text"])
-    if not texts:
+        if isinstance(row, LeftOut):
+            continue
+        if not isinstance(row, dict):
+            raise RedHeartError(f"{place} is no object with a field {column!r}: make it one")
+        if column not in row:
+            raise RedHeartError(f"{place}: there is no column {column!r}: name one of {', '.join(row)} with --column")
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise RedHeartError(f"{place}: column {column!r} has no text: leave the row out")
+        rows.append(row)
+    if not rows:
         raise RedHeartError(f"--input {file} has no row")
-    return texts
+    return [row[column] for row in rows], rows
 
 
-def write_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A row for each text, its columns those of `infer.flat`; in a CSV chosen names are parted by spaces."""
+def write_answers(path: Path, rows: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> None:
+    """Each row as it was given, and behind it its text's answers, those of `infer.flat`; in a CSV chosen names are parted by spaces.
+
+    Where a column of the rows has the name of an answer, such as a label's, all answers are named `predicted.…`, and that is said.
+    """
+    theirs, ours = _names(rows), _names(answers)
+    if same := [name for name in ours if name in theirs]:
+        ours = {name: f"predicted.{name}" for name in ours}
+        if taken := [name for name in ours.values() if name in theirs]:
+            raise RedHeartError(f"the table has columns {', '.join(same)} and {', '.join(taken)}: rename {taken[0]}")
+        console.print(f"the table has columns {', '.join(same)} itself: the answers are predicted.…", markup=False)
+    made = [{**row, **{ours[n]: v for n, v in answer.items()}} for row, answer in zip(rows, answers, strict=True)]
     if path.suffix.lower() == ".jsonl":
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), PRIVATE)
-        console.print(f"wrote {path}: {len(rows)} texts")
-        return
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: " ".join(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
-    write_text(path, out.getvalue(), PRIVATE)
-    console.print(f"wrote {path}: {len(rows)} texts")
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in made)
+    else:
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, [*theirs, *ours.values()], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _cell(value, name in theirs) for name, value in row.items()} for row in made)
+        text = out.getvalue()
+    write_text(path, text, PRIVATE)
+    console.print(f"wrote {path}: {len(rows)} texts", markup=False)
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of all rows, in the order in which they first come."""
+    return {name: name for row in rows for name in row}
+
+
+def _cell(value: Any, theirs: bool) -> Any:
+    if isinstance(value, list) and not theirs:
+        return " ".join(value)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value

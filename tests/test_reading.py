@@ -1,10 +1,13 @@
 """Where the texts of `predict` come from, and the table that its answers become."""
 
 import csv
+import datetime
 import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from redheart.infer import flat
@@ -14,19 +17,32 @@ from redheart.schema import RedHeartError
 ANSWER = {"emotion": {"joy": 0.5, "fear": 0.25}, "regret": 1.0, "emotion_chosen": ["joy", "fear"]}
 
 
-def test_texts_come_from_arguments_stdin_or_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert texts_of(["one", "two"], None, None) == ["one", "two"]
+def test_texts_come_from_arguments_stdin_or_a_column_with_the_rest_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert texts_of(["one", "two"], None, None) == (["one", "two"], [{"text": "one"}, {"text": "two"}])
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n  two  \n"))
-    assert texts_of(["-"], None, None) == ["one", "two"]
+    assert texts_of(["-"], None, None)[0] == ["one", "two"]
     table = tmp_path / "texts.csv"
     table.write_text('id,body;x\n1,"a, b"\n2,"two\nlines"\n')
-    assert texts_of([], table, "body;x") == ["a, b", "two\nlines"]
+    texts, rows = texts_of([], table, "body;x")
+    assert texts == ["a, b", "two\nlines"]
+    assert rows == [{"id": "1", "body;x": texts[0]}, {"id": "2", "body;x": texts[1]}]
     lines = tmp_path / "texts.jsonl"
-    lines.write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert texts_of([], lines, None) == ["one", "two"]
+    lines.write_text('{"n": 1, "text": "one"}\n{"text": "two", "tags": ["a"]}\n')
+    assert texts_of([], lines, None)[1] == [{"n": 1, "text": "one"}, {"text": "two", "tags": ["a"]}]
     semicolons = tmp_path / "semicolons.csv"
     semicolons.write_bytes("text;n\nä;1\n".encode("utf-8-sig"))
-    assert texts_of([], semicolons, None) == ["ä"]
+    assert texts_of([], semicolons, None) == (["ä"], [{"text": "ä", "n": "1"}])
+    tabs = tmp_path / "tabs.tsv"
+    tabs.write_text("n\ttext\n1\tone\n")
+    assert texts_of([], tabs, None)[1] == [{"n": "1", "text": "one"}]
+    day = datetime.date(2026, 1, 2)
+    pq.write_table(pa.table({"day": [day], "text": ["one"], "n": [None]}), tmp_path / "texts.parquet")
+    assert texts_of([], tmp_path / "texts.parquet", None)[1] == [{"day": day, "text": "one", "n": None}]
+    (tmp_path / "strings.json").write_text('["one"]')
+    with pytest.raises(RedHeartError, match="record 0 is no object with a field 'text'"):
+        texts_of([], tmp_path / "strings.json", None)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +54,37 @@ def test_what_does_not_go_together_is_said(given: list[str], file: str | None, c
         texts_of(given, Path(file) if file else None, column)
 
 
-def test_answers_become_a_row_each(tmp_path: Path):
-    rows = [{"text": t, **flat(ANSWER)} for t in ('say "no"', "two\nlines")]
-    write_answers(tmp_path / "a.csv", rows)
+ROWS = [
+    {"id": 7, "body": 'say "no"', "day": datetime.date(2026, 1, 2)},
+    {"id": 8, "body": "two\nlines", "tags": ["a b", "c"]},
+]
+
+
+def test_answers_stand_behind_the_columns_of_their_rows(tmp_path: Path):
+    answers = [flat(ANSWER)] * 2
+    write_answers(tmp_path / "a.csv", ROWS, answers)
     with (tmp_path / "a.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
-    assert [r["text"] for r in read] == ['say "no"', "two\nlines"]
-    assert (read[1]["emotion.fear"], read[1]["regret"], read[1]["emotion_chosen"]) == ("0.25", "1.0", "joy fear")
-    write_answers(tmp_path / "a.jsonl", rows)
-    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == rows
+        first, second = csv.DictReader(file)
+    assert list(first) == ["id", "body", "day", "tags", "emotion.joy", "emotion.fear", "regret", "emotion_chosen"]
+    assert list(first.values())[:4] == ["7", 'say "no"', "2026-01-02", ""]
+    assert (second["body"], second["tags"]) == ("two\nlines", '["a b", "c"]')
+    assert (second["emotion.fear"], second["regret"], second["emotion_chosen"]) == ("0.25", "1.0", "joy fear")
+    write_answers(tmp_path / "a.jsonl", ROWS, answers)
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [
+        {**ROWS[0], "day": "2026-01-02", **answers[0]},
+        {**ROWS[1], **answers[1]},
+    ]
+
+
+def test_a_column_that_has_the_name_of_an_answer_is_kept_and_the_answers_are_named_otherwise(tmp_path, capsys):
+    rows = [{"text": "one", "regret": "0.5"}]
+    write_answers(tmp_path / "a.jsonl", rows, [flat(ANSWER)])
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == {
+        **rows[0], **{f"predicted.{name}": value for name, value in flat(ANSWER).items()},
+    }  # fmt: skip
+    assert "has columns regret itself: the answers are predicted.…" in capsys.readouterr().err
+    again = [json.loads((tmp_path / "a.jsonl").read_text())]
+    with pytest.raises(
+        RedHeartError, match=r"columns regret and predicted\.emotion\.joy, .*rename predicted\.emotion\.joy"
+    ):
+        write_answers(tmp_path / "b.csv", again, [flat(ANSWER)])

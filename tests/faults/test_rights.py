@@ -34,7 +34,7 @@ def test_directories_of_runs_and_of_data_are_their_owner_s(tmp_path: Path):
 
 def test_answers_are_their_owner_s_and_an_export_follows_the_umask(tmp_path: Path):
     for suffix in ("csv", "jsonl"):
-        write_answers(tmp_path / f"answers.{suffix}", [{"text": "mine"}])
+        write_answers(tmp_path / f"answers.{suffix}", [{"text": "mine"}], [{"regret": 0.5}])
         assert rights(tmp_path / f"answers.{suffix}") == 0o600
     with committed_directory(tmp_path / "export") as made:
         write_text(made / "card", "x")

@@ -67,32 +67,27 @@ def target_of(text: str, where: str) -> Target:
 
 def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """Rows of a file of the kind that its suffix says; `columns` is the source's `data.columns`."""
-    suffix = path.suffix.lower()
     targets = {column: target_of(ours, f"data.columns.{name}") for column, ours in columns.items()}
-    if suffix in (".csv", ".tsv"):
-        texts = [column for column, ours in targets.items() if ours.field == "text"] or ["text", "content"]
-        delimiter = delimiter_of(path, texts)
-        for place, cells in all_lines(path, (), delimiter):
-            yield place, to_record(cells, targets, place, delimiter) if isinstance(cells, dict) else cells
-    elif suffix == ".parquet":
-        for place, row in _parquet(path):
-            yield place, row if isinstance(row, InvalidRecord) else to_record(row, targets, place)
-    elif suffix in SUFFIXES:
-        for place, raw in read_records(path, name):
-            yield place, to_record(raw, targets, place) if isinstance(raw, dict) else raw
-    else:
+    texts = [column for column, ours in targets.items() if ours.field == "text"] or ["text", "content"]
+    written = delimiter_of(path, texts) if path.suffix.lower() in (".csv", ".tsv") else ""
+    for place, raw in as_written(path, name, written):
+        yield place, to_record(raw, targets, place, written) if isinstance(raw, dict) else raw
+
+
+def as_written(path: Path, name: str, delimiter: str) -> Iterator[Row]:
+    """A file's rows under its own names; in a CSV, whose columns `delimiter` parts, every value is text."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise RedHeartError(f"source {name}: {path} is none of {', '.join(SUFFIXES)}: convert it to one of them")
+    if suffix in (".csv", ".tsv"):
+        return all_lines(path, (), delimiter)
+    return _parquet(path) if suffix == ".parquet" else read_records(path, name)
 
 
 def header(path: Path, name: str) -> list[str]:
     """The names of a table's columns, or of a first record's fields."""
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        found = next((row for _, row in all_lines(path, (), delimiter_of(path, ())) if isinstance(row, dict)), {})
-    elif suffix == ".parquet":
-        found = next((row for _, row in _parquet(path) if isinstance(row, dict)), {})
-    else:
-        found = next((row for _, row in read_records(path, name) if isinstance(row, dict)), {})
+    delimiter = delimiter_of(path, ()) if path.suffix.lower() in (".csv", ".tsv") else ""
+    found = next((row for _, row in as_written(path, name, delimiter) if isinstance(row, dict)), {})
     if not found:
         raise RedHeartError(f"{path} has no rows")
     return list(map(str, found))
