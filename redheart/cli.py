@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from redheart import options
 from redheart.asking import init
 from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
@@ -18,54 +19,6 @@ from redheart.device import settle_allocator
 from redheart.early import check
 from redheart.ends import code_of, ending
 from redheart.files import no_room
-from redheart.options import (  # fmt: skip
-    All,
-    Augment,
-    Brief,
-    Checkpoint,
-    ConfigFile,
-    Data,
-    Dedup,
-    Device,
-    DryRun,
-    ForcePreprocess,
-    GpuMemory,
-    GrowData,
-    GrowMoments,
-    GrowNoise,
-    GrowOut,
-    GrowTo,
-    HelpConfig,
-    Init,
-    InputColumn,
-    InputFile,
-    ItsData,
-    Json,
-    Labels,
-    Measure,
-    NetworkGbit,
-    OutputFile,
-    Preset,
-    Push,
-    ReportFile,
-    Resume,
-    RunData,
-    RunOut,
-    RunPreset,
-    Samples,
-    Set,
-    ShowConfig,
-    SkipInvalid,
-    Sources,
-    StepSeconds,
-    Swap,
-    Text,
-    Texts,
-    Threshold,
-    Version,
-    WarmUp,
-    WriteDsConfigs,
-)
 from redheart.ranks import leaving
 from redheart.schema import RedHeartError
 
@@ -81,7 +34,7 @@ app.command()(init)
 
 @app.callback()
 def _root(
-    version: Version = False,
+    version: options.Version = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="REDHEART_DEBUG")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
 ) -> None: ...
@@ -89,17 +42,17 @@ def _root(
 
 @app.command()
 def prepare(
-    source: Sources,
+    source: options.Sources,
     out: Annotated[Path, typer.Option("--out", help="Directory of the shards.")],
-    preset: Preset = "local",
-    set_: Set = None,
-    samples: Samples = None,
-    force_preprocess: ForcePreprocess = False,
-    skip_invalid: SkipInvalid = False,
-    dedup: Dedup = False,
-    augment: Augment = None,
-    push: Push = None,
-    json_: Json = False,
+    preset: options.Preset = "local",
+    set_: options.Set = None,
+    samples: options.Samples = None,
+    force_preprocess: options.ForcePreprocess = False,
+    skip_invalid: options.SkipInvalid = False,
+    dedup: options.Dedup = False,
+    augment: options.Augment = None,
+    push: options.Push = None,
+    json_: options.Json = False,
 ) -> None:
     """Turn raw records into shards: the LLM scores what is missing, the frozen encoder makes token features. Resumable."""
     from redheart.config import load_config
@@ -125,10 +78,10 @@ def prepare(
 
 @app.command()
 def dedup(
-    data: Data,
+    data: options.Data,
     out: Annotated[Path | None, typer.Option("--out", help="New directory for the data without what leaks.")] = None,
-    threshold: Threshold = None,
-    json_: Json = False,
+    threshold: options.Threshold = None,
+    json_: options.Json = False,
 ) -> None:
     """Count train rows that nearly repeat a dev or test row, and dev rows that repeat a test row; with --out, drop them."""
     from redheart.console import console
@@ -143,7 +96,7 @@ def dedup(
 
 
 @app.command()
-def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> None:
+def params(preset: options.Preset = "330m", set_: options.Set = None, json_: options.Json = False) -> None:
     """Count the parameters of every module, on the meta device."""
     import torch
 
@@ -163,19 +116,19 @@ def params(preset: Preset = "330m", set_: Set = None, json_: Json = False) -> No
 
 @app.command()
 def plan(
-    preset: Preset = "330m",
-    set_: Set = None,
-    gpu_memory: GpuMemory = None,
+    preset: options.Preset = "330m",
+    set_: options.Set = None,
+    gpu_memory: options.GpuMemory = None,
     host_memory: Annotated[str | None, typer.Option("--host-memory", help="For instance 16GiB, of a node.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 1,
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=512, help="Tokens of a sample.")] = 64,
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan a run on this machine's CPU instead of a GPU.")] = False,
-    measure: Measure = False,
-    network_gbit: NetworkGbit = None,
-    step_seconds: StepSeconds = None,
-    write_ds_configs: WriteDsConfigs = None,
-    json_: Json = False,
+    measure: options.Measure = False,
+    network_gbit: options.NetworkGbit = None,
+    step_seconds: options.StepSeconds = None,
+    write_ds_configs: options.WriteDsConfigs = None,
+    json_: options.Json = False,
 ) -> None:
     """Predict the memory and time of every strategy without running it, and choose the fastest that fits."""
     from redheart.config import load_config
@@ -207,20 +160,20 @@ def plan(
 
 @app.command()
 def train(
-    file: ConfigFile = None,
-    data: RunData = None,
-    text: Text = None,
-    label: Labels = None,
-    preset: RunPreset = None,
-    set_: Set = None,
-    out: RunOut = None,
-    resume: Resume = None,
-    init: Init = None,
+    file: options.ConfigFile = None,
+    data: options.RunData = None,
+    text: options.Text = None,
+    label: options.Labels = None,
+    preset: options.RunPreset = None,
+    set_: options.Set = None,
+    out: options.RunOut = None,
+    resume: options.Resume = None,
+    init: options.Init = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an old run in the run directory.")] = False,
-    no_param_update: DryRun = False,
-    help_config: HelpConfig = False,
-    show_config: ShowConfig = False,  # answered by early.check
-    json_: Json = False,
+    no_param_update: options.DryRun = False,
+    help_config: options.HelpConfig = False,
+    show_config: options.ShowConfig = False,  # answered by early.check
+    json_: options.Json = False,
 ) -> None:
     """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""
     from redheart.closing import close
@@ -243,15 +196,15 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Checkpoint,
-    data: ItsData = None,
+    checkpoint: options.Checkpoint,
+    data: options.ItsData = None,
     split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
-    report: ReportFile = None,
-    device: Device = "cpu",
-    swap: Swap = None,
-    all_: All = False,
-    brief: Brief = False,
-    json_: Json = False,
+    report: options.ReportFile = None,
+    device: options.Device = "cpu",
+    swap: options.Swap = None,
+    all_: options.All = False,
+    brief: options.Brief = False,
+    json_: options.Json = False,
 ) -> None:
     """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
     from redheart.console import console
@@ -265,7 +218,12 @@ def evaluate(
 
 
 @app.command()
-def calibrate(checkpoint: Checkpoint, data: ItsData = None, device: Device = "cpu", json_: Json = False) -> None:
+def calibrate(
+    checkpoint: options.Checkpoint,
+    data: options.ItsData = None,
+    device: options.Device = "cpu",
+    json_: options.Json = False,
+) -> None:
     """Fit probabilities and thresholds on dev, kept beside the weights; `train` does so at its end."""
     from redheart.console import console
     from redheart.train.calibrate import calibrate as run
@@ -288,16 +246,16 @@ def watch(
 
 @app.command()
 def predict(
-    checkpoint: Checkpoint,
-    text: Texts = None,
-    input_: InputFile = None,
-    column: InputColumn = None,
-    output: OutputFile = None,
-    device: Device = "cpu",
-    swap: Swap = None,
-    all_: All = False,
-    brief: Brief = False,
-    json_: Json = False,
+    checkpoint: options.Checkpoint,
+    text: options.Texts = None,
+    input_: options.InputFile = None,
+    column: options.InputColumn = None,
+    output: options.OutputFile = None,
+    device: options.Device = "cpu",
+    swap: options.Swap = None,
+    all_: options.All = False,
+    brief: options.Brief = False,
+    json_: options.Json = False,
 ) -> None:
     """Read texts and answer for each of them."""
     from redheart.console import console, show_answers
@@ -319,9 +277,9 @@ def predict(
 
 @app.command()
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     out: Annotated[Path, typer.Option("--out", help="New directory for the model.")],
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> None:
     """Write safetensors, config.json and a model card for `RedHeartModel.from_pretrained`."""
     from redheart.console import console
@@ -334,16 +292,16 @@ def export(
 
 @app.command()
 def grow(
-    checkpoint: Checkpoint,
-    to: GrowTo,
-    out: GrowOut,
-    set_: Set = None,
-    data: GrowData = None,
-    noise_snr_db: GrowNoise = 10.0,
+    checkpoint: options.Checkpoint,
+    to: options.GrowTo,
+    out: options.GrowOut,
+    set_: options.Set = None,
+    data: options.GrowData = None,
+    noise_snr_db: options.GrowNoise = 10.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of that noise.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Write only if all outputs agree on real rows.")] = False,
-    moments: GrowMoments = False,
-    json_: Json = False,
+    moments: options.GrowMoments = False,
+    json_: options.Json = False,
 ) -> None:
     """Make a wider or deeper network with the same function out of a trained one: 330m to 1b3, for instance."""
     from redheart.config import load_config
@@ -357,8 +315,8 @@ def grow(
 
 @app.command()
 def doctor(
-    warm_up: WarmUp = False,
-    json_: Json = False,
+    warm_up: options.WarmUp = False,
+    json_: options.Json = False,
 ) -> None:
     """Check this machine: Python, compiler, libraries, models, GPU, memory, disk. Exit code 1 if something is missing."""
     from redheart.console import console, table

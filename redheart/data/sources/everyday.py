@@ -2,7 +2,7 @@
 
 everyday.json: 360 texts by hand, of decisions, conflicts, promises and losses, many on jeong 정, han 한 and chemyeon 체면; 101 are
 pairs. Emotion, culture, regret, acceptability and preference are labelled; the hedonic values are left to the LLM.
-situations.json: 1,640 texts put together by the rules of corpus/situations.py, with the labels that follow from the rules.
+situations.json: 1,640 texts put together by the rules of tests/data/situations.py, with the labels that follow from the rules.
 """
 
 from __future__ import annotations

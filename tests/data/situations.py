@@ -1,6 +1,6 @@
-"""Writes situations.json: short everyday texts put together by rule from situations.yaml, with the labels that the rules give them.
+"""Writes situations.json of the shipped corpus: short texts put together by rule from situations.yaml, labelled by the same rules.
 
-    python redheart/data/corpus/situations.py
+    python -m tests.data.situations
 
 A text is a situation, what someone did in it (or what befell them), how that turned out and what was felt of it. Each of these
 choices moves the labels, so that they are known without anyone reading the text; they count as `author`. What a split is made
@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
-FOLDER = Path(__file__).parent
+from redheart.data.sources import everyday
+
+PARTS = Path(__file__).with_suffix(".yaml")
 ROWS = {"train": (820, 420), "dev": (132, 68), "test": (132, 68)}  # of acts, of what befalls someone
 EMOTIONS = ("joy", "sadness", "anger", "fear", "surprise", "disgust")
 NEGATIVE = ("sadness", "anger", "fear", "disgust")
@@ -90,7 +92,7 @@ class Teller:
 
 def records(split: str) -> list[dict[str, Any]]:
     """The records of a split, each text once."""
-    parts = yaml.safe_load((FOLDER / "situations.yaml").read_text(encoding="utf-8"))[split]
+    parts = yaml.safe_load(PARTS.read_text(encoding="utf-8"))[split]
     dice, seen, made = Dice(split), set[str](), list[dict[str, Any]]()
     for make, number in zip((_act, _event), ROWS[split], strict=True):
         wanted = len(made) + number
@@ -237,4 +239,4 @@ def content() -> str:
 
 
 if __name__ == "__main__":
-    (FOLDER / "situations.json").write_text(content(), encoding="utf-8")
+    (everyday.folder() / "situations.json").write_text(content(), encoding="utf-8")
