@@ -1,21 +1,23 @@
 """`redheart bench NAME`: the parameters of bench_NAME in bench/NAME.py are its options, what it returns is its JSON.
 
-A bench's file is imported when the bench is asked for: most of them import torch.
+A bench's file is imported when the bench runs: most of them import torch, which its options and its help do not wait for.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from redheart import options
 from redheart.console import console, emit, table
-from redheart.options import Json
 
 BENCHES = {
     "loader": "Samples per second into padded batches, beside `datasets` streaming.",
@@ -56,11 +58,11 @@ for _name, _help in BENCHES.items():
 
 def _command(name: str) -> Any:
     """bench_NAME with --json: shows what it returns, and ends with exit code 1 where that says that it is not `ok`."""
-    room = importlib.import_module(f"redheart.bench.{name}")
-    measure = getattr(room, f"bench_{name}")
+    signature, doc = signature_of(name)
 
-    def command(json_: bool, **options: Any) -> None:
-        result = measure(**options)
+    def command(json_: bool, **given: Any) -> None:
+        room = importlib.import_module(f"redheart.bench.{name}")
+        result = getattr(room, f"bench_{name}")(**given)
         if name in OWN_TABLES:
             room.show(result)
         else:
@@ -69,13 +71,29 @@ def _command(name: str) -> Any:
         if not result.get("ok", True):
             raise typer.Exit(1)
 
-    signature = inspect.signature(measure, eval_str=True)
-    json_option = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    json_option = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=options.Json)
     command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), json_option])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}  # type: ignore[attr-defined]
     single = typer.Typer(rich_markup_mode=None, add_completion=False)
-    single.command(name, help=inspect.getdoc(measure))(command)
+    single.command(name, help=doc)(command)
     return get_command(single)
+
+
+def signature_of(name: str) -> tuple[inspect.Signature, str]:
+    """Parameters and docstring of bench_NAME, from its source alone. They may name what typing and options.py have, and literals."""
+    body = ast.parse(Path(__file__).with_name(f"{name}.py").read_text("utf-8")).body
+    function = next(f for f in body if isinstance(f, ast.FunctionDef) and f.name == f"bench_{name}")
+    known = {**vars(options), "Annotated": Annotated, "Any": Any, "Path": Path, "typer": typer}
+    value = lambda node: eval(compile(ast.Expression(node), name, "eval"), known)  # noqa: E731
+    given = function.args
+    missing = [inspect.Parameter.empty] * (len(given.args) - len(given.defaults))
+    parameters = [
+        inspect.Parameter(
+            a.arg, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=value(a.annotation)
+        )
+        for a, default in zip(given.args, [*missing, *map(value, given.defaults)], strict=True)
+    ]
+    return inspect.Signature(parameters, return_annotation=value(function.returns)), ast.get_docstring(function) or ""
 
 
 def show(title: str, result: Mapping[str, Any]) -> None:
