@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from redheart.console import console, emit
 from redheart.files import verify_manifest
 from redheart.owned import check_can_make
+from redheart.ranks import launched_rank, launched_world_size
 from redheart.reading import check_output, texts_of
 from redheart.schema import RedHeartError
 
@@ -130,13 +131,14 @@ def _run(given: dict[str, Any]) -> None:
     preset, overrides, data = meant(
         given["file"], given["preset"], given["set_"] or (), given["data"], given["text"], given["label"] or ()
     )
-    if given["show_config"]:
-        values = origins(preset or "local", overrides)
-        if not given["json_"]:
-            print(shown(values))
-        emit({v.key: {"value": v.value, "origin": v.origin} for v in values}, given["json_"])
-        sys.exit(0)
     config = load_config(preset or "local", overrides)
+    if given["show_config"]:
+        values = origins(preset or "local", overrides) + _engine(config)
+        if launched_rank() == 0:
+            if not given["json_"]:
+                print(shown(values))
+            emit({v.key: {"value": v.value, "origin": v.origin} for v in values}, given["json_"])
+        sys.exit(0)
     check_answers(config, data)
     if data is None:
         table = Path(str(config.data.file))
@@ -145,6 +147,19 @@ def _run(given: dict[str, Any]) -> None:
                 gather([f"{SOURCE}={table}"], config.data, skip_invalid=False)
     elif "://" not in data:
         Store(data)
+
+
+def _engine(config: Any) -> list[Any]:
+    """What Accelerate and DeepSpeed make of it: the only look here that starts torch, and only where they would run."""
+    if config.memory.strategy == "plain":
+        return []
+    from redheart.train.engine.shown import engine_values
+    from redheart.train.stages import split_global_batch
+
+    training = config.training
+    sizes = split_global_batch(training.global_batch_size, training.micro_batch_size, launched_world_size())
+    with redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout, which is kept for results
+        return engine_values(config, *sizes)
 
 
 def _checkpoint(given: dict[str, Any], command: str) -> None:

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 START_S = 600  # how long processes wait for each other to start: nodes read and compile at their own pace
 OTHERS = {"ACCELERATE_USE_CPU": "--cpu", "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm"}
+# parameters below which ZeRO-3 does not look ahead for the next use of what it has gathered: DeepSpeed 0.19.8 walks through all
+# that is left of the pass at every module, for two minutes in the first steps of a small network, whose tensors stay gathered anyway
+SMALL = 10_000_000
 FILES = {"gpu_8bit": "zero2"}  # strategies that share the file of another
 
 
@@ -149,6 +152,26 @@ def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int
     if "offload_optimizer" in settings["zero_optimization"] and not has_gpu():
         settings["zero_optimization"]["offload_optimizer"]["pin_memory"] = False  # pinning serves copies to a GPU
     return settings
+
+
+def plugin_of(accelerate: Any, settings: dict[str, Any], accumulation: int, config: RunConfig) -> Any:
+    """What Accelerate makes of the settings: its `deepspeed_config` goes to DeepSpeed. Accelerate sets the precision when it starts."""
+    plugin = accelerate.utils.DeepSpeedPlugin(
+        hf_ds_config=settings, gradient_accumulation_steps=accumulation, zero3_init_flag=False
+    )
+    plugin.set_mixed_precision(mixed_precision(config))
+    return plugin
+
+
+def mixed_precision(config: RunConfig) -> str:
+    return "bf16" if config.training.precision == "bf16" else "no"
+
+
+def settle_reuse(settings: Sequence[dict[str, Any]], num_parameters: int) -> None:
+    """In a small network ZeRO-3 does not look ahead (SMALL)."""
+    for one in settings:
+        if one["zero_optimization"]["stage"] == 3 and num_parameters < SMALL:
+            one["zero_optimization"]["stage3_max_reuse_distance"] = 0
 
 
 def ds_config_path(strategy: str) -> Path:

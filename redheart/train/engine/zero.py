@@ -42,7 +42,10 @@ from redheart.train.engine.machinery import (
     check_accelerate,
     deepspeed_config,
     import_machinery,
+    mixed_precision,
+    plugin_of,
     settle_groups,
+    settle_reuse,
     tensors_only,
 )
 from redheart.train.engine.moments import Piece, Read, adopt, partitions
@@ -50,9 +53,6 @@ from redheart.train.engine.one_norm import OneNorm
 from redheart.train.engine.split_master import SplitMasters, taken_for_cpu_adam
 from redheart.train.engine.universal import num_ranks_of, universal_checkpoint, whole_moments, whole_weight
 
-# parameters below which ZeRO-3 does not look ahead for the next use of what it has gathered: DeepSpeed 0.19.8 walks through all
-# that is left of the pass at every module, for two minutes in the first steps of a small network, whose tensors stay gathered anyway
-SMALL = 10_000_000
 TAG = "pytorch_model"  # Accelerate's name for a DeepSpeed checkpoint
 
 
@@ -71,13 +71,11 @@ class DeepSpeedEngine(Engine):
         patience = timedelta(seconds=max(START_S, config.training.collective_timeout_s))
         backend = "nccl" if has_gpu() else "gloo"
         bf16 = config.training.precision == "bf16"
-        plugin = accelerate.utils.DeepSpeedPlugin(
-            hf_ds_config=settings, gradient_accumulation_steps=accumulation, zero3_init_flag=False
-        )
+        plugin = plugin_of(accelerate, settings, accumulation, config)
         self._accelerator = accelerate.Accelerator(
             deepspeed_plugin=plugin,
             gradient_accumulation_steps=accumulation,
-            mixed_precision="bf16" if bf16 else "no",
+            mixed_precision=mixed_precision(config),
             kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=backend, timeout=patience)],
         )
         self.device = self._accelerator.device
@@ -92,9 +90,7 @@ class DeepSpeedEngine(Engine):
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves empty ones
         if on_cpu:
             map_pieces(num_parameters)
-        if self._stage == 3 and num_parameters < SMALL:
-            for where in (settings, plugin.deepspeed_config):
-                where["zero_optimization"]["stage3_max_reuse_distance"] = 0
+        settle_reuse([settings, plugin.deepspeed_config], num_parameters)
         place_buffers(model, self.device)
         self._names = {id(p): n for n, p in model.named_parameters()}
         optimizer = self._optimizer(model, config)
