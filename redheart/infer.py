@@ -16,7 +16,7 @@ from redheart.data.readable import Reader
 from redheart.device import device_of
 from redheart.evaluation.calibration import Calibration, scores
 from redheart.evaluation.evaluate import predict_all
-from redheart.evaluation.trained import Entries, trained_entries
+from redheart.evaluation.trained import Entries, LabelCounts, counted, trained_entries, trained_names
 from redheart.memory.swap import place
 from redheart.model.redheart import RedHeartModel
 from redheart.model.select import MODULES, ExecutionMode
@@ -43,7 +43,7 @@ class RedHeartPipeline:
     `pipeline.swap.report()`). `modules`: ask these modules alone (model/select.py), for instance ["heads.emotion"]: what they
     do not need stays idle, and answers are their own instead of the fused ones. Answers that no label trained (`trained`, by
     label and entry: evaluation/trained.py; None: not known) are left out; with `untrained` they are there too, and their names
-    under the key `untrained`.
+    under the key `untrained`. `label_counts`, by label and entry, says how many training rows had a label; empty: nobody counted.
 
     `calibration` (evaluation/calibration.py) makes the answers of the whole network probabilities, and values without bias; a utility
     is then in log-odds: σ of a difference says how likely one text is preferred. Beside a multilabel answer NAME stands
@@ -60,6 +60,7 @@ class RedHeartPipeline:
         trained: Entries | None = None,
         untrained: bool = False,
         calibration: Calibration | None = None,
+        label_counts: LabelCounts | None = None,
     ):
         made_with = model.config.encoder
         if made_with is None or made_with["revision"] != encoder.fingerprint["revision"]:
@@ -67,6 +68,7 @@ class RedHeartPipeline:
                 f"this model was trained on features of {made_with}, the encoder here is {encoder.fingerprint}"
             )
         self.model, self.encoder, self.trained, self.untrained = model, encoder, trained, untrained
+        self.label_counts = label_counts or {}
         model.set_mode(ExecutionMode.INFERENCE, modules)
         self.reader = Reader(encoder.tokenizer)
         self.swap = place(model, device, swap)
@@ -100,10 +102,25 @@ class RedHeartPipeline:
                 f"{path} does not say which encoder it was trained with: export a run of `redheart train`"
             )
         config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
-        made = cls(model, TextEncoder(config, device), modules, device, swap, trained, untrained, calibration)
+        made = cls(
+            model,
+            TextEncoder(config, device),
+            modules,
+            device,
+            swap,
+            trained,
+            untrained,
+            calibration,
+            progress.label_counts,
+        )
         if calibration is not None and made.calibration is None:
             console.print("the calibration is that of the whole network: answers of these modules alone go without it")
         return made
+
+    def __repr__(self) -> str:
+        names = trained_names(self.trained) if self.trained is not None else list(LABELS)
+        taught = [n + (f" ({number} labels)" if (number := counted(self.label_counts, n)) else "") for n in names]
+        return f"RedHeartPipeline(encoder {self.encoder.config.name}; trained on {', '.join(taught)})"
 
     @overload
     def __call__(self, text: str) -> dict[str, Any]: ...  # type: ignore[overload-overlap]  # a string is an iterable of strings

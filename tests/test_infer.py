@@ -16,7 +16,7 @@ import redheart.train.start as start
 from redheart.config import LossConfig, load_config
 from redheart.data.pretrained import encoder_path
 from redheart.data.shards import INDEX, SplitsWriter
-from redheart.evaluation.trained import joined, label_weights, trained_entries, untrained_names
+from redheart.evaluation.trained import counted, joined, label_counts, label_weights, trained_entries, untrained_names
 from redheart.infer import RedHeartPipeline
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
@@ -110,6 +110,23 @@ def test_label_weights_are_the_sums_over_the_training_rows(data):
     assert joined(earlier, weights) == {**expected, "regret": [7.0], "emotion": [4.0] * 5 + [1.0, 4.0]}
 
 
+def test_labels_are_counted_whatever_they_weigh_and_however_often_a_row_is_shown(data, tmp_path):
+    expected = {name: [0] * label.size for name, label in LABELS.items()}
+    expected |= {"emotion": [8] * 5 + [0, 8], "regret_views": [0, 8, 8]}
+    assert label_counts(json.loads((data / INDEX).read_text())["splits"]["train"]) == expected
+    writer = SplitsWriter(tmp_path, WIDTH, TOKENS)
+    weighed = [row(n, "train", regret=0.5) | {"label_weight": {"regret": float(n > 0)}} for n in range(3)]
+    writer.write("train-00000.arrow", weighed, 5)  # an epoch shows each five times; one label weighs nothing
+    facts = writer.finish()["train"]
+    assert (label_counts(facts)["regret"], label_weights(facts["histograms"])["regret"]) == ([2], [10.0])
+    assert label_counts({}) == {}
+    assert (counted(expected, "emotion"), counted(expected, "emotion.joy"), counted({}, "emotion")) == (
+        "0 to 8",
+        "8",
+        "",
+    )
+
+
 def test_an_answer_is_trained_where_it_has_labels_and_its_loss_counts():
     weights = {name: [1.0] * label.size for name, label in LABELS.items()} | {
         "culture": [0.0, 2.0, 0.0],
@@ -152,11 +169,15 @@ def test_what_no_label_trained_is_left_out_unless_asked_for(model, trained, keys
 
 def test_a_run_says_what_it_learned_and_its_export_its_answers_and_its_report_follow(run, data, tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "TextEncoder", Encoder)
-    weights = label_weights(json.loads((data / INDEX).read_text())["splits"]["train"]["histograms"])
+    split = json.loads((data / INDEX).read_text())["splits"]["train"]
+    weights, counts = label_weights(split["histograms"]), label_counts(split)
     export(run, tmp_path / "model")
     for path in (run, tmp_path / "model"):
         assert load_model(path).progress.labels == weights
-        told = RedHeartPipeline.from_pretrained(path)("we laughed")
+        pipeline = RedHeartPipeline.from_pretrained(path)
+        assert pipeline.label_counts == counts
+        assert "emotion.joy (8 labels), " in repr(pipeline)
+        told = pipeline("we laughed")
         assert {k: list(v) for k, v in told.items()} == {
             "emotion": [e for e in EMOTIONS if e != "disgust"],
             "regret_views": ["neutral", "pessimistic"],
@@ -164,16 +185,19 @@ def test_a_run_says_what_it_learned_and_its_export_its_answers_and_its_report_fo
     card = (tmp_path / "model" / "README.md").read_text()
     said = [line.removeprefix("- ") for line in card.splitlines() if line.startswith("- ")]
     assert said[:8] == [
-        *(f"emotion.{e}" for e in EMOTIONS if e != "disgust"),
-        "regret_views.neutral",
-        "regret_views.pessimistic",
+        *(f"emotion.{e}: 8 labels" for e in EMOTIONS if e != "disgust"),
+        "regret_views.neutral: 8 labels",
+        "regret_views.pessimistic: 8 labels",
     ]
-    assert not {"regret", "culture", "emotion.disgust"} & set(said)
+    assert not {"regret", "culture", "emotion.disgust"} & {line.partition(":")[0] for line in said}
 
     report, _ = validate(run, None, "test", tmp_path / "report.md")
     assert {line.task for line in report.lines} == {"emotion"}
     assert {TASKS[name].label for name in report.to_json()["losses"]} == {"emotion"}
     assert "regret" in report.untrained
+    assert report.to_json()["label_counts"] == counts
+    losses = next(section for section in report.sections() if section.title == "What was learned")
+    assert [row[:2] for row in losses.rows] == [["emotion", "0 to 8"]]
     assert "emotion" not in report.untrained
     assert "No label trained these answers" in (tmp_path / "report.md").read_text()
     everything, _ = validate(run, None, "test", tmp_path / "report.md", untrained=True)
@@ -184,19 +208,20 @@ def test_a_run_says_what_it_learned_and_its_export_its_answers_and_its_report_fo
 
 def test_what_a_run_started_from_had_learned_counts(run, data, tmp_path, monkeypatch):
     config = load_config("local", [*SMALL, *TRAINING, *ENCODER, "memory.strategy=plain", "training.max_steps=1"])
-    weights, fitting = load_model(run).progress.labels, start.fitting
+    learned, fitting = load_model(run).progress, start.fitting
 
-    def after(labels: dict):
+    def after(labels: dict, counts: dict):
         def found(*arguments):
             stored = fitting(*arguments)
-            return stored._replace(progress=replace(stored.progress, labels=labels))
+            return stored._replace(progress=replace(stored.progress, labels=labels, label_counts=counts))
 
         return found
 
-    more = {**weights, "regret": [9.0]}
-    for number, (earlier, expected) in enumerate(((more, more), ({}, {}))):
-        monkeypatch.setattr(start, "fitting", after(earlier))
-        assert train(config, data, tmp_path / str(number), init=run).state.labels == expected
+    more, counts = {**learned.labels, "regret": [9.0]}, {**learned.label_counts, "regret": [30]}
+    for number, earlier in enumerate(((more, counts), (more, {}), ({}, {}))):
+        monkeypatch.setattr(start, "fitting", after(*earlier))
+        state = train(config, data, tmp_path / str(number), init=run).state
+        assert (state.labels, state.label_counts) == earlier
 
 
 def test_an_older_checkpoint_that_does_not_say_gives_everything_and_says_so(run, tmp_path, monkeypatch, capsys):

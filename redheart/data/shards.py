@@ -57,6 +57,7 @@ class _Split(BaseModel):
     rows: int = Field(ge=0)
     shards: list[_Entry]
     histograms: dict[str, list[list[tuple[int, float]]]] = {}
+    label_counts: dict[str, list[int]] = {}  # earlier versions did not count
 
 
 class _Encoder(BaseModel):
@@ -180,7 +181,7 @@ class SplitsWriter:
     def finish(self) -> dict[str, Any]:
         for split in self._splits.values():
             opened = ((open_shard(self._out / e["file"], self._width), e["repeat"]) for e in split["shards"])
-            split["histograms"] = label_histograms((s.values, s.weights * repeat) for s, repeat in opened)
+            split |= label_facts((s.values, s.weights * repeat) for s, repeat in opened)
         return self._splits
 
 
@@ -262,24 +263,28 @@ BINS = 101
 Histograms = dict[str, list[list[tuple[int, float]]]]  # by label and entry: (step, summed weight) where there is any
 
 
-def label_histograms(shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> Histograms:
-    """Per label and entry, the summed weight of labels in 101 equal steps of the label's range; from (values, weights) of rows.
+def label_facts(shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """What an index says of a split's labels, from (values, weights) of its rows, by label and entry:
 
-    Enough to set the scale of every loss at the start of a run without reading the data.
+    `histograms`, the summed weight in 101 equal steps of the label's range (Histograms), enough to set the scale of every loss at
+    the start of a run without reading the data; and `label_counts`, the rows with a label that weighs anything.
     """
     sums = {name: np.zeros((label.size, BINS)) for name, label in LABELS.items()}
+    counts = {name: np.zeros(label.size, int) for name, label in LABELS.items()}
     for values, weights in shards:
         for column, (name, label) in enumerate(LABELS.items()):
             steps = (values[:, LABEL_COLUMNS[name]] - label.low) / (label.high - label.low) * (BINS - 1)
             for entry in range(label.size):
                 known = ~np.isnan(steps[:, entry])
+                counts[name][entry] += (weights[known, column] > 0).sum()
                 place = steps[known, entry].round().astype(int)
                 sums[name][entry] += np.bincount(place, weights[known, column], minlength=BINS)
-    return {
+    histograms = {
         name: [[(int(step), round(float(row[step]), 4)) for step in np.flatnonzero(row)] for row in total]
         for name, total in sums.items()
         if total.any()
     }
+    return {"histograms": histograms, "label_counts": {name: counts[name].tolist() for name in histograms}}
 
 
 def histogram_arrays(histograms: Histograms) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from redheart.evaluation.page import Picture, Section, to_html, to_markdown
 from redheart.evaluation.reliability import BINNED, Reliability
 from redheart.evaluation.reliability import COLUMNS as RELIABILITY_COLUMNS
 from redheart.evaluation.reliability import picture as draw_reliability
+from redheart.evaluation.trained import LabelCounts, counted
 from redheart.evaluation.verdict import Verdict, judge
 from redheart.files import write_text
 from redheart.model.redheart import RedHeartModel
@@ -33,7 +34,13 @@ from redheart.schema import JUDGED_ORIGINS
 from redheart.tasks import TASKS
 
 COLUMNS = ("answer", "labels by", "texts", "metric", "Red Heart", "linear", "look-up", "constant")
-LOSS_COLUMNS = ("loss on the fixed dev rows", "before training", "checkpoint judged", "constant predictor")
+LOSS_COLUMNS = (
+    "loss on the fixed dev rows",
+    "training labels",
+    "before training",
+    "checkpoint judged",
+    "constant predictor",
+)
 CAUSE_COLUMNS = ("kind", "what tells", "bits")
 TUNED_ON = {False: "dev", True: "the other half of dev"}
 ARROW = {"mae": "↓", "tuned_f1": "↑", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
@@ -131,6 +138,7 @@ class Report:
     wrong: list[Example]  # the largest errors
     confusion: tuple[tuple[str, ...], np.ndarray] | None  # of emotions: entries, and texts [true, said] (confusion)
     untrained: list[str] | None = None  # answers, or answers' entries, that no label trained; None: not known
+    label_counts: LabelCounts = field(default_factory=dict)  # what trained the others
 
     def without_untrained(self) -> Report:
         """The same without the lines, losses and causes of answers that no label trained; they stay named."""
@@ -165,7 +173,8 @@ class Report:
         losses = {n: {"before": b, "after": a, "constant": c} for n, b, a, c in self.dev_losses}
         return {
             "split": self.split, "checkpoint": self.facts["checkpoint"], "thresholds_chosen_on": TUNED_ON[self.split == "dev"],
-            "untrained": self.untrained, "rows": result.rows, "total_loss": result.total, "losses": result.losses,
+            "untrained": self.untrained, "label_counts": self.label_counts,
+            "rows": result.rows, "total_loss": result.total, "losses": result.losses,
             "dev_losses": losses, "lines": [asdict(x) for x in self.lines],
             "verdict": self.verdict.to_json(), "intervals": [one.to_json() for one in self.measured],
             "calibration": {
@@ -210,7 +219,8 @@ class Report:
         )
 
     def _losses(self) -> Section:
-        rows = [[name, *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]
+        number = lambda name: counted(self.label_counts, TASKS[name].label) or "not counted"  # noqa: E731
+        rows = [[name, number(name), *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]
         return Section("What was learned", (), LOSS_COLUMNS, rows)
 
     def _lines(self) -> Section:

@@ -7,13 +7,16 @@ unless it is asked for, and marked there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from redheart.config import LossConfig
 from redheart.data.shards import Histograms
 from redheart.schema import LABELS
 from redheart.tasks import TASKS, task_weights
 
+Number = TypeVar("Number", int, float)
 LabelWeights = dict[str, list[float]]  # by label: the summed weight of each entry's labels in the training data
+LabelCounts = dict[str, list[int]]  # by label: the training rows with a label of each entry; empty where nobody counted
 Entries = dict[str, tuple[bool, ...]]  # by label: which of its entries were trained
 
 
@@ -27,8 +30,15 @@ def label_weights(histograms: Histograms) -> LabelWeights:
     }
 
 
-def joined(earlier: LabelWeights, now: LabelWeights) -> LabelWeights:
-    """Of training that went on with other data: the larger weight of each entry. What an entry once learned it has learned."""
+def label_counts(split: Mapping[str, LabelCounts]) -> LabelCounts:
+    """From the index of a training split; empty where an earlier version wrote it."""
+    if "label_counts" not in split:
+        return {}
+    return {name: split["label_counts"].get(name, [0] * label.size) for name, label in LABELS.items()}
+
+
+def joined(earlier: Mapping[str, list[Number]], now: Mapping[str, list[Number]]) -> dict[str, list[Number]]:
+    """Of training that went on with other data: the larger number of each entry. What an entry once learned it has learned."""
     return {
         name: [max(pair) for pair in zip(earlier.get(name, entries), entries, strict=True)]
         for name, entries in now.items()
@@ -50,6 +60,15 @@ def untrained_names(trained: Mapping[str, Sequence[bool]]) -> list[str]:
 def trained_names(trained: Mapping[str, Sequence[bool]]) -> list[str]:
     """The others: `regret` where every entry was trained, `culture.han` where another was not."""
     return _names(trained)
+
+
+def counted(counts: LabelCounts, name: str) -> str:
+    """How many labels taught what is shown as `name`: `20`, or `13 to 40` where entries differ; empty where nobody counted."""
+    label, _, entry = name.partition(".")
+    numbers = counts.get(label, [])
+    if entry and numbers:
+        numbers = [numbers[LABELS[label].names.index(entry)]]
+    return " to ".join(f"{n:,}" for n in sorted({min(numbers), max(numbers)})) if numbers else ""
 
 
 def _names(chosen: Mapping[str, Sequence[bool]]) -> list[str]:

@@ -74,8 +74,8 @@ class Progress:
     data: str = ""  # the data directory it was trained on
     encoder: dict[str, Any] = field(default_factory=dict)  # fingerprint of the features it was trained on
     sources: dict[str, Any] = field(default_factory=dict)  # where the training data came from, with licences
-    # what it learned from: evaluation/trained.py; empty where an earlier version did not say
-    labels: dict[str, list[float]] = field(default_factory=dict)
+    labels: dict[str, list[float]] = field(default_factory=dict)  # their weights: evaluation/trained.py; {}: not known
+    label_counts: dict[str, list[int]] = field(default_factory=dict)
     initial_dev_loss: float | None = None
     initial_dev_losses: dict[str, float] = field(default_factory=dict)  # per task, before the first step
     dev_losses: dict[str, float] = field(default_factory=dict)  # per task, at the last evaluation

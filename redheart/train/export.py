@@ -12,7 +12,7 @@ from redheart.console import console, quiet_libraries
 from redheart.evaluation.calibration import Calibration, check_belongs
 from redheart.evaluation.calibration import read as read_calibration
 from redheart.evaluation.calibration import write as write_calibration
-from redheart.evaluation.trained import trained_entries, trained_names
+from redheart.evaluation.trained import counted, trained_entries, trained_names
 from redheart.files import committed_directory, read_json, write_text
 from redheart.model.build import model_config
 from redheart.model.loading import refuse_other_tensors, shapes_of, verify_export
@@ -132,7 +132,10 @@ def _card(model: RedHeartModel, config: RunConfig, progress: Progress) -> str:
     encoder = model.config.encoder or {}
     answers = "- not known: an earlier version trained it"
     if progress.labels:
-        answers = "\n".join(f"- {name}" for name in trained_names(trained_entries(progress.labels, config.loss)))
+        names = {
+            n: counted(progress.label_counts, n) for n in trained_names(trained_entries(progress.labels, config.loss))
+        }
+        answers = "\n".join(f"- {name}" + (f": {count} labels" if count else "") for name, count in names.items())
     return f"""---
 library_name: redheart
 tags: [emotion, ethics, regret, multi-task]

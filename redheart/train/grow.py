@@ -86,7 +86,7 @@ def grow(
     config = target.model_copy(update={"data": source.config.data, "loss": source.config.loss})
     progress = Progress(
         scales=source.progress.scales, data=source.progress.data, encoder=source.progress.encoder, sources=source.progress.sources,
-        labels=source.progress.labels,
+        labels=source.progress.labels, label_counts=source.progress.label_counts,
     )  # fmt: skip
     difference = loss_before = loss_after = None
     with committed_directory(out) as temporary:

@@ -13,7 +13,7 @@ from redheart.data.encode import check_encoder
 from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
 from redheart.device import bf16_is_fast, compute_device
-from redheart.evaluation.trained import joined, label_weights
+from redheart.evaluation.trained import joined, label_counts, label_weights
 from redheart.files import write_json
 from redheart.memory.compare import planned_and_taken, show_taken
 from redheart.memory.refuse import check_memory
@@ -158,11 +158,13 @@ def _train(
     if launched_rank() == 0:
         planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
 
-    weights = label_weights(streams[0].index["splits"]["train"]["histograms"])
-    state.labels = joined(state.labels, weights)
-    if init:
-        earlier = fitting(model_config(config, state.encoder), init).progress.labels
-        state.labels = joined(earlier, weights) if earlier else {}  # what it learned before is not known
+    split = streams[0].index["splits"]["train"]
+    weights, counts = label_weights(split["histograms"]), label_counts(split)
+    state.labels, state.label_counts = joined(state.labels, weights), joined(state.label_counts, counts)
+    if init:  # where it is not known what it learned before, nothing is known
+        earlier = fitting(model_config(config, state.encoder), init).progress
+        state.labels = joined(earlier.labels, weights) if earlier.labels else {}
+        state.label_counts = joined(earlier.label_counts, counts) if earlier.label_counts else {}
     if init and overwrite and init.resolve().is_relative_to(run.resolve()):
         raise RedHeartError(f"--overwrite would remove {init}, which --init reads: name another --out")
     claim.take(bool(source), overwrite, config.training.log_samples)

@@ -87,7 +87,21 @@ def validate(
     confused = confusion("emotion", learned["emotion"]) if "emotion" in learned else None
     wrong = worst(learned, held_out)
     report = Report(
-        title, facts, split, result, lines, sure, verdict, losses, causes, reliable, fitted_on, wrong, confused, silent
+        title,
+        facts,
+        split,
+        result,
+        lines,
+        sure,
+        verdict,
+        losses,
+        causes,
+        reliable,
+        fitted_on,
+        wrong,
+        confused,
+        silent,
+        progress.label_counts,
     )
     if not untrained:
         report = report.without_untrained()

@@ -11,7 +11,7 @@ import torch
 from redheart.bench.control import _Bench, _config, bench_control
 from redheart.bench.plain import PlainTransformer, num_parameters, train_control, width_of_size
 from redheart.cli import main
-from redheart.data.shards import label_histograms, open_shard, write_shard
+from redheart.data.shards import label_facts, open_shard, write_shard
 from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import answers, thresholds
 from redheart.evaluation.evaluate import evaluate, forward
@@ -67,8 +67,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for k in range(2)
         ]
         opened = [open_shard(out / entry["file"], E) for entry in shards]
-        histograms = label_histograms((s.values, s.weights) for s in opened)
-        splits[split] = {"rows": count, "shards": shards, "histograms": histograms}
+        splits[split] = {"rows": count, "shards": shards, **label_facts((s.values, s.weights) for s in opened)}
     encoder = {"name": "package:minilm", "layers": [4, 6], "max_tokens": 64, "width": E}
     write_index(out, splits, encoder, levels={"regret": [1 / 3, 2 / 3]}, chunk=8)
     return out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from redheart.data.shards import FORMAT_VERSION, INDEX, label_histograms, open_shard, write_shard
+from redheart.data.shards import FORMAT_VERSION, INDEX, label_facts, open_shard, write_shard
 from redheart.data.stream import SampleStream
 from redheart.files import write_sealed_json
 from redheart.schema import LABELS
@@ -37,7 +37,7 @@ def write_directory(directory: Path, sizes: list[int], repeats: list[int] | None
         shards.append(write_shard(directory / f"train-{k:05d}.arrow", part, WIDTH, MAX_TOKENS, repeat))
         start += size
     opened = [open_shard(directory / s["file"], WIDTH) for s in shards]
-    split = {"rows": len(rows), "shards": shards, "histograms": label_histograms((s.values, s.weights) for s in opened)}
+    split = {"rows": len(rows), "shards": shards, **label_facts((s.values, s.weights) for s in opened)}
     write_index(directory, {"train": split}, {"name": "random", "width": WIDTH}, **settings)
     return rows
 

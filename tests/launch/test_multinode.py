@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from redheart.data.shards import label_histograms, open_shard, write_shard
+from redheart.data.shards import label_facts, open_shard, write_shard
 from redheart.files import read_pointer
 from redheart.train.checkpoint import committed
 from tests.data.shard_data import MAX_TOKENS, WIDTH, make_row, write_index
@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         splits[split] = {
             "rows": size,
             "shards": [shard],
-            "histograms": label_histograms([(opened.values, opened.weights)]),
+            **label_facts([(opened.values, opened.weights)]),
         }
     encoder = {"name": "random", "revision": "", "layers": [0], "width": WIDTH, "max_tokens": MAX_TOKENS}
     write_index(directory, splits, encoder, levels={"regret": [0.3, 0.6]})
