@@ -65,6 +65,12 @@ def init(
     minutes = minutes or _minutes(_ask("How many minutes may training take", "--minutes", "10"))
     language = language or _ask("Language of the texts (en, ko, de …)", "--language", "en")
     encoder = {} if language == "en" else {"encoder": {**MULTILINGUAL, "languages": [language]}}
+    if encoder:
+        console.print(
+            f"the default encoder reads English alone: for {language!r} it is {MULTILINGUAL['name']}, which reads many languages and "
+            "is downloaded when training starts (data.encoder)",
+            markup=False,
+        )
     values = {"file": data, "columns": {SOURCE: {text: "text", **columns}}, **encoder}
     gathered = gather([f"{SOURCE}={data}"], parse_section(DataConfig, values), False)
     write_text(out, _written(values, gathered, memory, minutes, out.stem))

@@ -1,7 +1,10 @@
 """A table of one's own: one command from texts to answers, settings that are asked for, and mistakes that are named with their remedy."""
 
 import json
+import os
+import pty
 import random
+import select
 import shlex
 import signal
 import subprocess
@@ -161,6 +164,71 @@ def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatc
     assert told.training.epochs == options.training.epochs
     with pytest.raises(RedHeartError, match="exists already"):
         init(*given, "none", 1, "en", Path("a.yaml"))
+
+
+def answered(directory: Path, answers: dict[str, str], *arguments: str) -> str:
+    """`redheart init` on a pseudo-terminal: each question (its first words) gets its answer as it is asked; what the terminal shows."""
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "redheart", "init", *arguments]
+    process = subprocess.Popen(command, cwd=directory, env=environment(), stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    shown, left = b"", list(answers.items())
+    while True:
+        ready, _, _ = select.select([ours], [], [], 120)
+        assert ready, shown.decode()
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the other side was closed
+            break
+        shown += part
+        question = shown.decode(errors="replace").rpartition("\n")[2]
+        if left and question.startswith(left[0][0]) and question.endswith(": "):
+            os.write(ours, left.pop(0)[1].encode() + b"\n")
+    os.close(ours)
+    assert process.wait(60) == 0, shown.decode()
+    assert not left, shown.decode()
+    return shown.decode()
+
+
+FIVE = {
+    "Your texts (": "texts.csv",
+    "Which column holds the texts [body]": "",  # what is usual
+    "Which columns are answers": "sorry=regret happy=emotion.joy",
+    "Memory of your GPU": "none",
+    "How many minutes": "1",
+    "Language of the texts": "en",
+}
+
+
+def test_init_asks_on_a_terminal_and_says_which_encoder_reads_another_language(tmp_path):
+    table(tmp_path / "texts.csv")
+    shown = answered(tmp_path, FIVE)
+    assert "its columns: body, sorry, happy" in shown
+    assert "redheart train redheart.yaml --out runs/redheart" in shown
+    assert "the default encoder reads English" not in shown
+    config = load_config(str(tmp_path / "redheart.yaml"))
+    assert config.data == load_config("local", own_columns("texts.csv")).data
+    korean = answered(tmp_path, {**FIVE, "Language of the texts": "ko"}, "--out", "ko.yaml")
+    assert "for 'ko' it is intfloat/multilingual-e5-small" in " ".join(korean.split())
+    encoder = load_config(str(tmp_path / "ko.yaml")).data.encoder
+    assert (encoder.name, encoder.languages) == ("intfloat/multilingual-e5-small", ("ko",))
+
+
+def own_columns(file: str) -> list[str]:
+    columns = {"own": {"body": "text", "sorry": "regret", "happy": "emotion.joy"}}
+    return [f"data.file={file}", f"data.columns={json.dumps(columns)}"]
+
+
+@pytest.mark.slow
+def test_what_init_wrote_on_a_terminal_trains(tmp_path):
+    table(tmp_path / "texts.csv")
+    told = answered(tmp_path, FIVE)
+    line = told[told.index("redheart train ") :].split()[:5]
+    command = [sys.executable, "-m", *line, *TINY, "--set", "training.max_steps=3"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "at step 3 of 3" in done.stderr
+    assert Store(tmp_path / "runs" / "redheart" / "data").index["splits"]["train"]["rows"] == 20
 
 
 MISTAKES = [
