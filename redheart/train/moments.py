@@ -30,6 +30,7 @@ from redheart.train.stored import Stored
 INDEX = "moments.json"
 AGAIN = "grow the network again"
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
+RESIDENT = 2**27  # bytes read of a mapped state before it is mapped anew: what was read stays in memory as long as the mapping
 
 
 class Moments(NamedTuple):
@@ -102,22 +103,24 @@ def _carried(directory: Path) -> Moments:
 
 def _of_plain(stored: Stored) -> Moments:
     def states() -> dict[int, Any]:
-        """Mapped anew: what was read is resident no longer than what is read of it."""
         return read_state(stored.directory, mmap=True)["optimizer"]["state"]
 
-    kept = states()
-    if not kept:
+    mapped, resident = states(), 0
+    if not mapped:
         raise _none_yet(stored)
     with torch.device("meta"):
         model = RedHeartModel(stored.sizes)
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in parameter_groups(model, 0.0) for p in group["params"]]  # as torch numbers them
     numbers, shapes = {name: i for i, name in enumerate(order)}, dict(model.named_parameters())
-    step = max(int(state["step"]) for state in kept.values())
-    del kept
+    step = max(int(state["step"]) for state in mapped.values())
 
     def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        state, shape = states().get(numbers[name]), shapes[name].shape
+        nonlocal mapped, resident
+        if resident > RESIDENT:
+            mapped, resident = states(), 0
+        state, shape = mapped.get(numbers[name]), shapes[name].shape
+        resident += 8 * shape.numel()
         if state is None:  # a parameter that has had no gradient yet
             return torch.zeros(shape), torch.zeros(shape)
         m, v = expand_states(state) if STATES[0] in state else (state[FIRST], state[SECOND])
