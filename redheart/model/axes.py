@@ -67,13 +67,7 @@ def reading(size: int) -> Axis:
 def decays(name: str, dimensions: int) -> bool:
     """Whether AdamW's weight decay is for a parameter: weights and queries, of stacked parts too; no vectors, biases and norms."""
     own, *module = reversed(name.split("."))
-    return not (
-        dimensions < 2
-        or own.endswith("bias")
-        or own == "vectors"
-        or "norm" in own
-        or any("norm" in part for part in module[:1])
-    )
+    return not (dimensions < 2 or own.endswith("bias") or "norm" in own or any("norm" in part for part in module[:1]))
 
 
 def axes_of(model: nn.Module) -> Iterator[tuple[str, tuple[Axis, ...]]]:

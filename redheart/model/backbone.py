@@ -20,13 +20,13 @@ from redheart.model.layers import (
     Masks,
     Norm,
     Residual,
+    added,
     attend,
     attend_tokens,
     drawn,
     faint,
-    keyless,
     stacked_linear,
-)  # fmt: skip
+)
 from redheart.model.stacks import Recomputed
 from redheart.schema import TASKS4
 
@@ -54,29 +54,24 @@ class EncoderStack(Recomputed):
         self.heads, n = heads, width
         self.norms = nn.Parameter(torch.stack([torch.ones(int(n)), torch.zeros(int(n))]).repeat(layers, 2, 1, 1))
         self.attention_weight = drawn(layers, 3, n, n, fan_in=n)  # query, value, key
-        self.attention_bias = drawn(layers, 2, n, fan_in=n)  # query, value
-        self.out_weight, self.out_bias = drawn(layers, n, n, fan_in=n), drawn(layers, n, fan_in=n)
+        self.out_weight = drawn(layers, n, n, fan_in=n)
         self.up_weight, self.up_bias = drawn(layers, 4 * n, n, fan_in=n), drawn(layers, 4 * n, fan_in=n)
-        self.down_weight, self.down_bias = drawn(layers, n, 4 * n, fan_in=4 * n), drawn(layers, n, fan_in=4 * n)
-        faint(self.out_weight, self.out_bias, self.down_weight, self.down_bias)
+        self.down_weight = drawn(layers, n, 4 * n, fan_in=4 * n)
+        faint(self.out_weight, self.down_weight)
         self.axes = {
             "norms": (DEPTH, FIXED, FIXED, COPY),
             "attention_weight": (DEPTH, FIXED, COPY, READ),
-            "attention_bias": (DEPTH, FIXED, COPY),
             "up_weight": (DEPTH, COPY, READ),
             "up_bias": (DEPTH, COPY),
             **dict.fromkeys(("out_weight", "down_weight"), (ADDS, COPY, READ)),
-            **dict.fromkeys(("out_bias", "down_bias"), (ADDS, COPY)),
         }
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None, states: list[torch.Tensor] | None = None
     ) -> torch.Tensor:
         """`states`, where given, is appended what leaves each layer."""
-        parameters = (
-            self.attention_weight.flatten(1, 2), keyless(self.attention_bias), self.out_weight, self.out_bias,
-            self.up_weight, self.up_bias, self.down_weight, self.down_bias,
-        )  # fmt: skip
+        attention_weight = self.attention_weight.flatten(1, 2)
+        parameters = attention_weight, self.out_weight, self.up_weight, self.up_bias, self.down_weight
         norms = self.norms.flatten(0, 2).unbind()  # a weight and a bias for both blocks of a layer
         layer = self.runs(encoder_layer)
         for i, weights in enumerate(zip(*map(self.apart, parameters), strict=True)):
@@ -88,13 +83,11 @@ class EncoderStack(Recomputed):
 
 def encoder_layer(x: torch.Tensor, bias: torch.Tensor | None, heads: int, *weights: torch.Tensor) -> torch.Tensor:
     """One layer of an EncoderStack."""
-    (a, b, c, d), weights = weights[:4], weights[4:]
-    attention_weight, attention_bias, out_weight, out_bias, up_weight, up_bias, down_weight, down_bias = weights
+    a, b, c, d, attention_weight, out_weight, up_weight, up_bias, down_weight = weights
     shape = x.shape[-1:]
-    projected = F.linear(F.layer_norm(x, shape, a, b), attention_weight, attention_bias)
-    x = x + F.linear(attend(projected, heads, bias), out_weight, out_bias)
+    x = added(x, attend(F.linear(F.layer_norm(x, shape, a, b), attention_weight), heads, bias), out_weight)
     hidden = F.gelu(F.linear(F.layer_norm(x, shape, c, d), up_weight, up_bias))
-    return x + F.linear(hidden, down_weight, down_bias)
+    return added(x, hidden, down_weight)
 
 
 class TaskPooling(nn.Module):
@@ -145,7 +138,7 @@ class Backbone(nn.Module):
         self.input_norm = Norm(encoder_width)
         self.input = Linear(encoder_width, width)
         self.refine = Linear(width, width)
-        faint(self.refine)  # at first the features pass nearly as they are
+        faint(self.refine.weight, self.refine.bias)  # at first the features pass nearly as they are
         self.token_norm = Norm(width)
         self.register_buffer("positions", POSITION_SCALE * sinusoids(MAX_POSITIONS, int(width)), persistent=True)
         self.axes = {"positions": (FIXED, COPY)}
@@ -153,7 +146,6 @@ class Backbone(nn.Module):
         self.norm = Norm(width)
         self.pooling = TaskPooling(width, task_width, task_heads)
         self.specialise = Residual(task_width, task_width, dropout=dropout, count=len(TASKS4))
-        self.cross_norm = Norm(task_width)
         self.cross = Attention(task_width, task_heads)
         self.output_norm = Norm(task_width)
 
@@ -170,4 +162,4 @@ class Backbone(nn.Module):
             states.append(x)
         tokens = self.norm(self.layers(x, bias, states))
         tasks = self.specialise(self.pooling(tokens, bias), masks)
-        return tokens, self.output_norm(tasks + self.cross(self.cross_norm(tasks)))
+        return tokens, self.output_norm(self.cross(tasks))

@@ -43,13 +43,12 @@ def query(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*map(int, shape)) * 0.02)
 
 
-def faint(*layers: nn.Module | torch.Tensor) -> None:
-    """The last layer of a residual branch, or a tensor of it, starts at a tenth of what is drawn: at first a block passes on what
+def faint(*weights: torch.Tensor) -> None:
+    """The last weights of a residual branch start at a tenth of what is drawn: at first a block passes on what
     it reads, so that the first answers are read from the text and not from many random layers (De and Smith 2020, "Batch
     normalization biases residual blocks towards the identity function"; a tenth and not zero, so that every layer learns at once)."""
-    for layer in layers:
-        for tensor in layer.parameters() if isinstance(layer, nn.Module) else (layer,):
-            tensor.detach().mul_(0.1)
+    for weight in weights:
+        weight.detach().mul_(0.1)
 
 
 class Linear(nn.Linear):
@@ -59,6 +58,17 @@ class Linear(nn.Linear):
         super().__init__(int(inputs), int(outputs), bias)
         makes = makes or making(outputs)
         self.axes = {"weight": (makes, reading(inputs)), "bias": (makes,)}
+
+    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """`onto`: what a layer without bias is added to."""
+        return super().forward(x) if onto is None else added(onto, x, self.weight)
+
+
+def added(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x + y Wᵀ in one product, [..., n]: what a residual branch, whose last layer has no bias, adds to the stream."""
+    if torch.is_autocast_enabled(x.device.type):  # which would round the stream, too
+        return x + F.linear(y, weight)
+    return torch.addmm(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), weight.mT).view(x.shape)
 
 
 class StackedLinear(nn.Module):
@@ -70,8 +80,9 @@ class StackedLinear(nn.Module):
         self.bias = drawn(count, outputs, fan_in=inputs) if bias else None
         self.axes = {"weight": (FIXED, making(outputs), reading(inputs)), "bias": (FIXED, making(outputs))}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return stacked_linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        y = stacked_linear(x, self.weight, self.bias)
+        return y if onto is None else onto + y
 
 
 def stacked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -154,10 +165,11 @@ class MLP(nn.Module):
         self.linears = nn.ModuleList(StackedLinear(count, *s) if count else Linear(*s) for s in sizes)
         self.dropouts = nn.ModuleList(SampleDropout(b, dropout, count or 1) for _, b in hidden)
 
-    def forward(self, x: torch.Tensor, masks: Masks) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, masks: Masks, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """`onto`: what it is added to, where the last layer has no bias."""
         for linear, dropout in zip(self.linears[:-1], self.dropouts, strict=True):
             x = dropout(F.gelu(linear(x)), masks)
-        return self.linears[-1](x)
+        return self.linears[-1](x, onto)
 
 
 class Residual(nn.Module):
@@ -166,11 +178,11 @@ class Residual(nn.Module):
     def __init__(self, width: int, *hidden: int, dropout: float, count: int = 0):
         super().__init__()
         self.norm = StackedNorm(count, width) if count else Norm(width)
-        self.mlp = MLP(width, *hidden, width, dropout=dropout, count=count)
-        faint(self.mlp.linears[-1])
+        self.mlp = MLP(width, *hidden, width, dropout=dropout, last_bias=False, count=count)
+        faint(self.mlp.linears[-1].get_parameter("weight"))
 
     def forward(self, x: torch.Tensor, masks: Masks) -> torch.Tensor:
-        return x + self.mlp(self.norm(x), masks)
+        return self.mlp(self.norm(x), masks, x)
 
 
 class ResidualChain(nn.Module):
@@ -180,26 +192,21 @@ class ResidualChain(nn.Module):
         super().__init__()
         self.norms = nn.Parameter(torch.stack([torch.ones(int(width)), torch.zeros(int(width))]).repeat(count, 1, 1))
         self.up_weight, self.up_bias = drawn(count, hidden, width, fan_in=width), drawn(count, hidden, fan_in=width)
-        self.down_weight, self.down_bias = (
-            drawn(count, width, hidden, fan_in=hidden),
-            drawn(count, width, fan_in=hidden),
-        )
-        faint(self.down_weight, self.down_bias)
+        self.down_weight = drawn(count, width, hidden, fan_in=hidden)
+        faint(self.down_weight)
         self.dropout = SampleDropout(hidden, dropout, count)
         self.axes = {
             "norms": (FIXED, FIXED, COPY),
             **dict.fromkeys(("up_weight", "down_weight"), (FIXED, COPY, READ)),
-            **dict.fromkeys(("up_bias", "down_bias"), (FIXED, COPY)),
+            "up_bias": (FIXED, COPY),
         }
 
     def forward(self, x: torch.Tensor, masks: Masks) -> list[torch.Tensor]:
         norms, states = self.norms.flatten(0, 1).unbind(), []
-        layers = zip(
-            *(p.unbind() for p in (self.up_weight, self.up_bias, self.down_weight, self.down_bias)), strict=True
-        )
-        for i, (up, up_bias, down, down_bias) in enumerate(layers):
+        layers = zip(self.up_weight.unbind(), self.up_bias.unbind(), self.down_weight.unbind(), strict=True)
+        for i, (up, up_bias, down) in enumerate(layers):
             hidden = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norms[2 * i], norms[2 * i + 1]), up, up_bias))
-            x = x + F.linear(self.dropout.at(i, hidden, masks), down, down_bias)
+            x = added(x, self.dropout.at(i, hidden, masks), down)
             states.append(x)
         return states
 
@@ -227,29 +234,24 @@ def attend(projected: torch.Tensor, heads: int, bias: torch.Tensor | None = None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
-def keyless(bias: torch.Tensor) -> torch.Tensor:
-    """Biases of query and value [..., 2, n] -> of query, value and key [..., 3·n], none for the key.
-
-    A constant added to every key leaves the softmax unchanged, so its bias would never get a gradient.
-    """
-    return F.pad(bias.flatten(-2), (0, bias.shape[-1]))
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention of [B, T, n] -> [B, T, n]; `bias` as of `attention_bias`."""
+    """x + multi-head self-attention of LayerNorm(x): [B, T, n] -> [B, T, n].
+
+    Attention has no biases, here and below: the norm's bias before it gives the query one; a constant added to every key leaves the
+    softmax as it is; what a value's would add, to every token alike, the stream has from elsewhere.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.norm = Norm(width)
         self.weight = drawn(3, width, width, fan_in=width)  # query, value, key
-        self.bias = drawn(2, width, fan_in=width)  # query, value
-        self.out = Linear(width, width)
-        faint(self.out)
-        self.axes = {"weight": (FIXED, COPY, READ), "bias": (FIXED, COPY)}
+        self.out_weight = drawn(width, width, fan_in=width)
+        faint(self.out_weight)
+        self.axes = {"weight": (FIXED, COPY, READ), "out_weight": (COPY, READ)}
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        projected = F.linear(x, self.weight.flatten(0, 1), keyless(self.bias))
-        return self.out(attend(projected, self.heads, bias))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return added(x, attend(F.linear(self.norm(x), self.weight.flatten(0, 1)), self.heads), self.out_weight)
 
 
 class BranchAttention(nn.Module):
@@ -260,19 +262,18 @@ class BranchAttention(nn.Module):
         self.heads = heads
         self.norm = Norm(width)
         self.weight = drawn(3, width, width, fan_in=width)  # query, value, key
-        self.bias = drawn(2, width, fan_in=width)  # query, value
-        self.out = Linear(width, width)
-        faint(self.out)
+        self.out_weight = drawn(width, width, fan_in=width)
+        faint(self.out_weight)
         self.mlp = Residual(width, hidden, dropout=dropout)
-        self.axes = {"weight": (FIXED, COPY, READ), "bias": (FIXED, COPY)}
+        self.axes = {"weight": (FIXED, COPY, READ), "out_weight": (COPY, READ)}
 
     def forward(self, feature: torch.Tensor, branches: torch.Tensor, masks: Masks) -> torch.Tensor:
-        (of_query, of_branches), (query_bias, value_bias) = self.weight.split([1, 2]), self.bias.unbind()
-        q = F.linear(feature, of_query[0], query_bias).unflatten(-1, (1, self.heads, -1)).transpose(1, 2)
-        read = F.linear(self.norm(branches), of_branches.flatten(0, 1), F.pad(value_bias, (0, len(value_bias))))
+        of_query, of_branches = self.weight.split([1, 2])
+        q = F.linear(feature, of_query[0]).unflatten(-1, (1, self.heads, -1)).transpose(1, 2)
+        read = F.linear(self.norm(branches), of_branches.flatten(0, 1))
         v, k = read.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
-        return self.mlp(feature + self.out(attended), masks)
+        return self.mlp(added(feature, attended, self.out_weight), masks)
 
 
 def attend_tokens(
@@ -297,20 +298,16 @@ class QueryStack(Recomputed):
     def __init__(self, layers: int, width: Width, heads: int, dropout: float, sides: int = 1):
         super().__init__()
         self.heads, self.sides, n = heads, sides, width
-        # of each layer: weight and bias of three norms; biases of reading's query, value and out, of exchange's out, of the MLP
-        norms = torch.stack([torch.ones(int(n)), torch.zeros(int(n))]).repeat(layers, 3, 1)
-        biases = [drawn(layers, 4, n, fan_in=n), drawn(layers, 1, n, fan_in=4 * n)]
-        self.vectors = nn.Parameter(torch.cat([norms, *(x.detach() for x in biases)], 1))
+        self.norms = nn.Parameter(torch.stack([torch.ones(int(n)), torch.zeros(int(n))]).repeat(layers, 3, 1, 1))
         self.square_weight = drawn(layers, 5, n, n, fan_in=n)  # reading's query, key, value, out; exchange's out
         self.exchange_weight = drawn(layers, 3, n, n, fan_in=n)  # query, value, key
-        self.exchange_bias = drawn(layers, 2, n, fan_in=n)  # query, value
         self.up_weight, self.up_bias = drawn(layers, 4 * n, n, fan_in=n), drawn(layers, 4 * n, fan_in=n)
         self.down_weight = drawn(layers, n, 4 * n, fan_in=4 * n)
-        faint(self.vectors[:, 8:], self.square_weight[:, 3:], self.down_weight)
+        faint(self.square_weight[:, 3:], self.down_weight)
         self.read_dropout = SampleDropout(n, dropout, layers)
         self.dropout = SampleDropout(4 * n, dropout, layers)
         self.axes = {
-            **dict.fromkeys(("vectors", "exchange_bias"), (FIXED, FIXED, COPY)),
+            "norms": (FIXED, FIXED, FIXED, COPY),
             **dict.fromkeys(("square_weight", "exchange_weight"), (FIXED, FIXED, COPY, READ)),
             **dict.fromkeys(("up_weight", "down_weight"), (FIXED, COPY, READ)),
             "up_bias": (FIXED, COPY),
@@ -319,72 +316,50 @@ class QueryStack(Recomputed):
     def forward(self, x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, masks: Masks) -> torch.Tensor:
         """x [B, Q, n] or [Q, n], the same for all; `bias` of the memory as of `attention_bias`."""
         x = x.to(memory.dtype).expand(len(memory), -1, -1)
-        vectors, squares = self.vectors.flatten(0, 1).unbind(), self.apart(self.square_weight.flatten(0, 1))
-        exchanges, exchange_biases = (
-            self.apart(self.exchange_weight.flatten(1, 2)),
-            keyless(self.exchange_bias).unbind(),
-        )
-        up_weights, up_biases, down_weights = (
-            self.apart(self.up_weight),
-            self.up_bias.unbind(),
-            self.apart(self.down_weight),
-        )
+        norms, squares = self.norms.flatten(0, 2).unbind(), self.apart(self.square_weight.flatten(0, 1))
+        others = None if self.sides == 1 else of_other_sides(x.shape[1], self.sides, x)
+        parameters = self.exchange_weight.flatten(1, 2), self.up_weight, self.down_weight
         layer = self.runs(query_layer)
-        for i in range(len(up_weights)):
+        for i, weights in enumerate(zip(self.up_bias.unbind(), *map(self.apart, parameters), strict=True)):
             drops = self.read_dropout.mask(i, masks), self.dropout.mask(i, masks)
-            weights = up_weights[i], up_biases[i], down_weights[i], exchanges[i], exchange_biases[i]
-            own = *weights, *squares[5 * i : 5 * i + 5], *vectors[11 * i : 11 * i + 11]
-            x = layer(x, memory, bias, self.heads, self.sides, *drops, *own)
+            own = *norms[6 * i : 6 * i + 6], *squares[5 * i : 5 * i + 5], *weights
+            x = layer(x, memory, bias, others, self.heads, *drops, *own)
         return x
+
+
+def of_other_sides(queries: int, sides: int, like: torch.Tensor) -> torch.Tensor:
+    """[queries, queries], added to scores: 0 where two queries are of different sides, -inf within one; in `like`'s dtype and place."""
+    side = torch.arange(queries, device=like.device) // (queries // sides)
+    return like.new_zeros(queries, queries).masked_fill_(side[:, None] == side, float("-inf"))
 
 
 def query_layer(
     x: torch.Tensor,
     memory: torch.Tensor,
     bias: torch.Tensor | None,
+    others: torch.Tensor | None,
     heads: int,
-    sides: int,
     read_mask: torch.Tensor | None,
     hidden_mask: torch.Tensor | None,
     *weights: torch.Tensor,
 ) -> torch.Tensor:
     """One layer of a QueryStack; the masks are of what reading adds [B, n] and of the MLP's inside [B, 4·n]."""
-    up_weight, up_bias, down_weight, exchange_weight, exchange_bias, *rest = weights
-    (*read_weights, out_weight), (a, b, c, d, e, f, *read_biases, out_bias, down_bias) = rest[:5], rest[5:]
+    a, b, c, d, e, f, *read_weights, out_weight, up_bias, exchange_weight, up_weight, down_weight = weights
     shape = x.shape[-1:]
-    read = _read(F.layer_norm(x, shape, a, b), memory, bias, heads, read_weights, read_biases)
-    x = x + dropped(read, read_mask)
-    heard = _exchange(F.linear(F.layer_norm(x, shape, c, d), exchange_weight, exchange_bias), heads, sides)
-    x = x + F.linear(heard, out_weight, out_bias)
+    x = x + dropped(_read(F.layer_norm(x, shape, a, b), memory, bias, heads, read_weights), read_mask)
+    heard = attend(F.linear(F.layer_norm(x, shape, c, d), exchange_weight), heads, others)
+    x = added(x, heard, out_weight)
     hidden = F.gelu(F.linear(F.layer_norm(x, shape, e, f), up_weight, up_bias))
-    return x + F.linear(dropped(hidden, hidden_mask), down_weight, down_bias)
+    return added(x, dropped(hidden, hidden_mask), down_weight)
 
 
 def _read(
-    x: torch.Tensor,
-    memory: torch.Tensor,
-    bias: torch.Tensor | None,
-    heads: int,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
+    x: torch.Tensor, memory: torch.Tensor, bias: torch.Tensor | None, heads: int, weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     of_query, of_key, of_value, of_out = weights
     batch, queries, width = x.shape
-    q = F.linear(x, of_query, biases[0]).view(batch * queries, heads, -1)
+    q = F.linear(x, of_query).view(batch * queries, heads, -1)
     folded = side_by_side(q, of_key.view(heads, -1, width)).reshape(batch, queries * heads, width)
     pooled = attend_tokens(folded, memory, bias, width // heads).reshape(batch * queries, heads, width)
-    values = side_by_side(pooled, of_value.view(heads, -1, width).mT, biases[1].view(heads, -1))
-    return F.linear(values.reshape(batch, queries, width), of_out, biases[2])
-
-
-def _exchange(projected: torch.Tensor, heads: int, sides: int) -> torch.Tensor:
-    """projected [B, Q, 3·n] (query, value, key) -> [B, Q, n]"""
-    batch, queries = projected.shape[:2]
-    by_side = projected.view(batch, sides, queries // sides, 3, heads, -1).permute(3, 0, 1, 4, 2, 5)
-    if sides == 1:
-        q, v, k = by_side.unbind()
-    else:
-        query, rest = by_side.split([1, 2])
-        q, (v, k) = query.squeeze(0), rest.flip(2).unbind()
-    heard = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    return heard.transpose(1, 2).reshape(batch, queries, -1)
+    values = side_by_side(pooled, of_value.view(heads, -1, width).mT)
+    return F.linear(values.reshape(batch, queries, width), of_out)

@@ -45,7 +45,7 @@ def drop(pattern: str):
 
 
 FAULTS = {
-    "a head": (drop("heads.regret"), r"lacks 36 tensors \(heads\.regret\..* and 33 more\)"),
+    "a head": (drop("heads.regret"), r"lacks 32 tensors \(heads\.regret\..* and 29 more\)"),
     "an old layout": (
         lambda t: t.update({"backbone.layers.0.norm.weight": torch.ones(2)}),
         "made by an earlier version of this program",

@@ -134,23 +134,39 @@ def test_modes_set_gradients_and_leave_modules_idle(batch):
 
 
 def multihead(x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None, heads: int, weights) -> torch.Tensor:
-    """Attention by torch's own module: weights (query, key, value, out), and their biases."""
-    module = nn.MultiheadAttention(x.shape[-1], heads, batch_first=True).double()
-    (q, k, v, out), (bias_q, bias_v, bias_out) = weights
+    """Attention by torch's own module, of weights (query, key, value, out) and without biases."""
+    module = nn.MultiheadAttention(x.shape[-1], heads, bias=False, batch_first=True).double()
+    *projections, out = weights
     with torch.no_grad():
-        module.in_proj_weight.copy_(torch.cat([q, k, v]))
-        module.in_proj_bias.copy_(torch.cat([bias_q, torch.zeros_like(bias_q), bias_v]))
+        module.in_proj_weight.copy_(torch.cat(projections))
         module.out_proj.weight.copy_(out)
-        module.out_proj.bias.copy_(bias_out)
         return module(x, memory, memory, key_padding_mask=None if mask is None else ~mask, need_weights=False)[0]
 
 
 def test_attention_is_torchs():
     attention, x = Attention(Width(12), 3).double(), torch.randn(2, 7, 12).double()
+    q, v, k = attention.weight
+    normed = attention.norm(x)
+    expected = x + multihead(normed, normed, None, 3, (q, k, v, attention.out_weight))
+    assert torch.allclose(attention(x), expected, atol=1e-12)
+
+
+def test_an_encoder_layer_is_attention_and_an_mlp_on_the_stream():
+    torch.manual_seed(0)
+    stack, x, norm = EncoderStack(2, Width(12), 3).double(), torch.randn(2, 7, 12).double(), nn.functional.layer_norm
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
     mask = torch.tensor([[True] * 7, [True, False, True, True, False, False, False]])
-    (q, v, k), biases = attention.weight, (*attention.bias, attention.out.bias)
-    expected = multihead(x, x, mask, 3, ((q, k, v, attention.out.weight), biases))
-    assert torch.allclose(attention(x, attention_bias(mask, x.dtype)), expected, atol=1e-12)
+    expected = x
+    for i in range(2):
+        (a, b), (c, d) = stack.norms[i]
+        q, v, k = stack.attention_weight[i]
+        normed = norm(expected, (12,), a, b)
+        expected = expected + multihead(normed, normed, mask, 3, (q, k, v, stack.out_weight[i]))
+        hidden = nn.functional.gelu(norm(expected, (12,), c, d) @ stack.up_weight[i].T + stack.up_bias[i])
+        expected = expected + hidden @ stack.down_weight[i].T
+    assert torch.allclose(stack(x, attention_bias(mask, x.dtype)), expected, atol=1e-12)
 
 
 def test_a_fresh_network_passes_on_what_it_reads():
@@ -179,17 +195,15 @@ def test_a_fresh_stack_draws_every_layer_and_every_part_for_itself():
     torch.manual_seed(0)
     network = RedHeartModel(RedHeartConfig(**{**SMALL, "width": 48, "layers": 3}))
     stack = network.analyzers["emotion"].layers
-    ones, zeros = stack.vectors[:, :6:2], stack.vectors[:, 1:6:2]
+    ones, zeros = stack.norms.unbind(2)
     assert (ones == 1).all()
     assert (zeros == 0).all()
-    reads, adds = (
-        (stack.vectors[:, 6:8], stack.square_weight[:, :3]),
-        (stack.vectors[:, 8:10], stack.square_weight[:, 3:]),
-    )
     for parts, bound in [
-        *((p, 48**-0.5) for p in reads),
-        *((p, 0.1 * 48**-0.5) for p in adds),
-        (stack.vectors[:, 10:], 0.1 * 192**-0.5),
+        (stack.square_weight[:, :3], 48**-0.5),
+        (stack.square_weight[:, 3:], 0.1 * 48**-0.5),
+        (stack.exchange_weight, 48**-0.5),
+        (stack.up_bias[:, None], 48**-0.5),
+        (stack.down_weight[:, None], 0.1 * 192**-0.5),
     ]:
         flat = parts.detach().flatten(0, 1).flatten(1)
         assert flat.abs().max() <= bound * (1 + 1e-6)
@@ -197,7 +211,7 @@ def test_a_fresh_stack_draws_every_layer_and_every_part_for_itself():
         assert len(flat.unique(dim=0)) == len(flat)
     constant = ("norms", "pooling.value_bias", "observation_weight")  # ones and zeros on purpose
     for name, parameter in network.named_parameters():  # nor anywhere else
-        if parameter.dim() > 2 and not name.endswith((*constant, "vectors")):
+        if parameter.dim() > 2 and not name.endswith(constant):
             rows = parameter.detach().flatten(0, -2)
             assert len(rows.unique(dim=0)) == len(rows), name
 
@@ -213,13 +227,11 @@ def test_a_stack_of_query_layers_is_what_its_layers_are_one_by_one(sides):
     mask = torch.tensor([[True] * 7, [True, False, True, True, False, False, False]])
     expected, norm = x, nn.functional.layer_norm
     for i in range(2):
-        (a, b, c, d, e, f, *read_biases, out_bias, down_bias), shape = stack.vectors[i], (12,)
-        *read_weights, out_weight = stack.square_weight[i]
-        read = multihead(norm(expected, shape, a, b), memory, mask, 3, (read_weights, read_biases))
-        expected = expected + read
-        (q, v, k), biases = stack.exchange_weight[i], (*stack.exchange_bias[i], out_bias)
-        normed = norm(expected, shape, c, d)
-        weights = (q, k, v, out_weight), biases
+        (a, b), (c, d), (e, f) = stack.norms[i]
+        shape, (*read_weights, out_weight) = (12,), stack.square_weight[i]
+        expected = expected + multihead(norm(expected, shape, a, b), memory, mask, 3, read_weights)
+        q, v, k = stack.exchange_weight[i]
+        normed, weights = norm(expected, shape, c, d), (q, k, v, out_weight)
         if sides == 1:
             heard = multihead(normed, normed, None, 3, weights)
         else:
@@ -227,7 +239,7 @@ def test_a_stack_of_query_layers_is_what_its_layers_are_one_by_one(sides):
             heard = torch.cat([multihead(one, other, None, 3, weights), multihead(other, one, None, 3, weights)], 1)
         expected = expected + heard
         hidden = nn.functional.gelu(norm(expected, shape, e, f) @ stack.up_weight[i].T + stack.up_bias[i])
-        expected = expected + hidden @ stack.down_weight[i].T + down_bias
+        expected = expected + hidden @ stack.down_weight[i].T
     assert torch.allclose(stack(x, memory, attention_bias(mask, x.dtype), None), expected, atol=1e-12)
 
 

@@ -46,7 +46,7 @@ def test_biases_and_norms_are_not_decayed():
     names = {id(p): n for n, p in model.named_parameters()}
     matrices = ("weight", "query", "unknown")
     assert all(names[id(p)].endswith(matrices) and "norm" not in names[id(p)] for p in decayed["params"])
-    vectors = ("bias", "sharpness", "exponents", "threshold", "scale", "offset", "gain", "task.weight", "vectors")
+    vectors = ("bias", "sharpness", "exponents", "threshold", "scale", "offset", "gain", "task.weight")
     assert all("norm" in names[id(p)] or names[id(p)].endswith(vectors) for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(names)
 
