@@ -19,7 +19,7 @@ mypy redheart
 shellcheck -x launch/*.sh launch/multinode/*.sh launch/multinode/*.sbatch tests/benchmarks/*.sh .ci/run
 workers=$(nproc)  # tests that start two processes each: more than four at once help no more
 export OMP_NUM_THREADS=1
-pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal -m "not slow and not gpu and not multinode and not faults"
+pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal -m "not slow and not gpu and not multinode and not faults and not soak"
 
 # two nodes as network namespaces: a launch by accelerate, and a node that is cut off; all of it with  -m multinode
 probe="rhprobe-$$"

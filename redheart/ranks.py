@@ -121,13 +121,19 @@ def together(has_collectives: bool = False) -> Iterator[None]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """What fails in the block, which may hold no collective that others then wait in, fails on every rank. Collective."""
+    """What fails in the block fails on every rank; where others wait in a collective of the block then, on this one. Collective."""
     failed: Exception | None = None
     try:
         yield
     except Exception as error:
         failed = error
-    if any_rank(failed is not None):
+    try:
+        others = any_rank(failed is not None)
+    except RuntimeError as error:
+        if failed is None or not is_lost_rank(error):
+            raise
+        raise failed from None  # the others stand in a collective of the block, which ends for them in its time
+    if others:
         raise failed or RedHeartError(f"rank {rank()} ends because another rank failed, and says why")
 
 

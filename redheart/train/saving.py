@@ -18,7 +18,7 @@ from pathlib import Path
 from redheart.config import RunConfig
 from redheart.console import console
 from redheart.files import no_room, remove
-from redheart.ranks import any_rank, is_main, sum_over_ranks, world_size
+from redheart.ranks import any_rank, is_main, is_out_of_memory, sum_over_ranks, world_size
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
 from redheart.train.aside import Events
@@ -140,10 +140,17 @@ class Saver:
             yield
         except Exception as error:
             full = no_room(error)
-            reason = full or (str(error) if isinstance(error, OSError | RedHeartError) else None)
+            short = isinstance(error, RuntimeError) and is_out_of_memory(error)
+            named = isinstance(error, OSError | RedHeartError) or short
+            reason = full or (str(error).splitlines()[0] if named else None)
             goes_on = reason is not None and self._config.checkpoint.on_error == "go_on" and not last
             if is_main() and (goes_on or not full):  # else train/claim.py does, and says which file found no room
                 remove(self._run / "checkpoints" / f"step-{self._step:08d}.tmp")
+            if short and not goes_on:
+                raise RedHeartError(
+                    f"out of memory while step {self._step} was saved ({reason}): checkpoint.background=false holds no copy of weights "
+                    "and states, checkpoint.on_error=go_on tries again later; --resume goes on from the checkpoint before"
+                ) from None
             if not goes_on:
                 raise
             self._saved, self._failed = None, self._failed + 1

@@ -114,10 +114,10 @@ class Trainer:
         sums, said = stages.accumulate(self.engine, window, self.factors, self.config.loss)
         self.synergy.remember(said)
         self.board.samples(step, window.batches)
-        losses = stages.global_losses(sums, window.counts)
-        total = sum(self.factors[n] * v for n, v in losses.items())
         learning_rate = stages.learning_rate_at(step, self.total_steps, self.config.optimizer)
         update = stages.update(self.engine, learning_rate * self.update_parameters)
+        losses = stages.global_losses(sums, window.counts)  # ready: the host has waited for the gradient's norms
+        total = sum(self.factors[n] * v for n, v in losses.items())
         self.guard.check(step, update, sums, [i for b in window.batches for i in b.ids])
         self.spikes.look(step, losses, total if update.applied else math.nan)
         self.board.count(self.config.training.global_batch_size)

@@ -1,10 +1,17 @@
 """What a training step asks of the machine is counted, so that it does not grow unseen."""
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
 from redheart.bench.step import counting
+from redheart.config import load_config
+from redheart.train import stages
+from redheart.train.start import train
+from redheart.train.trainer import Trainer
+from tests.faults.kinds import SETTINGS, write_data
 from tests.runs import redheart
 
 
@@ -38,3 +45,37 @@ def test_the_count_knows_views_allocations_and_waits():
     assert "view" not in operations
     assert "empty" not in operations
     assert waits == {"_local_scalar_dense": 1, "tolist": 1}
+
+
+@pytest.mark.parametrize("on_spike", ["warn", "rewind"])
+def test_the_losses_of_a_step_are_read_once_it_has_waited_anyway(tmp_path: Path, monkeypatch, on_spike: str):
+    """By the guard, which looks at all of them: reading a number before the gradient's norms would be a wait of its own."""
+    (tmp_path / "data").mkdir()
+    write_data(tmp_path / "data")
+    config = load_config(
+        "local", [*SETTINGS, f"guard.on_spike={on_spike}", "training.log_every=100", "training.max_steps=3"]
+    )
+    seen: dict[str, list[int]] = {"between": [], "whole": []}
+    accumulate, update, step = stages.accumulate, stages.update, Trainer._step
+    with counting() as (_, waits):
+
+        def accumulated(*arguments):
+            found = accumulate(*arguments)
+            seen["between"].append(-waits.total())
+            return found
+
+        def updated(*arguments):
+            seen["between"][-1] += waits.total()
+            seen["whole"].append(-waits.total())
+            return update(*arguments)
+
+        def stepped(self, stop):
+            found = step(self, stop)
+            seen["whole"][-1] += waits.total()
+            return found
+
+        monkeypatch.setattr(stages, "accumulate", accumulated)
+        monkeypatch.setattr(stages, "update", updated)
+        monkeypatch.setattr(Trainer, "_step", stepped)
+        train(config, tmp_path / "data", tmp_path / "run")
+    assert seen == {"between": [0, 0, 0], "whole": [2, 2, 2]}  # the norms, the losses

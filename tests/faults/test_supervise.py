@@ -12,7 +12,7 @@ import pytest
 from tests.faults.kinds import SETTINGS, write_data
 from tests.faults.trials import ROOT, TABLE
 from tests.faults.works import parameters
-from tests.runs import environment
+from tests.runs import BIN, environment
 
 SUPERVISE = ["bash", str(ROOT / "launch" / "supervise.sh"), "--wait", "0"]
 # a line that saves a checkpoint at each start it is told to, tells a code and ends with another
@@ -121,30 +121,29 @@ def test_the_longest_pause_is_bounded_and_a_signal_ends_it(tmp_path: Path):
     assert (tmp_path / "log").read_text() == "."
 
 
+TWO = [
+    *(str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"),
+    *("--num_processes", "2", "--main_process_port", "0"),
+]  # fmt: skip
+
+
 @pytest.mark.faults
-def test_a_training_that_is_killed_twice_ends_as_one_that_is_not(tmp_path: Path):
+@pytest.mark.parametrize("launcher", [[sys.executable], TWO], ids=["one process", "two ranks"])
+def test_a_training_that_is_killed_twice_ends_as_one_that_is_not(tmp_path: Path, launcher: list[str]):
+    """Of two ranks the second one is killed."""
     (tmp_path / "data").mkdir()
     write_data(tmp_path / "data")
-    given = [f"--set={s}" for s in SETTINGS if "max_steps" not in s] + [
-        "--set=training.max_steps=5",
-        "--set=training.seed=3",
+    strategy = "plain" if len(launcher) == 1 else "zero2_offload_8bit"
+    given = [
+        f"--set={s}" for s in (*SETTINGS, "training.max_steps=5", "training.seed=3", f"memory.strategy={strategy}")
     ]
     runs = {}
     for name, steps in (("whole", "99"), ("killed", "2,4")):
         run, starts = tmp_path / name, tmp_path / f"{name}-starts"
-        line = [
-            sys.executable,
-            "-m",
-            "tests.faults.dies",
-            str(starts),
-            steps,
-            "train",
-            "--data",
-            str(tmp_path / "data"),
-        ]
+        line = [*launcher, "-m", "tests.faults.dies", str(starts), steps, "train", "--data", str(tmp_path / "data")]
         done = subprocess.run(
             [*SUPERVISE, "--", *line, *given, "--out", str(run)],
-            text=True, capture_output=True, timeout=300, cwd=ROOT, env=environment() | {"OMP_NUM_THREADS": "1"},
+            text=True, capture_output=True, timeout=500, cwd=ROOT, env=environment() | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         runs[name] = parameters(run)

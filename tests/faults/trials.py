@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch.utils.cpp_extension import get_default_build_root
+
+from redheart.train.checkpoint import last
 
 ROOT = Path(__file__).parents[2]
 COUNT, KILL, REFUSE, REFUSE_ALL, JOURNAL = range(5)
@@ -33,14 +38,19 @@ class Door(NamedTuple):
 
 
 class Reply(NamedTuple):
-    code: int  # negative: the signal that ended it
+    codes: list[int]  # of each rank; negative: the signal that ended it
     late: bool
     operations: int | None  # None where it was killed
     result: Any
-    seconds: float
+    seconds: list[float]
     mib: float
-    said: str  # on stderr
+    said: str  # on stderr, by all
     out: str
+
+    @property
+    def code(self) -> int:
+        """The first that is not 0."""
+        return next((code for code in self.codes if code), 0)
 
     @property
     def lines(self) -> list[str]:
@@ -64,6 +74,8 @@ class Server:
             "COLUMNS": "200",
         }
         variables |= {"XDG_CACHE_HOME": str(folder / "cache"), "REDHEART_DEBUG": "", "PYTHONPATH": str(ROOT)}
+        (folder / "cache").mkdir()
+        (folder / "cache" / "torch_extensions").symlink_to(get_default_build_root())  # kernels are compiled already
         self._err = (folder / "server.err").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
@@ -79,10 +91,13 @@ class Server:
         self._process.wait(30)
         self._err.close()
 
-    def ask(self, work: str, arguments: dict[str, Any], door: Door | None = None, seconds: float = 120) -> Reply:
-        """Runs one work to its end, and at most for `seconds`."""
+    def ask(
+        self, work: str, arguments: dict[str, Any], door: Door | None = None, seconds: float = 120, ranks: int = 0
+    ) -> Reply:
+        """Runs one work to its end, and at most for `seconds`; with `ranks` in as many processes."""
         plain = None if door is None else [str(door.folder), door.mode, door.at, door.reason, door.journal]
         request = {"work": work, "arguments": arguments, "door": plain, "seconds": seconds, "folder": str(self.folder)}
+        request["ranks"] = ranks
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write((json.dumps(request) + "\n").encode())
@@ -93,7 +108,10 @@ class Server:
         line = self._process.stdout.readline()
         assert line, (self.folder / "server.err").read_text()[-3000:]
         answer = json.loads(line)
-        said, out = ((self.folder / name).read_text(errors="replace") for name in ("err", "out"))
+        said, out = (
+            "".join((self.folder / f"{name}-{r}").read_text(errors="replace") for r in range(max(ranks, 1)))
+            for name in ("err", "out")
+        )
         return Reply(**answer, said=said, out=out)
 
     def done(self, work: str, arguments: dict[str, Any], door: Door | None = None) -> Reply:
@@ -105,6 +123,23 @@ class Server:
     def command(self, *arguments: str | Path, seconds: float = SECONDS) -> Reply:
         """`redheart …`."""
         return self.ask("command", {"arguments": [str(a) for a in arguments]}, seconds=seconds)
+
+
+def train(
+    server: Server, home: Path, *hurt: list[Any], more: Sequence[str] = (), ranks: int = 0, seconds: float = 120
+) -> Reply:
+    """`redheart train` of what stands in `home`, as a supervisor would go on with it; see works.HURTS."""
+    run = home / "run"
+    begin = ["--resume"] if last(run) else ["--overwrite"] if run.exists() else []
+    arguments = {"home": str(home), "hurt": hurt, "more": list(more), "begin": begin}
+    return server.ask("train_hurt", arguments, seconds=seconds, ranks=ranks)
+
+
+def fresh(world: Path, home: Path) -> Path:
+    """The world without its run."""
+    shutil.copytree(world, home)
+    shutil.rmtree(home / "run")
+    return home
 
 
 class Table:

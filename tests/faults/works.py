@@ -9,10 +9,16 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
+import os
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +31,17 @@ from redheart.data import encode, llm_labels
 from redheart.data.prepare import prepare as preparing
 from redheart.evaluation.calibration import CALIBRATION
 from redheart.files import verify_manifest
+from redheart.ranks import launched_rank
 from redheart.train import grow as growing
 from redheart.train import start
-from redheart.train.checkpoint import committed, last
-from redheart.train.engine import consolidated_weights
+from redheart.train.checkpoint import committed, last, read_progress
+from redheart.train.engine import PlainEngine, consolidated_weights
+from redheart.train.engine.zero import DeepSpeedEngine
 from redheart.train.export import export as exporting
+from redheart.train.trainer import Trainer
 from tests.faults.kinds import SETTINGS, Encoder, Llm, tree
+from tests.runs import losses
+from tests.train import oom_run
 
 STEPS = 2
 RUN = [
@@ -66,7 +77,7 @@ def parameters(run: Path) -> str:
     assert checkpoint is not None
     digest = hashlib.sha256()
     for name, tensor in sorted(consolidated_weights(checkpoint).items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
+        digest.update(name.encode() + tensor.detach().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -173,30 +184,96 @@ def make_world(home: str) -> Any:
     return json.dumps(names(base))
 
 
-def train_dying(home: str, steps: int, at: int) -> Any:
-    """On from where the run is, or afresh; SIGKILL before step `at`."""
-    import os
-    import signal
+def train_hurt(home: str, hurt: list[list[Any]], more: list[str], begin: list[str]) -> Any:
+    """`redheart train`, begun by --resume, --overwrite or afresh, on any number of ranks; `hurt`: [what, rank, step, …] of HURTS."""
+    for what, rank, *how in hurt:
+        if launched_rank() == rank:
+            HURTS[what](*how)
+    run = Path(home) / "run"
+    words = ["train", "--data", str(Path(home) / "data"), "--out", str(run), *begin]
+    try:
+        command([*words, *(f"--set={s}" for s in (*RUN, *more))])
+    except SystemExit as end:
+        if end.code:
+            raise
+    if launched_rank() > 0:
+        return None
+    return parameters(run), samples(run), losses(run), asdict(read_progress(last(run)))
 
-    from redheart.train.trainer import Trainer
 
+def before_step(at: int, act: Callable[[], None]) -> None:
     whole = Trainer._step
 
     def step(self: Trainer, *arguments: Any) -> Any:
         if self.state.step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         return whole(self, *arguments)
 
     Trainer._step = step  # type: ignore[method-assign]
-    run = Path(home) / "run"
-    torch.manual_seed(0)
-    resume = "last" if last(run) else None
-    start.train(settings(steps), Path(home) / "data", run, resume=resume, overwrite=resume is None and run.exists())
-    return parameters(run), (run / "samples-rank0.jsonl").read_text(), _losses(run)
 
 
-def _losses(run: Path) -> dict[int, float]:
-    """The training loss of each step, as TensorBoard has it."""
-    from tests.runs import losses
+def signalled(number: int, at: int) -> None:
+    before_step(at, lambda: os.kill(os.getpid(), number))
 
-    return losses(run)
+
+def slow(times: float) -> None:
+    """Each step takes so many times as long here."""
+    whole = Trainer._step
+
+    def step(self: Trainer, *arguments: Any) -> Any:
+        began = time.monotonic()
+        found = whole(self, *arguments)
+        time.sleep(min(2.0, (times - 1) * (time.monotonic() - began)))  # the first one is long by itself
+        return found
+
+    Trainer._step = step  # type: ignore[method-assign]
+
+
+def planted(field: str, *steps: int) -> None:
+    """What the data holds at these steps: features that are not finite, or labels far out of their range."""
+    whole = Trainer._batches
+
+    def batches(self: Trainer, step: int) -> Any:
+        found = whole(self, step)
+        for batch in found if step in steps else ():
+            if field == "features":
+                batch.features[0, 0] = math.inf
+            else:
+                batch.labels[field][:] = 30.0
+                batch.weights[field][:] = 1.0
+        return found
+
+    Trainer._batches = batches  # type: ignore[method-assign]
+
+
+def short_of_memory(where: str, at: int) -> None:
+    """In the optimizer's step, or while a checkpoint is written."""
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("injected: tried to allocate 2.00 GiB")
+
+    def install() -> None:
+        for engine in (PlainEngine, DeepSpeedEngine):
+            setattr(engine, where, run_out)
+
+    before_step(at, install)
+
+
+HURTS: dict[str, Callable[..., None]] = {
+    "kill": partial(signalled, signal.SIGKILL),
+    "stop": partial(signalled, signal.SIGSTOP),
+    "end": partial(signalled, signal.SIGTERM),
+    "slow": slow,
+    "planted": planted,
+    "memory": short_of_memory,
+    "rows": lambda where, step, rows: oom_run.install(where, launched_rank(), step, rows),
+}
+
+
+def samples(run: Path) -> dict[int, list[str]]:
+    """The samples of each step, over all ranks, in order."""
+    found: dict[int, list[str]] = {}
+    for file in sorted(run.glob("samples-rank*.jsonl")):
+        for line in map(json.loads, file.read_text().splitlines()):
+            found.setdefault(line["step"], []).extend(line["ids"])
+    return found

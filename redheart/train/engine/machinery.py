@@ -82,6 +82,17 @@ def tensors_only() -> Iterator[None]:
                 yield
             except pickle.UnpicklingError as error:
                 raise not_tensors(error) from None
+            except RuntimeError as error:
+                if not torn(error):
+                    raise
+                raise RedHeartError(
+                    "a state of this checkpoint is no whole file of torch's: choose another checkpoint"
+                ) from None
+
+
+def torn(error: RuntimeError) -> bool:
+    """Whether torch found no whole archive of its own where it was to read one."""
+    return "PytorchStreamReader" in str(error) or "mmap can only be used with files saved with" in str(error)
 
 
 def not_tensors(error: pickle.UnpicklingError) -> RedHeartError:

@@ -32,7 +32,7 @@ from redheart.train.engine.base import (
     read_norms,
     states_of,
 )
-from redheart.train.engine.machinery import not_tensors
+from redheart.train.engine.machinery import not_tensors, torn
 from redheart.train.engine.moments import Piece, Read, adopt
 
 PLAIN_STATE = "plain_state.pt"
@@ -131,7 +131,7 @@ def read_state(directory: Path, device: torch.device | str = "cpu", mmap: bool =
     except pickle.UnpicklingError as error:
         raise not_tensors(error) from None
     except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):
+        if not torn(error):
             raise
         raise RedHeartError(
             f"{directory / PLAIN_STATE} is no whole file of torch's: choose another checkpoint"

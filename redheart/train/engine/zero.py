@@ -110,7 +110,8 @@ class DeepSpeedEngine(Engine):
         self.model = self._engine.module
         owners = {i: module_of(name) for i, name in self._names.items()}
         self._norm = OneNorm(self._zero, self._stage, self.model.built, owners, config.optimizer.max_grad_norm)
-        settle_groups(config.training.collective_timeout_s, self.device)
+        self._timeout_s = config.training.collective_timeout_s
+        settle_groups(self._timeout_s, self.device)
         del model, optimizer
         free_memory()
 
@@ -222,8 +223,11 @@ class DeepSpeedEngine(Engine):
                     "version, or start from its weights with --init"
                 ) from None
         else:
+            # the others wait while the main process converts, however short a step's patience is
+            settle_groups(max(START_S, self._timeout_s), self.device)
             with universal_checkpoint(directory / TAG) as converted:
                 self._load_universal(converted)
+            settle_groups(self._timeout_s, self.device)
         self._match_bias_correction()
 
     def set_moments(self, read: Read, step: int) -> None:
