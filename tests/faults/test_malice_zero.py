@@ -64,9 +64,18 @@ def knock(server: Server, home: Path, door: str, more: list[str]) -> Reply:
     return server.command(*commands[door], seconds=60)
 
 
-def judge(reply: Reply, home: Path, fault: str) -> None:
-    end = refused(reply, ("a state of this checkpoint",))
-    TABLE.add(fault, end)
+def judge(reply: Reply, home: Path) -> None:
+    """Refused in one line; of two ranks by the one that read it, and the other ends by name, at once or once it has waited."""
+    named = [line for line in reply.lines if "a state of this checkpoint" in line]
+    if len(reply.codes) == 1:
+        end = refused(reply, ("a state of this checkpoint",))
+    elif (
+        named and set(reply.codes) <= {1, 75} and 1 in reply.codes and "Traceback" not in reply.said and not reply.late
+    ):
+        end = "refused"
+    else:
+        end = reply.said[-3000:]
+    TABLE.add("malicious pickle in a ZeRO shard", end)
     assert end == "refused", end
     assert not (home / "made").exists()
     assert not (home / "out").exists()
@@ -82,7 +91,7 @@ def test_a_pickle_in_a_shard_is_refused_and_not_run(
     (file,) = checkpoint.rglob(STATES[state])
     poison(file, how, Evil(home / "made"))
     write_manifest(checkpoint)
-    judge(knock(server, home, door, trained[1]), home, "malicious pickle in a ZeRO shard")
+    judge(knock(server, home, door, trained[1]), home)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -108,16 +117,9 @@ def test_a_pickle_in_random_states_is_never_run(
 
 @pytest.mark.parametrize("ranks", [2, 1])
 def test_a_pickle_in_the_second_rank_s_shard(server: Server, world: Path, tmp_path: Path, ranks: int):
-    """The rank that reads it ends by it, the other by name, at once or once it has waited; on one rank it is converted first."""
+    """On one rank the checkpoint is converted first."""
     home, more = made(server, world, tmp_path / "home", "zero2_offload_8bit", 2)
     checkpoint = checkpoint_of(home)
     poison(sorted(checkpoint.rglob(STATES["optimizer"]))[1], "nested", Evil(home / "made"))
     write_manifest(checkpoint)
-    reply = train(server, home, more=more, ranks=ranks)
-    assert not (home / "made").exists()
-    assert reply.codes[-1] == 1, reply.said[-3000:]
-    assert set(reply.codes) <= {1, 75}
-    assert "Traceback" not in reply.said
-    assert not reply.late
-    assert any("more than tensors" in line for line in reply.lines)
-    TABLE.add("malicious pickle in a ZeRO shard", "refused")
+    judge(train(server, home, more=more, ranks=ranks), home)
