@@ -83,7 +83,7 @@ class GuardConfig(Section):
         description="of a leaping loss: tell it, or go back to the checkpoint before it and leave its samples out",
     )
     window: int = Field(32, ge=8, description="steps whose losses say what is usual; no spike before there are so many")
-    threshold: float = Field(12.0, gt=0, description="robust standard deviations above the median that make a spike")
+    threshold: float = Field(20.0, gt=0, description="robust standard deviations above the median that make a spike")
     skip_steps: int = Field(
         4, gt=0, description="steps whose samples a rewind leaves out, the spike's the last of them"
     )

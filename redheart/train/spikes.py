@@ -6,6 +6,10 @@ which answers have labels differs from batch to batch. A rewind restores the new
 leaves these out for good (Chowdhery et al. 2022, PaLM): the steps between are taken again, bit for bit. Every rank has the same sums
 over ranks, so all find the same; losses and what was left out are kept with each checkpoint, so a resumed run does, too, wherever its
 checkpoints lie.
+
+False alarms at a threshold of 20, per 1,000 steps: none where losses are normal or gamma (k = 4), 0.02 lognormal (σ = 0.5), 0.2 with
+Student's t of 3 degrees of freedom, 1.1 with 2 (at 12: none, 0.01, 0.3, 0.7, 2.8; 400,000 draws each). `local` on rows of four
+corpora, 64 a step: one in 1,023 steps reached 12, by z = 13, from a batch of 1.4 of the constant predictor's loss among 0.5.
 """
 
 from __future__ import annotations
