@@ -45,7 +45,7 @@ DEFAULTS = {
     "training": {"seed": 0, "epochs": None, "max_steps": None, "precision": "bf16", "log_every": 10, "evaluate_rows": 2048,
                  "synergy_every": 100, "best_metric": "loss", "log_samples": False, "patience": None,
                  "max_bad_steps": 3, "collective_timeout_s": 600},
-    "guard": {"on_spike": "warn", "window": 32, "threshold": 12.0, "skip_steps": 4, "max_rewinds": 3},
+    "guard": {"on_spike": "warn", "window": 32, "threshold": 20.0, "skip_steps": 4, "max_rewinds": 3},
     "checkpoint": {"minutes": None, "keep_last": 2, "keep_best": 1, "keep_every": None, "background": False,
                    "on_error": "end"},
     "memory": {"strategy": "zero2_offload", "gpu_memory_gib": 8.0, "host_memory_gib": 16.0, "swap": ()},
