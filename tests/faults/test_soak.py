@@ -137,7 +137,8 @@ def test_an_hour(tmp_path: Path):
     assert not kills
     assert known >= KILLS // 2  # some fall into the same start
     assert all(mib < GROWTH_MIB and handles <= HANDLES for _, mib, handles in told), told
-    assert median([max(one.mib) for one in lives[-3:]]) < median([max(one.mib) for one in lives[:3]]) + 2 * GROWTH_MIB
+    most = [max(one.mib) for one in lives if len(one.mib) > 30]  # a shorter life had not all of its imports
+    assert most[-1] < most[0] + 2 * GROWTH_MIB, most
     assert all(any(end.startswith(name) for end in ends) for name in READ)
     assert all(end in ("evaluate 0", "TensorBoard") for end in ends), ends
 
