@@ -8,10 +8,11 @@ that a score on them, with both parts in training, says little about new sentenc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import Row, choice, need, table
+from redheart.data.sources.rows import Row, choice, converted, need, table
 
 
 def read(path: Path) -> Iterator[Row]:
@@ -19,10 +20,10 @@ def read(path: Path) -> Iterator[Row]:
     for part in ("EN", "EN-ext"):
         for split, name in (("train", "train"), ("dev", "valid"), ("test", "test")):
             file = need(root / f"{part}_{name}.tsv", f"amazon_counterfactual={path}")
-            for place, row in table(file, ("sentence", "is_counterfactual"), delimiter="\t"):
-                if isinstance(row, InvalidRecord):
-                    yield place, row
-                    continue
-                label = choice(row["is_counterfactual"], ("0", "1"), place, "is_counterfactual")
-                record = {"text": row["sentence"], "counterfactual": float(label == "1"), "split": split}
-                yield place, label if isinstance(label, InvalidRecord) else record
+            rows = table(file, ("sentence", "is_counterfactual"), delimiter="\t")
+            yield from converted(rows, partial(_record, split))
+
+
+def _record(split: str, row: dict[str, str], place: str) -> dict[str, Any]:
+    label = choice(row["is_counterfactual"], ("0", "1"), place, "is_counterfactual")
+    return {"text": row["sentence"], "counterfactual": float(label), "split": split}

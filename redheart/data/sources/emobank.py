@@ -7,23 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import Row, choice, need, number, table
+from redheart.data.sources.rows import Row, choice, converted, need, number, table
 from redheart.schema import SPLITS
 
 
 def read(path: Path) -> Iterator[Row]:
-    for place, row in table(need(path / "emobank.csv", f"emobank={path}"), ("split", "V", "A", "D", "text")):
-        if isinstance(row, InvalidRecord):
-            yield place, row
-            continue
-        split = choice(row["split"], SPLITS, place, "split")
-        vad = [number(row[c], 1, 5, place, c) for c in "VAD"]
-        wrong = [x for x in (split, *vad) if isinstance(x, InvalidRecord)]
-        record = {
-            "text": row["text"],
-            "split": split,
-            "vad": [(x - 3) / 2 for x in vad if not isinstance(x, InvalidRecord)],
-        }
-        yield place, wrong[0] if wrong else record
+    rows = table(need(path / "emobank.csv", f"emobank={path}"), ("split", "V", "A", "D", "text"))
+    yield from converted(rows, _record)
+
+
+def _record(row: dict[str, str], place: str) -> dict[str, Any]:
+    split = choice(row["split"], SPLITS, place, "split")
+    return {"text": row["text"], "split": split, "vad": [(number(row[c], 1, 5, place, c) - 3) / 2 for c in "VAD"]}

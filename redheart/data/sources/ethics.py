@@ -12,11 +12,12 @@ PATH holds the five folders; those that are there are read, each whole. Only tra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import LeftOut, Row, choice, coin, dev_of_train, need, table
+from redheart.data.sources.rows import LeftOut, Row, choice, coin, converted, dev_of_train, need, table
 from redheart.schema import ETHICS, RedHeartError
 
 SEPARATOR = " [SEP] "
@@ -31,60 +32,52 @@ def read(path: Path) -> Iterator[Row]:
         yield from READERS[name](path / name)
 
 
-def _utilitarianism(path: Path) -> Iterator[Row]:
-    for split in ("train", "test"):
-        for place, row in _rows(path / f"util_{split}.csv", None):
-            if isinstance(row, InvalidRecord):
-                yield place, row
-                continue
-            better, worse = row["0"], row["1"]
-            first = coin(better + worse)
-            text, contrast = (better, worse) if first else (worse, better)
-            group = " ".join(better.lower().split()[:5])
-            yield place, {
-                "text": text, "contrast_text": contrast, "preference": float(first), "split": _split(split, group),
-            }  # fmt: skip
+def _utilitarianism(split: str, row: dict[str, str], place: str) -> dict[str, Any]:
+    better, worse = row["0"], row["1"]
+    first = coin(better + worse)
+    text, contrast = (better, worse) if first else (worse, better)
+    return {
+        "text": text, "contrast_text": contrast, "preference": float(first), "split": _split(split, _first_words(better)),
+    }  # fmt: skip
 
 
 def _theory(
     file: str, entry: str, columns: tuple[str, ...], text_of: Callable[[dict[str, str]], str], group_of: Callable[[dict[str, str]], str]
 ) -> Callable[[Path], Iterator[Row]]:  # fmt: skip
-    def read_theory(path: Path) -> Iterator[Row]:
-        for split in ("train", "test"):
-            for place, row in _rows(path / f"{file}_{split}.csv", ("label", *columns)):
-                yield place, row if isinstance(row, InvalidRecord) else _labelled(place, row, entry, split)
-
-    def _labelled(place: str, row: dict[str, str], entry: str, split: str) -> dict[str, Any] | InvalidRecord:
+    def labelled(split: str, row: dict[str, str], place: str) -> dict[str, Any]:
         label = choice(row["label"], ("0", "1"), place, "label")
-        if isinstance(label, InvalidRecord):
-            return label
         empty = [c for c in columns if not row[c].strip()]
         if empty:
-            return InvalidRecord(f"{place}: {empty[0]} is empty")
+            raise InvalidRecord(f"{place}: {empty[0]} is empty")
         if file == "virtue" and SEPARATOR not in row["scenario"]:
-            return InvalidRecord(f"{place}: {SEPARATOR.strip()} and the trait are missing")
+            raise InvalidRecord(f"{place}: {SEPARATOR.strip()} and the trait are missing")
         ethics = [float(label) if name == entry else None for name in ETHICS]
         return {"text": text_of(row), "ethics": ethics, "split": _split(split, group_of(row))}
 
-    return read_theory
+    return partial(_both_splits, file, ("label", *columns), labelled)
+
+
+def _both_splits(
+    file: str, header: tuple[str, ...] | None, convert: Callable[[str, dict[str, str], str], dict[str, Any]], path: Path
+) -> Iterator[Row]:
+    for split in ("train", "test"):
+        yield from converted(_rows(path / f"{file}_{split}.csv", header), partial(convert, split))
 
 
 def _commonsense(path: Path) -> Iterator[Row]:
-    for place, row in _rows(path / "cm_test.csv", ("label", "input")):
-        if isinstance(row, InvalidRecord):
-            yield place, row
-            continue
-        label = choice(row["label"], ("0", "1"), place, "label")
-        record = {"text": row["input"], "acceptability": 1.0 - (label == "1"), "split": "test"}
-        yield place, label if isinstance(label, InvalidRecord) else record
-    for place, row in _rows(path / "cm_ambig.csv", None, columns=1):
-        yield place, row if isinstance(row, InvalidRecord) else LeftOut(AMBIGUOUS)
+    yield from converted(_rows(path / "cm_test.csv", ("label", "input")), _acceptable)
+    yield from converted(_rows(path / "cm_ambig.csv", None, columns=1), lambda row, place: LeftOut(AMBIGUOUS))
+
+
+def _acceptable(row: dict[str, str], place: str) -> dict[str, Any]:
+    label = choice(row["label"], ("0", "1"), place, "label")
+    return {"text": row["input"], "acceptability": 1.0 - float(label), "split": "test"}
 
 
 def _rows(
     path: Path, header: tuple[str, ...] | None, columns: int = 2
 ) -> Iterator[tuple[str, dict[str, str] | InvalidRecord]]:
-    yield from table(need(path, f"ethics={path.parent.parent}"), header, columns=columns)
+    return table(need(path, f"ethics={path.parent.parent}"), header, columns=columns)
 
 
 def _split(published: str, group: str) -> str:
@@ -101,7 +94,7 @@ def _first_words(text: str) -> str:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    "utilitarianism": _utilitarianism,
+    "utilitarianism": partial(_both_splits, "util", None, _utilitarianism),
     "deontology": _theory(
         "deontology", "deontological", ("scenario", "excuse"), lambda r: f"{r['scenario'].strip()} {r['excuse'].strip()}",
         lambda r: r["scenario"],

@@ -7,14 +7,17 @@ Feeds `emotion` (ours orders the seven otherwise), `emotion_fine`, and `regret`:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import Row, label_ids, need, tsv
+from redheart.data.sources.rows import Row, converted, label_ids, need, tsv
 from redheart.schema import EMOTIONS, EMOTIONS_FINE, SPLITS, RedHeartError
 
 EKMAN = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")  # the order of ekman/labels.txt
+Both = tuple[tuple[str, list[str] | InvalidRecord] | None, ...]  # a line of each file: (place, cells)
 
 
 def read(path: Path) -> Iterator[Row]:
@@ -25,27 +28,22 @@ def read(path: Path) -> Iterator[Row]:
         )
     for split in SPLITS:
         files = [tsv(need(path / k / f"{split}.tsv", f"goemotions={path}"), 3) for k in kinds]
-        for both in zip_longest(*files):
-            yield _record(both, kinds, split)
+        aligned = ((next(row[0] for row in both if row), both) for both in zip_longest(*files))
+        yield from converted(aligned, partial(_record, kinds, split))
 
 
-def _record(both: tuple[tuple[str, list[str] | InvalidRecord] | None, ...], kinds: list[str], split: str) -> Row:
-    place = next(row[0] for row in both if row is not None)
-    record: dict[str, object] = {"split": split}
+def _record(kinds: list[str], split: str, both: Both, place: str) -> dict[str, Any]:
+    record: dict[str, Any] = {"split": split}
     seen = set()
     for kind, row in zip(kinds, both, strict=True):
         if row is None:
-            return place, InvalidRecord(f"{place}: ekman and original have different numbers of rows")
-        cells = row[1]
-        if isinstance(cells, InvalidRecord):
-            return place, cells
-        text, ids, name = cells
+            raise InvalidRecord(f"{place}: ekman and original have different numbers of rows")
+        if isinstance(row[1], InvalidRecord):
+            raise row[1]
+        text, ids, name = row[1]
         seen.add((text, name))
         names = EKMAN if kind == "ekman" else EMOTIONS_FINE
-        numbers = label_ids(ids, len(names), place)
-        if isinstance(numbers, InvalidRecord):
-            return place, numbers
-        chosen = {names[i] for i in numbers}
+        chosen = {names[i] for i in label_ids(ids, len(names), place)}
         record["text"] = text
         if kind == "ekman":
             record["emotion"] = [float(e in chosen) for e in EMOTIONS]
@@ -53,5 +51,5 @@ def _record(both: tuple[tuple[str, list[str] | InvalidRecord] | None, ...], kind
             record["emotion_fine"] = [float(e in chosen) for e in EMOTIONS_FINE]
             record["regret"] = float("remorse" in chosen)
     if len(seen) > 1:
-        return place, InvalidRecord(f"{place}: ekman and original are not aligned (texts or ids differ)")
-    return place, record
+        raise InvalidRecord(f"{place}: ekman and original are not aligned (texts or ids differ)")
+    return record

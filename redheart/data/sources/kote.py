@@ -9,10 +9,11 @@ no emotion label: seven zeros would say that nobody felt anything, not even noth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import Row, label_ids, need, tsv
+from redheart.data.sources.rows import Row, converted, label_ids, need, tsv
 from redheart.schema import CULTURE as CULTURE_NAMES
 from redheart.schema import EMOTIONS
 
@@ -52,20 +53,16 @@ assert {n for names in CULTURE.values() for n in names} <= set(LABELS)
 
 def read(path: Path) -> Iterator[Row]:
     for split, name in (("dev", "val.tsv"), ("test", "test.tsv")):
-        for place, cells in tsv(need(path / name, f"kote={path}"), 3):
-            if isinstance(cells, InvalidRecord):
-                yield place, cells
-                continue
-            _, text, ids = cells
-            numbers = label_ids(ids, len(LABELS), place)
-            if isinstance(numbers, InvalidRecord):
-                yield place, numbers
-                continue
-            chosen = {LABELS[i] for i in numbers}
-            seven = [float(bool(chosen & set(SEVEN[e]))) for e in EMOTIONS]
-            yield place, {
-                "text": text, "split": split,
-                "emotion": seven if any(seven) else None,
-                "culture": [float(bool(chosen & set(CULTURE[c]))) for c in CULTURE_NAMES],
-                "label_origin": {"emotion": "human", "culture": "derived"},
-            }  # fmt: skip
+        yield from converted(tsv(need(path / name, f"kote={path}"), 3), partial(_record, split))
+
+
+def _record(split: str, cells: list[str], place: str) -> dict[str, Any]:
+    _, text, ids = cells
+    chosen = {LABELS[i] for i in label_ids(ids, len(LABELS), place)}
+    seven = [float(bool(chosen & set(SEVEN[e]))) for e in EMOTIONS]
+    return {
+        "text": text, "split": split,
+        "emotion": seven if any(seven) else None,
+        "culture": [float(bool(chosen & set(CULTURE[c]))) for c in CULTURE_NAMES],
+        "label_origin": {"emotion": "human", "culture": "derived"},
+    }  # fmt: skip

@@ -21,21 +21,18 @@ def read(path: Path) -> Iterator[Row]:
     for split in ("dev", "test"):
         waiting: dict[str, tuple[str, str, bool]] = {}  # by story: (place, action, is it the moral one)
         for place, line in lines(need(path / "original_ms" / f"{split}.jsonl", f"moral_stories={path}")):
-            action = _action(place, line)
-            if isinstance(action, InvalidRecord):
-                yield place, action
+            try:
+                story, text, moral = _action(place, line)
+            except InvalidRecord as error:
+                yield place, error
                 continue
-            story, text, moral = action
             if story not in waiting:
                 waiting[story] = (place, text, moral)
                 continue
             first_place, other, other_moral = waiting.pop(story)
             if moral == other_moral:
-                yield (
-                    first_place,
-                    InvalidRecord(f"{first_place}: both actions of story {story} have label {int(moral)}"),
-                )
-                yield place, InvalidRecord(f"{place}: both actions of story {story} have label {int(moral)}")
+                for where in (first_place, place):
+                    yield where, InvalidRecord(f"{where}: both actions of story {story} have label {int(moral)}")
                 continue
             yield first_place, LeftOut(SECOND)
             good, bad = (text, other) if moral else (other, text)
@@ -48,16 +45,16 @@ def read(path: Path) -> Iterator[Row]:
             yield place, InvalidRecord(f"{place}: story {story} has one action, not two")
 
 
-def _action(place: str, line: str | InvalidRecord) -> tuple[str, str, bool] | InvalidRecord:
+def _action(place: str, line: str | InvalidRecord) -> tuple[str, str, bool]:
     """(story, action, moral) of a row."""
     if isinstance(line, InvalidRecord):
-        return line
+        raise line
     try:
         row = json.loads(line)
         moral = {"0": False, "1": True}[str(row["label"])]
         story, text = row["ID"], row["moral_action" if moral else "immoral_action"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return InvalidRecord(f"{place}: not a Moral Stories row ({type(error).__name__}: {error})")
+        raise InvalidRecord(f"{place}: not a Moral Stories row ({type(error).__name__}: {error})") from None
     if not isinstance(story, str) or not isinstance(text, str):
-        return InvalidRecord(f"{place}: ID and action must be texts")
+        raise InvalidRecord(f"{place}: ID and action must be texts")
     return story[:-1], text, moral

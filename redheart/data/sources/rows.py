@@ -5,14 +5,30 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from redheart.data.sources.records import EMPTY, InvalidRecord, LeftOut, encoding_of
 from redheart.schema import RedHeartError
 
 Row = tuple[str, dict[str, Any] | InvalidRecord | LeftOut]  # (place, a raw record of the schema or why there is none)
+T = TypeVar("T")
+
+
+def converted(
+    rows: Iterable[tuple[str, T | InvalidRecord]], convert: Callable[[T, str], dict[str, Any] | LeftOut]
+) -> Iterator[Row]:
+    """Every row through `convert`, which is given the row and its place and raises InvalidRecord where it is wrong."""
+    for place, row in rows:
+        if isinstance(row, InvalidRecord):
+            yield place, row
+            continue
+        try:
+            record: dict[str, Any] | InvalidRecord | LeftOut = convert(row, place)
+        except InvalidRecord as error:
+            record = error
+        yield place, record
 
 
 def need(path: Path, spec: str) -> Path:
@@ -161,27 +177,29 @@ def _swallows(cells: Sequence[str], known: Sequence[Set[str]], delimiter: str) -
     return False
 
 
-def choice(value: str, legal: Sequence[str], place: str, column: str) -> str | InvalidRecord:
-    """`value` if it is one of `legal`."""
-    return value if value in legal else InvalidRecord(f"{place}: {column} {value!r} is none of {', '.join(legal)}")
+def choice(value: str, legal: Sequence[str], place: str, column: str) -> str:
+    """`value` if it is one of `legal`; else InvalidRecord, as of the next two."""
+    if value not in legal:
+        raise InvalidRecord(f"{place}: {column} {value!r} is none of {', '.join(legal)}")
+    return value
 
 
-def label_ids(cell: str, count: int, place: str) -> list[int] | InvalidRecord:
+def label_ids(cell: str, count: int, place: str) -> list[int]:
     """The ids of a cell such as `3,17`, each in [0, count)."""
     ids = cell.split(",")
-    if all(i.isascii() and i.isdigit() and len(i) < 4 and int(i) < count for i in ids):
-        return [int(i) for i in ids]
-    return InvalidRecord(f"{place}: label ids {cell[:80]!r} are not of 0 to {count - 1}")
+    if not all(i.isascii() and i.isdigit() and len(i) < 4 and int(i) < count for i in ids):
+        raise InvalidRecord(f"{place}: label ids {cell[:80]!r} are not of 0 to {count - 1}")
+    return [int(i) for i in ids]
 
 
-def number(value: str, low: float, high: float, place: str, column: str) -> float | InvalidRecord:
+def number(value: str, low: float, high: float, place: str, column: str) -> float:
     """A number in [low, high]."""
     try:
         parsed = float(value)
     except ValueError:
-        return InvalidRecord(f"{place}: {column} {value!r} is not a number")
+        raise InvalidRecord(f"{place}: {column} {value!r} is not a number") from None
     if not low <= parsed <= high:
-        return InvalidRecord(f"{place}: {column} {value!r} is not between {low:g} and {high:g}")
+        raise InvalidRecord(f"{place}: {column} {value!r} is not between {low:g} and {high:g}")
     return parsed
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from redheart.data.sources.records import InvalidRecord
-from redheart.data.sources.rows import Row, choice, need, number, table, tenth
+from redheart.data.sources.rows import Row, choice, converted, need, number, table, tenth
 
 COLUMNS = ("split", "action", "action-moral-judgment", "situation-short-id")
 SPLITS = {"train": "train", "dev": "dev", "dev-extra": "dev", "test": "test", "test-extra": "test"}
@@ -19,17 +19,12 @@ SPLITS = {"train": "train", "dev": "dev", "dev-extra": "dev", "test": "test", "t
 
 def read(path: Path) -> Iterator[Row]:
     for name in ("obligatory_sc101.csv", "optional_sc101.csv"):
-        for place, row in table(need(path / name, f"social_chem={path}"), COLUMNS):
-            if isinstance(row, InvalidRecord):
-                yield place, row
-                continue
-            split = choice(row["split"], tuple(SPLITS), place, "split")
-            judgment = number(row["action-moral-judgment"], -2, 2, place, "action-moral-judgment")
-            if isinstance(split, InvalidRecord):
-                yield place, split
-            elif isinstance(judgment, InvalidRecord):
-                yield place, judgment
-            else:
-                share = {0: "dev", 1: "test"}.get(tenth(row["situation-short-id"]), "train")
-                ours = share if split == "train" else SPLITS[split]
-                yield place, {"text": row["action"], "acceptability": (judgment + 2) / 4, "split": ours}
+        yield from converted(table(need(path / name, f"social_chem={path}"), COLUMNS), _record)
+
+
+def _record(row: dict[str, str], place: str) -> dict[str, Any]:
+    split = choice(row["split"], tuple(SPLITS), place, "split")
+    judgment = number(row["action-moral-judgment"], -2, 2, place, "action-moral-judgment")
+    share = {0: "dev", 1: "test"}.get(tenth(row["situation-short-id"]), "train")
+    ours = share if split == "train" else SPLITS[split]
+    return {"text": row["action"], "acceptability": (judgment + 2) / 4, "split": ours}
