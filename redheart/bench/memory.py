@@ -11,25 +11,21 @@ processes held before a network. `--again` predicts the cases of an earlier file
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import socket
 import statistics
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from redheart.bench.processes import on_ranks
 from redheart.config import load_config
 from redheart.console import console
 from redheart.evaluation.page import figure
 from redheart.files import read_json, write_json
 from redheart.memory.activations import measured
 from redheart.memory.plan import GIB, Request, parameters_of, predict
-from redheart.schema import RedHeartError
 
 STRATEGIES = ("plain", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit")
 # width and task width of networks from 25M parameters on, where freed memory goes back at once (memory/malloc.py)
@@ -70,7 +66,11 @@ def bench_memory(
     jobs = read_json(again, "name a file of --out")["cases"] if again else draw(configurations, seed)
     cases: list[dict[str, Any]] = []
     for number, job in enumerate(jobs, 1):
-        observed = {name: job[name] for name in ("observed_gib", "base_gib")} if again else _observe(job)
+        observed = (
+            {name: job[name] for name in ("observed_gib", "base_gib")}
+            if again
+            else on_ranks(_observed, job, job["ranks"], TIMEOUT_S)
+        )
         given = {name: job[name] for name in ("set", "tokens", "contrasts", "ranks")}
         cases.append(compared(given | observed, planned(job, observed["base_gib"])))
         case = cases[-1]
@@ -132,41 +132,9 @@ def planned(job: dict[str, Any], base_gib: float) -> float:
     return predict(request).host_peak / GIB
 
 
-def _observe(job: dict[str, Any]) -> dict[str, float]:
+def _observed(job: dict[str, Any]) -> dict[str, float]:
     """{observed_gib, base_gib} of two steps."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
-    forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload(["redheart.bench.memory_server"])
-    forkserver.ensure_running()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ours, theirs = forked.Pipe(duplex=False)
-    processes = [forked.Process(target=_rank, args=(job, rank, port, theirs)) for rank in range(job["ranks"])]
-    for process in processes:
-        process.start()
-    theirs.close()
-    try:
-        told = ours.recv() if ours.poll(TIMEOUT_S) else None
-    except EOFError:
-        told = None
-    for process in processes:
-        process.join(60 if told else 0)
-        process.kill()
-    if told is None:
-        raise RedHeartError(f"bench memory: no answer within {TIMEOUT_S} s from {' '.join(job['set'])}")
-    return told
-
-
-def _rank(job: dict[str, Any], rank: int, port: int, pipe: Any) -> None:
     from redheart.train.measure import measure_step
 
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
-        os.environ.pop(name, None)
-    if job["ranks"] > 1:
-        values = (rank, rank, job["ranks"], job["ranks"], "127.0.0.1", port)
-        os.environ.update(zip(names, map(str, values), strict=True))
     found = measure_step(load_config("local", job["set"]), job["tokens"], contrasts=job["contrasts"])
-    if rank == 0:
-        pipe.send({"observed_gib": found["observed"]["host_peak_gib"], "base_gib": found["base_gib"]})
+    return {"observed_gib": found["observed"]["host_peak_gib"], "base_gib": found["base_gib"]}

@@ -5,18 +5,12 @@ redheart bench scaling --json
 Weak scaling: both runs have the same micro-batch of synthetic samples per process. Predicted: the step of one process, and the
 bytes that two send (gradients reduced, weights gathered) over the bandwidth that gloo reaches between the same two processes. Two
 processes share this machine's memory and caches, which the model knows nothing of: run it on a quiet machine with a core for each.
-
-    python -m redheart.bench.scaling '{"preset": …}'     one process of it, as the bench starts them; prints JSON on rank 0
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -24,10 +18,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from redheart.bench.processes import on_ranks
 from redheart.config import load_config
 from redheart.memory.plan import parameters_of
 from redheart.options import Preset, Set
-from redheart.schema import RedHeartError
 
 STRATEGY = "zero2_offload"
 PASSES = 2  # gradients reduced, weights gathered, once in a step
@@ -49,7 +43,7 @@ def bench_scaling(
     """A step of two processes over gloo, beside what the scaling model of `plan` predicts from a step of one: medians."""
     settings = [*(set_ or ()), f"memory.strategy={STRATEGY}", "training.precision=fp32"]
     job = {"preset": preset, "set": settings, "tokens": tokens, "micro_batch": micro_batch, "steps": steps}
-    alone, both = _processes(job, 1, timeout_s), _processes(job, 2, timeout_s)
+    alone, both = (on_ranks(_measured, job, ranks, timeout_s) for ranks in (1, 2))
     num_bytes = 4 * parameters_of(load_config(preset, settings)).total
     bandwidth = PASSES * num_bytes / 2 / (both["reduce_s"] + both["gather_s"])
     one_s, two_s = alone["step_s"], both["step_s"]
@@ -64,41 +58,12 @@ def bench_scaling(
     }  # fmt: skip
 
 
-def _processes(job: dict[str, Any], world_size: int, timeout_s: int) -> dict[str, Any]:
-    """Starts the ranks and returns what rank 0 measured."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "redheart.bench.scaling", json.dumps(job)]
-    started = []
-    for rank in range(world_size):
-        variables = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(
-            subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-    try:
-        outputs = [p.communicate(timeout=timeout_s) for p in started]
-    except subprocess.TimeoutExpired:
-        raise RedHeartError(f"bench scaling: {world_size} processes did not finish in {timeout_s} s") from None
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        if process.returncode:
-            raise RedHeartError(f"bench scaling: a process failed: {errors.strip()[-800:]}")
-    return json.loads(outputs[0][0].strip().splitlines()[-1])
-
-
-def _worker(job: dict[str, Any]) -> dict[str, Any]:
+def _measured(job: dict[str, Any]) -> dict[str, Any]:
+    """Of one process of it."""
     from redheart.ranks import launched_world_size, world_size
     from redheart.train.measure import measure_step
 
+    torch.set_num_threads(1)
     batch = job["micro_batch"]
     sizes = [f"training.micro_batch_size={batch}", f"training.global_batch_size={batch * launched_world_size()}"]
     config = load_config(job["preset"], [*job["set"], *sizes])
@@ -124,7 +89,3 @@ def _median(work: Callable[[], Any], repeats: int = 7) -> float:
         work()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-if __name__ == "__main__":
-    print(json.dumps(_worker(json.loads(sys.argv[1]))))
