@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -71,8 +71,8 @@ def emit(value: Any, wanted: bool) -> None:
     if not wanted:
         return
     lost: list[str] = []
-    text = strict_json(value, lost, unicode=_is_unicode(sys.stdout))
-    print(text)
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    print(strict_json(value, lost, unicode))
     if lost:
         some = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         console.print(f"null in the JSON, because it is not a finite number: {some}")
@@ -92,10 +92,6 @@ def _finite(value: Any, path: str, lost: list[str]) -> Any:
         lost.append(f"{path or 'the result'} ({value})")
         return None
     return value
-
-
-def _is_unicode(stream: IO[str]) -> bool:
-    return (getattr(stream, "encoding", None) or "").lower().startswith("utf")
 
 
 class _Lines(Progress):

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from redheart.console import console, emit
 from redheart.files import verify_manifest
-from redheart.owned import check_can_make
+from redheart.owned import check_can_make, check_can_make_file
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.reading import check_output, texts_of
 from redheart.schema import RedHeartError
@@ -162,10 +162,6 @@ def _engine(config: Any) -> list[Any]:
         return engine_values(config, *sizes)
 
 
-def _checkpoint(given: dict[str, Any], command: str) -> None:
-    named_weights(Path(given["checkpoint"]))
-
-
 def named_weights(path: Path) -> None:
     """Raises RedHeartError unless `path` is a directory that looks like an export, a checkpoint or a run."""
     if path.is_file():
@@ -181,18 +177,6 @@ def _out(given: dict[str, Any], command: str) -> None:
         directory_to_make(Path(given["out"]), "--out")
 
 
-def _ds_configs(given: dict[str, Any], command: str) -> None:
-    directory_to_make(Path(given["write_ds_configs"]), "--write-ds-configs")
-
-
-def _report(given: dict[str, Any], command: str) -> None:
-    file_to_make(Path(given["report"]), "--report", "report.md")
-
-
-def _output(given: dict[str, Any], command: str) -> None:
-    check_output(Path(given["output"]))
-
-
 def _input(given: dict[str, Any], command: str) -> None:
     with _unheard():
         texts_of(given["text"] or (), Path(given["input_"]), given["column"])
@@ -204,22 +188,16 @@ def directory_to_make(path: Path, option: str) -> None:
     check_can_make(path, option)
 
 
-def file_to_make(path: Path, option: str, example: str) -> None:
-    if path.is_dir():
-        raise RedHeartError(f"{option} {path} is a directory: name a file in it, such as {path / example}")
-    check_can_make(path, option)
-
-
 CHECKS: dict[str, Callable[[dict[str, Any], str], None]] = {  # by parameter, in this order
-    "checkpoint": _checkpoint,
+    "checkpoint": lambda given, _: named_weights(Path(given["checkpoint"])),
     "preset": _settings,
     "set_": _settings,
     "to": _settings,
     "data": _data,
     "source": _sources,
     "out": _out,
-    "report": _report,
-    "output": _output,
+    "report": lambda given, _: check_can_make_file(Path(given["report"]), "--report", "report.md"),
+    "output": lambda given, _: check_output(Path(given["output"])),
     "input_": _input,
-    "write_ds_configs": _ds_configs,
+    "write_ds_configs": lambda given, _: directory_to_make(Path(given["write_ds_configs"]), "--write-ds-configs"),
 }

@@ -40,6 +40,20 @@ def check_can_make(path: Path, option: str) -> None:
         raise RedHeartError(f"{option} {path}: {there} cannot be written to: name another place")
 
 
+def check_can_make_file(path: Path, option: str, example: str) -> None:
+    """The same of a file, such as `example`, which no directory may be."""
+    if path.is_dir():
+        raise RedHeartError(f"{option} {path} is a directory: name a file in it, such as {path / example}")
+    check_can_make(path, option)
+
+
+def check_new(path: Path, option: str = "--out") -> None:
+    """The same of what must not be there yet."""
+    if path.exists():
+        raise RedHeartError(f"{path} exists already: name another {option}")
+    check_can_make(path, option)
+
+
 def owned(directory: Path, kind: str) -> list[str]:
     """The names in `directory` that the product wrote as a `kind` ("run", "data"); none where it never did."""
     path = directory / MARKER

@@ -14,7 +14,7 @@ from redheart.console import console
 from redheart.data.sources import tabular
 from redheart.data.sources.records import InvalidRecord, LeftOut
 from redheart.files import write_text
-from redheart.owned import check_can_make
+from redheart.owned import check_can_make_file
 from redheart.schema import RedHeartError
 
 OUTPUTS = (".csv", ".jsonl")
@@ -23,11 +23,9 @@ PRIVATE = 0o600  # texts of the user's
 
 def check_output(path: Path) -> None:
     """Raises RedHeartError where answers cannot be written to `path`."""
-    if path.is_dir():
-        raise RedHeartError(f"--output {path} is a directory: name a file in it, such as {path / 'answers.csv'}")
+    check_can_make_file(path, "--output", "answers.csv")
     if path.suffix.lower() not in OUTPUTS:
         raise RedHeartError(f"--output {path}: name a {' or '.join(OUTPUTS)} file")
-    check_can_make(path, "--output")
 
 
 def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> tuple[list[str], list[dict[str, Any]]]:

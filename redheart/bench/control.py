@@ -35,7 +35,7 @@ from redheart.data.stream import SampleStream
 from redheart.device import has_gpu
 from redheart.evaluation.answers import answers
 from redheart.evaluation.evaluate import Evaluation, evaluate
-from redheart.evaluation.measures import Measured, measure, over_seeds, paired
+from redheart.evaluation.measures import measure, over_seeds, paired
 from redheart.evaluation.page import figure
 from redheart.files import read_sealed_json, sha256_of, write_json, write_sealed_json
 from redheart.losses.combine import factors
@@ -47,7 +47,7 @@ from redheart.schema import JUDGED_ORIGINS, LABEL_COLUMNS, RedHeartError
 from redheart.tasks import constant_losses, task_weights
 from redheart.train.checkpoint import committed
 from redheart.train.export import load_model, resolve
-from redheart.train.length import steps_of
+from redheart.train.stages import steps_of
 from redheart.train.start import train, with_edges
 from redheart.version import VERSION
 
@@ -213,16 +213,13 @@ class _Bench:
             return facts | kept
         network = load()
         dev = evaluate(network, self.streams["dev"], self.config.loss, self.factors, batch_size=JUDGING_BATCH)
-        measured = self._measure(network)
+        on_dev = answers(network, self.streams["dev"])
+        held_out = on_dev if self.split == "dev" else answers(network, self.streams[self.split])
+        measured = measure(on_dev, held_out, self.entries, same_rows=self.split == "dev")
         metrics = {name: {"metric": metric, "value": value} for name, (metric, value) in measured.items()}
         judgement = {"trained": facts, "dev_losses": self._losses(dev), "metrics": metrics}
         write_sealed_json(path, judgement)
         return facts | judgement
-
-    def _measure(self, network: nn.Module) -> Measured:
-        dev = answers(network, self.streams["dev"])
-        held_out = dev if self.split == "dev" else answers(network, self.streams[self.split])
-        return measure(dev, held_out, self.entries, same_rows=self.split == "dev")
 
     def _losses(self, dev: Evaluation) -> dict[str, float]:
         """By task, of those that a control answers too, and, where the network answers them all, their `total` as training weighs them."""
@@ -260,15 +257,12 @@ class _Bench:
 
 def machine() -> dict[str, Any]:
     """What the seconds were measured on; threads are torch's."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
     return {
-        "card": torch.cuda.get_device_name() if has_gpu() else "cpu", "processor": _processor(),
+        "card": torch.cuda.get_device_name() if has_gpu() else "cpu", "processor": next(names, platform.machine()),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
     }  # fmt: skip
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -55,7 +55,10 @@ def bench_encoder(
             console.print(f"{name} is left out: {error}")
             continue
         encoder, started = TextEncoder(config), time.perf_counter()
-        texts = list(dict.fromkeys(t for pair in tasks.values() for part in pair for r in part for t in _texts(r)))
+        read = (
+            r[field] for pair in tasks.values() for part in pair for r in part for field in ("text", "contrast_text")
+        )
+        texts = list(dict.fromkeys(text for text in read if text is not None))
         console.print(f"{name}: {len(texts)} texts")
         vectors = dict(zip(texts, _pooled(encoder, texts), strict=True))
         result["texts_per_s"][name] = len(texts) / (time.perf_counter() - started)
@@ -65,10 +68,6 @@ def bench_encoder(
             for metric, value in PROBES[task](train, dev, vectors).items()
         }
     return result
-
-
-def _texts(record: dict[str, Any]) -> list[str]:
-    return [record["text"]] if record["contrast_text"] is None else [record["text"], record["contrast_text"]]
 
 
 def _split(

@@ -96,7 +96,9 @@ def bench_gpu(
     Exit code 1 where a plan's own choice failed (`ok` false); nothing that happens to a case ends the bench. Without a GPU it runs on
     the CPU, uncapped.
     """
-    selected, tokens = _strategies(strategies or ()), tokens or [64, 128]
+    if unknown := set(strategies or ()) - set(STRATEGIES):
+        raise RedHeartError(f"--strategies {min(unknown)}: choose from {', '.join(STRATEGIES)}")
+    selected, tokens = tuple(s for s in STRATEGIES if s in (strategies or STRATEGIES)), tokens or [64, 128]
     sizes = [gib(cap, "--caps") for cap in caps or ("8GiB", "4GiB")]
     configs = [load_config(preset) for preset in presets or ("330m", "1b3")]
     make_directory(out, "--out")
@@ -251,13 +253,6 @@ def _row(case: dict[str, Any], memories: Sequence[str]) -> list[object]:
         seen, ratio = (case["observed"] or {}).get(name), case.get("ratio", {}).get(name)
         row.append("" if seen is None else f"{seen:.2f}" + (f" ({ratio:.3f})" if ratio is not None else ""))
     return row
-
-
-def _strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
-    for name in names:
-        if name not in STRATEGIES:
-            raise RedHeartError(f"--strategies {name}: choose from {', '.join(STRATEGIES)}")
-    return tuple(s for s in STRATEGIES if s in names) if names else STRATEGIES
 
 
 def _cases(

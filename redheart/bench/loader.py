@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -129,12 +130,14 @@ def _their_batches(files: list[str], batch_size: int, form: str, seed: int) -> I
     import datasets
 
     datasets.disable_progress_bars()
-    read = {"arrow": _from_arrow, "numpy": _from_numpy, "torch": _from_torch}[form]
+    from_numpy = partial(_from_rows, lambda states: torch.from_numpy(np.stack(list(states)).astype(np.float16)))
+    from_torch = partial(_from_rows, lambda states: torch.stack(list(states)) if isinstance(states, list) else states)
+    readers: dict[str, Callable[[Any], Read]] = {"arrow": _from_arrow, "numpy": from_numpy, "torch": from_torch}
     stream = datasets.load_dataset("arrow", data_files=files, streaming=True, split="train")
     stream = stream.select_columns(COLUMNS).shuffle(seed=seed, buffer_size=BUFFER).with_format(form)
     while True:
         for rows in stream.iter(batch_size=batch_size):
-            features, contrasts, _ = read(rows)
+            features, contrasts, _ = readers[form](rows)
             real = padded = 0
             for states in (features, [c for c in contrasts if c is not None and len(c)]):
                 if states:
@@ -165,15 +168,7 @@ def _from_arrow(rows: Any) -> Read:
     return states[0], states[1], labels
 
 
-def _from_numpy(rows: Any) -> Read:
-    return _from_rows(rows, lambda states: torch.from_numpy(np.stack(list(states)).astype(np.float16)))
-
-
-def _from_torch(rows: Any) -> Read:
-    return _from_rows(rows, lambda states: torch.stack(list(states)) if isinstance(states, list) else states)
-
-
-def _from_rows(rows: Any, tensor: Callable[[Any], torch.Tensor]) -> Read:
+def _from_rows(tensor: Callable[[Any], torch.Tensor], rows: Any) -> Read:
     features, contrasts = (
         [None if states is None else tensor(states) for states in rows[name]]
         for name in ("features", "contrast_features")

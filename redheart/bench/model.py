@@ -58,7 +58,11 @@ def bench_model(
         "matmul": lambda: a @ b,
         **{name: _alone(model.get_submodule(name), inputs[name]) for name in model.built},
     }
-    flops = {name: _flops(runs[name]) for name in ("step", *model.built)}
+    flops = {}  # forward and backward
+    for name in ("step", *model.built):
+        with FlopCounterMode(display=False) as counter:
+            runs[name]()
+        flops[name] = counter.get_total_flops()
     seconds = {name: median(taken) for name, taken in interleaved(runs, repeats).items()}
     modules = {
         name: {
@@ -145,10 +149,3 @@ def _alone(module: nn.Module, inputs: Any) -> Callable[[], None]:
 def _backward(outputs: Any) -> None:
     leaves = [v for v in tree_leaves(outputs) if isinstance(v, torch.Tensor) and v.requires_grad]
     torch.stack([v.float().sum() for v in leaves]).sum().backward()
-
-
-def _flops(run: Callable[[], None]) -> int:
-    """Forward + backward FLOPs of `run`."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()

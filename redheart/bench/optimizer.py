@@ -74,6 +74,8 @@ def bench_optimizer(
 
 
 def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
+    from bitsandbytes.optim import AdamW8bit
+
     few = min(n, MOST_BITSANDBYTES)
     p, half, small = parameter(n), parameter(n, torch.bfloat16), parameter(few)
     copy = torch.zeros(n, dtype=torch.bfloat16)
@@ -84,7 +86,7 @@ def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
         DEEPSPEED: _deepspeed_adam(p),
         DEEPSPEED_BF16: _deepspeed_adam(parameter(n, torch.bfloat16), fp32_optimizer_states=False),
         TORCH: torch.optim.AdamW([p], lr=1e-4, fused=True),
-        BITSANDBYTES: _bitsandbytes_adam(small),
+        BITSANDBYTES: AdamW8bit([small], lr=1e-4),
     }
     sizes = {BITSANDBYTES: few}
     timed: dict[str, Callable[[], object]] = {
@@ -138,12 +140,6 @@ def _deepspeed_adam(p: torch.nn.Parameter, **settings: Any) -> torch.optim.Optim
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam([p], lr=1e-4, adamw_mode=True, **settings)
-
-
-def _bitsandbytes_adam(p: torch.nn.Parameter) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit([p], lr=1e-4)
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

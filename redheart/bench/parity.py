@@ -27,7 +27,7 @@ from redheart.console import progress
 from redheart.evaluation.curves import TOTAL, Line, dev_losses, draw
 from redheart.files import write_json
 from redheart.options import Preset, Set
-from redheart.owned import check_can_make, make_directory
+from redheart.owned import check_can_make_file, make_directory
 from redheart.schema import RedHeartError
 
 STRATEGIES = {"adamw": "zero2_offload", "adamw_8bit": "zero2_offload_8bit"}
@@ -59,9 +59,7 @@ def bench_parity(
     """Dev loss after the same steps with fp32 and with 8-bit optimizer states on the host, over several seeds."""
     make_directory(work, "--work")
     if out:
-        if out.is_dir():
-            raise RedHeartError(f"--out {out} is a directory: name a .json file")
-        check_can_make(out, "--out")
+        check_can_make_file(out, "--out", "parity.json")
     overrides, controls = set_ or [], control or []
     every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
     keys = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]

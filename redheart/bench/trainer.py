@@ -201,10 +201,7 @@ def _hf_trainer(job: dict[str, Any], config: RunConfig) -> float:
     return clock.rate
 
 
-def _leg(job: dict[str, Any]) -> float:
-    config = load_config(job["preset"], [*job["set"], f"training.max_steps={job['steps']}"])
-    return {"redheart": _redheart, "bare_loop": _bare_loop, "hf_trainer": _hf_trainer}[job["leg"]](job, config)
-
-
 if __name__ == "__main__":
-    print(_leg(json.loads(sys.argv[1])))
+    job = json.loads(sys.argv[1])
+    leg = {"redheart": _redheart, "bare_loop": _bare_loop, "hf_trainer": _hf_trainer}[job["leg"]]
+    print(leg(job, load_config(job["preset"], [*job["set"], f"training.max_steps={job['steps']}"])))

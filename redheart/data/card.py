@@ -42,6 +42,12 @@ def dataset_card(index: Mapping[str, Any]) -> str:
     ]
     rows = ", ".join(f"{v['rows']} {s}" for s, v in splits.items())
     leaks = index["report"].get("duplicates")
+    left_out = []
+    if leaks:
+        left_out = [
+            f"{leaks['identical'] + leaks['near']} train and dev rows that repeat a row of dev or test are left out "
+            f"({leaks['identical']} identical, {leaks['near']} at a cosine of {leaks['threshold']:g} or more)."
+        ]
     licence = f", {PACKAGED[encoder['name']].licence}" if encoder["name"] in PACKAGED else ""
     return "\n".join(
         [
@@ -53,7 +59,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             f"{rows}. Token features of `{encoder['name']}` (hidden layers {encoder['layers']}, {encoder['width']} wide, at most "
             f"{encoder['max_tokens']} tokens, {encoder['revision']}{licence}), float16, without padding.",
             f"Scores of origin `llm` come from `{labeler['name']}`." if labeler else "No label comes from an LLM.",
-            *([_without(leaks)] if leaks else []),
+            *left_out,
             "",
             "| source | rows | licence | commercial use |",
             "|---|---|---|---|",
@@ -69,13 +75,6 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             "```",
             "",
         ]
-    )
-
-
-def _without(leaks: Mapping[str, Any]) -> str:
-    return (
-        f"{leaks['identical'] + leaks['near']} train and dev rows that repeat a row of dev or test are left out "
-        f"({leaks['identical']} identical, {leaks['near']} at a cosine of {leaks['threshold']:g} or more)."
     )
 
 

@@ -56,7 +56,9 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
         pooled += [_mean(shard.features[i]) for i in range(len(fresh))]
         contrasts += [_mean(shard.contrasts[i]) for i, r in enumerate(fresh) if r["contrast_text"] is not None]
         records += fresh
-    with tempfile.TemporaryDirectory(prefix="redheart-dedup-", dir=None if out is None else _parent(out)) as work:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="redheart-dedup-", dir=out and out.parent) as work:
         leaks = near_leaks(records, np.concatenate(pooled), np.concatenate(contrasts), threshold, Path(work))
     if out is None:
         return DedupReport(leaks.report, {})
@@ -76,19 +78,14 @@ def _write(store: Store, out: Path, dropped: frozenset[str], report: dict[str, A
         splits = writer.finish()
         num_rows = {s: splits[s]["rows"] for s in SPLITS}
         facts = {"out": str(out), "rows": num_rows, "labels": writer.labels, "duplicates": report}
-        plan = _plan(store, report["threshold"])
+        # of what was prepared and of what was done to it since
+        plan = hashlib.sha256(json.dumps([store.index["plan"], "dedup", report["threshold"]]).encode()).hexdigest()
         index = {**store.index, "plan": plan, "report": {**store.index["report"], **facts}, "splits": splits}
         write_text(unfinished / "README.md", dataset_card(index))
         write_sealed_json(unfinished / INDEX, index)
         unfinished.replace(out)
     flush_to_disk(out.parent)
     return num_rows
-
-
-def _plan(store: Store, threshold: float) -> str:
-    """A digest of what was prepared and of what was done to it since."""
-    content = json.dumps([store.index["plan"], "dedup", threshold])
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _shards(store: Store, width: int) -> Iterator[tuple[dict[str, Any], Shard]]:
@@ -101,8 +98,3 @@ def _shards(store: Store, width: int) -> Iterator[tuple[dict[str, Any], Shard]]:
 def _mean(states: np.ndarray | None) -> np.ndarray:
     assert states is not None
     return states.astype(np.float32).mean(0)[None]
-
-
-def _parent(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent

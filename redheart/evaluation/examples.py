@@ -29,7 +29,8 @@ def shown(said: Said, stream: SampleStream) -> list[Example]:
     for place, row in enumerate(stream.rows(said.rows)):
         for task, predictions in said.predictions.items():
             given = row[task] if TASKS[task].final else None
-            label = np.array([np.nan if v is None else v for v in _list(given)], float)
+            entries = given if isinstance(given, list) else [given]
+            label = np.array([np.nan if v is None else v for v in entries], float)
             if label.size and not np.isnan(label).all():
                 k = int(np.nanargmax(label))
                 found.append(Example(_text(row, task), _entry(task, k), float(label[k]), float(predictions[place, k])))
@@ -55,10 +56,6 @@ def confusion(task: str, given: Answers) -> tuple[tuple[str, ...], np.ndarray]:
     size = LABELS[TASKS[task].label].size
     strongest = np.eye(size, dtype=int)[given.prediction.argmax(1)]
     return LABELS[TASKS[task].label].names, ((given.target > 0.5) & given.known).T.astype(int) @ strongest
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _text(row: Mapping[str, Any], task: str) -> str:

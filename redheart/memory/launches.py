@@ -12,8 +12,6 @@ ZeRO-3          into the bucket and its partition; with offload the last one on 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from redheart.memory.states import Traits
 
 WAITS = 1  # of a step, whatever the strategy: norms of all gradients, read together
@@ -21,24 +19,18 @@ WAITS = 1  # of a step, whatever the strategy: norms of all gradients, read toge
 UPDATE = 60
 
 
-class Tensor(NamedTuple):
+def tensor_of(traits: Traits) -> tuple[int, int]:
     """Per parameter tensor: launches of a micro-step and of an optimizer step."""
-
-    micro_launches: int
-    update_launches: int
-
-
-def tensor_of(traits: Traits) -> Tensor:
     if traits.stage == 0:  # a gradient is added to the sum so far; the update is one call over all
-        return Tensor(1, 0)
+        return 1, 0
     if traits.stage == 3:
-        return Tensor(2, 7 if traits.offload else 1)
+        return 2, 7 if traits.offload else 1
     if traits.offload:
-        return Tensor(4, 3)
-    return Tensor(1, 2) if traits.stage == 1 else Tensor(4, 0)
+        return 4, 3
+    return (1, 2) if traits.stage == 1 else (4, 0)
 
 
 def count_launches(traits: Traits, tensors: int, micro_step: int, accumulation: int) -> int:
     """Launches of an optimizer step: `micro_step` operations in each of `accumulation` micro-steps, and those of the tensors."""
-    each = tensor_of(traits)
-    return accumulation * (micro_step + each.micro_launches * tensors) + each.update_launches * tensors + UPDATE
+    of_micro_step, of_update = tensor_of(traits)
+    return accumulation * (micro_step + of_micro_step * tensors) + of_update * tensors + UPDATE

@@ -1,20 +1,21 @@
-"""Before a run: what it will take, and a refusal where that is more than there is."""
+"""Before a run: what it will take, and a refusal where that is more than there is. After it: what it took."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
 
+import torch
+
 from redheart.config import RunConfig
 from redheart.console import console
 from redheart.device import has_gpu
 from redheart.memory.activations import MicroStep, measured
-from redheart.memory.budget import budget_of, local_world_size, resident
+from redheart.memory.budget import CONTEXT, budget_of, local_world_size, resident, resident_peak
 from redheart.memory.plan import GIB, Candidate, Request, fastest, parameters_of, plan, predict
 from redheart.memory.show import plan_table, show_memory
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
-from redheart.sections import Strategy
 
 MACHINERY = 118 * 2**20  # bytes of Accelerate and DeepSpeed, imported when an engine is made
 SMALL = 0.1  # of the memory that is free: a network whose states take less is not worth measuring
@@ -29,9 +30,10 @@ def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, to
     budget = budget_of(config, on_cpu=on_cpu)
     gpu, host = budget.gpu.gib if budget.gpu else None, budget.host.gib
     strategy, checkpointing = config.memory.strategy, config.model.activation_checkpointing
+    imports = MACHINERY if strategy != "plain" and "deepspeed" not in sys.modules else 0
     request = Request(
         config, strategy, micro_batch_size, accumulation, checkpointing, MicroStep(0, 0, 0, 0, 0, 0), parameters_of(config),
-        on_cpu=on_cpu, nodes=nodes, gpus_per_node=here, base=_base(strategy) if on_cpu else None,
+        on_cpu=on_cpu, nodes=nodes, gpus_per_node=here, base=resident() + imports if on_cpu else None,
     )  # fmt: skip
     held = here * (sum(request.states.gpu.values()) + sum(request.states.host.values()))
     small = held < SMALL * min(host, host if gpu is None else gpu) * GIB
@@ -61,6 +63,23 @@ def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, to
     )
 
 
-def _base(strategy: Strategy) -> int:
-    """Bytes of this process, with what it has yet to import."""
-    return resident() + (MACHINERY if strategy != "plain" and "deepspeed" not in sys.modules else 0)
+def planned_and_taken(planned: Candidate) -> dict[str, dict[str, float]]:
+    """{where: {predicted_gib, observed_gib}} of this process; nothing where the activations were not measured.
+
+    `host`: peak resident memory; `gpu`: what torch's allocator had reserved at most. Several ranks share one prediction,
+    so they are not compared.
+    """
+    if not planned.host.get("activations", planned.gpu.get("activations")):
+        return {}
+    peaks = {}
+    if has_gpu():
+        peaks["gpu"] = (planned.gpu_peak - CONTEXT, torch.cuda.max_memory_reserved())
+    else:
+        peaks["host"] = (planned.host_peak, resident_peak())
+    return {where: {"predicted_gib": p / GIB, "observed_gib": o / GIB} for where, (p, o) in peaks.items()}
+
+
+def show_taken(memory: dict[str, dict[str, float]]) -> None:
+    for where, one in memory.items():
+        p, o = one["predicted_gib"], one["observed_gib"]
+        console.print(f"memory on the {where}: {o:.2f} GiB at its peak, {p:.2f} predicted ({p / o - 1:+.1%})")

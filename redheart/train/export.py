@@ -18,7 +18,7 @@ from redheart.model.build import model_config
 from redheart.model.loading import refuse_other_tensors, shapes_of, verify_export
 from redheart.model.redheart import RedHeartModel, parameter_counts
 from redheart.model.select import ExecutionMode
-from redheart.owned import check_can_make
+from redheart.owned import check_new
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
 from redheart.train.checkpoint import Progress, parse_progress, read_progress
@@ -103,9 +103,7 @@ def read_settings(directory: Path) -> tuple[RunConfig, Progress]:
 
 def export(path: Path, out: Path) -> dict[str, Any]:
     """Writes the export in one step; returns its parameter counts."""
-    if out.exists():
-        raise RedHeartError(f"{out} exists already: name another --out")
-    check_can_make(out, "--out")
+    check_new(out)
     model, config, progress, calibration = load_model(path)
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)

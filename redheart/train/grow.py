@@ -24,7 +24,7 @@ from redheart.memory.plan import GIB
 from redheart.model.growth import grown_tensors, reachable, relative_differences, tensors_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.model.select import ExecutionMode
-from redheart.owned import check_can_make
+from redheart.owned import check_new
 from redheart.schema import RedHeartError
 from redheart.tasks import task_weights
 from redheart.train.checkpoint import Progress
@@ -75,9 +75,7 @@ def grow(
 
     `data` defaults to what the checkpoint was trained on. Raises RedHeartError where growth cannot reach the target.
     """
-    if out.exists():
-        raise RedHeartError(f"{out} exists already: name another --out")
-    check_can_make(out, "--out")
+    check_new(out)
     source = open_stored(checkpoint)
     sizes = reachable(source.sizes, target)
     stream = _samples(source, data) if verify else None

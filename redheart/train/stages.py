@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from redheart.config import LossConfig, OptimizerConfig
+from redheart.config import LossConfig, OptimizerConfig, RunConfig
 from redheart.losses.combine import combine
 from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import is_out_of_memory, sum_over_ranks, together
@@ -19,6 +19,9 @@ from redheart.schema import Batch, RedHeartError
 from redheart.tasks import loss_counts, packed_losses
 from redheart.train.engine import Engine, Update
 from redheart.train.synergy import predictions
+
+PASSES = 4  # over the training split, where nobody says otherwise: dev losses have bent upwards by then, or nearly
+LEAST_STEPS = 100  # of few rows even four passes teach nothing
 
 
 @dataclass(frozen=True)
@@ -169,3 +172,19 @@ def split_global_batch(global_batch_size: int, micro_batch_size: int, world_size
     share = global_batch_size // world_size
     micro = next(m for m in range(min(micro_batch_size, share), 0, -1) if share % m == 0)
     return micro, share // micro
+
+
+def steps_of(config: RunConfig, num_rows: int) -> int:
+    """max_steps, or as many as `epochs` passes over the rows take; without either PASSES, and at least LEAST_STEPS."""
+    settings = config.training
+    if settings.max_steps:
+        return settings.max_steps
+    if settings.epochs:
+        return max(1, math.ceil(settings.epochs * num_rows / settings.global_batch_size))
+    return max(LEAST_STEPS, math.ceil(PASSES * num_rows / settings.global_batch_size))
+
+
+def looking_ten_times(config: RunConfig, total_steps: int) -> RunConfig:
+    """The configuration with the number of steps that evaluate_every = 0 stands for."""
+    every = config.training.evaluate_every or max(1, total_steps // 10)
+    return config.model_copy(update={"training": config.training.model_copy(update={"evaluate_every": every})})

@@ -15,8 +15,7 @@ from redheart.data.stream import SampleStream
 from redheart.device import bf16_is_fast, compute_device
 from redheart.evaluation.trained import joined, label_counts, label_weights
 from redheart.files import write_json
-from redheart.memory.compare import planned_and_taken, show_taken
-from redheart.memory.refuse import check_memory
+from redheart.memory.refuse import check_memory, planned_and_taken, show_taken
 from redheart.model.build import model_config
 from redheart.model.regional import check_compilation, compiler, few_shapes
 from redheart.ranks import barrier, check_launch, launched_rank, launched_world_size, naming_lost_ranks
@@ -29,12 +28,11 @@ from redheart.train.checkpoint import Progress
 from redheart.train.claim import RESULT, Claim, naming_no_room
 from redheart.train.engine import PlainEngine
 from redheart.train.engine.machinery import START_S
-from redheart.train.length import looking_ten_times, steps_of
 from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.own import prepared
 from redheart.train.resume import accept, command, order_of_rows
-from redheart.train.stages import split_global_batch
+from redheart.train.stages import looking_ten_times, split_global_batch, steps_of
 from redheart.train.stalls import stacks
 from redheart.train.stored import fitting
 from redheart.train.trainer import Trainer

@@ -21,7 +21,7 @@ from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.losses.combine import factors
 from redheart.memory.swap import place
 from redheart.model.redheart import parameter_counts
-from redheart.owned import check_can_make
+from redheart.owned import check_can_make_file
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS, task_weights
 from redheart.train.claim import is_run, own_report
@@ -43,11 +43,9 @@ def validate(
     with `untrained`, marked."""
     device_of(device)  # this and the next before anything is loaded
     if out is not None:
-        if out.is_dir():
-            raise RedHeartError(f"--report {out} is a directory: name a file in it, such as {out / 'report.md'}")
+        check_can_make_file(out, "--report", "report.md")
         if out.suffix == ".html":
             raise RedHeartError(f"--report {out}: name the .md, and the .html comes beside it")
-        check_can_make(out, "--report")
     directory = resolve(checkpoint)
     model, config, progress, calibration = load_model(directory)
     data = data or progress.data
