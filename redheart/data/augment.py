@@ -11,9 +11,7 @@ WORK/written-rankN.txt, a line per text: a kill costs at most the last batch.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,8 +24,8 @@ from redheart.config import DataConfig
 from redheart.console import console, progress
 from redheart.data.encode import TextEncoder, wait_for
 from redheart.data.label_quality import calibrated
-from redheart.data.labelling import chosen
-from redheart.files import check_sealed_json, sealed_line, write_json
+from redheart.data.labelling import chosen, key_of, lines_so_far, share_of
+from redheart.files import sealed_line, write_json
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import SPLITS, RedHeartError
 
@@ -63,21 +61,23 @@ def augment(
     kind = config.augment.kind
     if kind is None:
         return records, {}
-    originals = chosen([r for r in records if _can_be_asked(r, kind)], config.augment.max_texts)
+    train = (r for r in records if r["split"] == "train")
+    askable = [r for r in train if kind == "paraphrase" or r["contrast_text"] is None]
+    originals = chosen(askable, config.augment.max_texts)
     if not originals:
         raise RedHeartError(f"data.augment.kind = {kind}: no training record is left to write about")
     name = _write(originals, work, config)
     wait_for([_done_file(work, rank) for rank in range(launched_world_size())])
-    written = _written(work)
-    rewrites = [written[_key(r)] for r in originals]
+    written = lines_so_far(work, "written")
+    rewrites = [written[key_of(r)] for r in originals]
     reasons = dict(zip((r["id"] for r in originals), judge(originals, rewrites, config), strict=True))
     if kind == "paraphrase":
         _refuse_repeats(records, originals, rewrites, reasons)
     texts = {r["id"]: w["text"] for r, w in zip(originals, rewrites, strict=True)}
-    facts = {
-        f"{source}+{kind}": _facts(kind, name, sources[source], [reasons[r["id"]] for r in rows])
-        for source, rows in _by_source(originals).items()
-    }
+    by_source: dict[str, list[str]] = {}
+    for record in originals:
+        by_source.setdefault(record["source"], []).append(reasons[record["id"]])
+    facts = {f"{source}+{kind}": _facts(kind, name, sources[source], why) for source, why in by_source.items()}
     out = []
     for record in records:
         text = texts.get(record["id"])
@@ -144,16 +144,10 @@ def _examples(kind: str) -> list[str]:
     return [line.partition(": ")[2] for line in PROMPTS[kind].splitlines() if ": " in line and "{text}" not in line]
 
 
-def _can_be_asked(record: Mapping[str, Any], kind: str) -> bool:
-    return record["split"] == "train" and (kind == "paraphrase" or record["contrast_text"] is None)
-
-
 def _write(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> str:
     """Appends this process's missing lines; returns the LLM's name."""
-    rank, size = launched_rank(), launched_world_size()
-    done = _written(work, mend=rank)
-    missing = [r for r in records if _key(r) not in done]
-    share = sorted(missing[rank::size], key=lambda r: len(r["text"]))
+    rank = launched_rank()
+    share = share_of(records, lines_so_far(work, "written", mend=rank))
     if share:
         from redheart.data.llm_labels import LlmScorer
 
@@ -167,7 +161,7 @@ def _write(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) ->
                 rows = share[start : start + config.labeler.batch_size]
                 texts = [r["text"] for r in rows]
                 again = llm.write(
-                    [PROMPTS[str(config.augment.kind)].format(text=_line(t)) for t in texts], MAX_NEW_TOKENS
+                    [PROMPTS[str(config.augment.kind)].format(text=" ".join(t.split())) for t in texts], MAX_NEW_TOKENS
                 )
                 both = [*texts, *(a or t for a, t in zip(again, texts, strict=True))]
                 logp = llm.score(both).round(4)
@@ -175,7 +169,7 @@ def _write(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) ->
                 means /= np.linalg.norm(means, axis=1, keepdims=True)
                 for i, (record, text) in enumerate(zip(rows, again, strict=True)):
                     line = {
-                        "key": _key(record), "text": text, "similarity": float(means[i] @ means[i + len(rows)]),
+                        "key": key_of(record), "text": text, "similarity": float(means[i] @ means[i + len(rows)]),
                         "before": logp[i].tolist(), "after": logp[i + len(rows)].tolist(),
                     }  # fmt: skip
                     file.write(sealed_line(line))
@@ -186,26 +180,11 @@ def _write(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) ->
     return config.labeler.name
 
 
-def _written(work: Path, mend: int | None = None) -> dict[str, dict[str, Any]]:
-    """All whole lines so far, by key, without damaged ones; what a kill cut short at the end of file number `mend` is cut off."""
-    lines: dict[str, dict[str, Any]] = {}
-    for path in sorted(work.glob("written-rank*.txt")):
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content) and mend is not None and path.name == f"written-rank{mend}.txt":
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        for line in content[:whole].splitlines():
-            with contextlib.suppress(ValueError, RedHeartError):
-                rewrite = check_sealed_json(json.loads(line), path, "")
-                lines[rewrite["key"]] = rewrite
-    return lines
-
-
 def _again(record: dict[str, Any], text: str) -> dict[str, Any]:
     origins = {n: None if o is None else "derived" for n, o in record["label_origin"].items()}
+    identity = hashlib.sha256(f"paraphrase\0{record['id']}".encode()).hexdigest()[:20]
     return record | {
-        "id": _identity(record), "text": text, "source": f"{record['source']}+paraphrase", "label_origin": origins,
+        "id": identity, "text": text, "source": f"{record['source']}+paraphrase", "label_origin": origins,
     }  # fmt: skip
 
 
@@ -231,27 +210,8 @@ def _facts(kind: str, llm: str, source: Mapping[str, Any], reasons: Sequence[str
     }
 
 
-def _by_source(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record["source"], []).append(record)
-    return groups
-
-
-def _identity(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(f"paraphrase\0{record['id']}".encode()).hexdigest()[:20]
-
-
-def _key(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(f"{record['id']}\0{record['text']}".encode()).hexdigest()[:32]
-
-
 def _done_file(work: Path, rank: int) -> Path:
     return work / f"written-rank{rank}.json"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _plain(text: str) -> str:

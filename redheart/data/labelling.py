@@ -1,16 +1,16 @@
 """The labelling step of `prepare`: asks the LLM what no human labelled. Resumable per text; each process asks about its share.
 
-Answers stand in WORK/labels-rankN.bin, one record of fixed size per text, appended: a kill costs at most the last one. They are
-read by every rank of any later call, whatever its number of processes.
+Answers stand in WORK/labels-rankN.txt, a sealed line per text, appended: a kill costs at most the last one. They are read by every
+rank of any later call, whatever its number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,10 @@ from redheart.config import DataConfig
 from redheart.console import console, is_verbose, progress, table
 from redheart.data.encode import wait_for
 from redheart.data.label_quality import judge
-from redheart.data.questions import FORM, HEADING, lacks, lists
-from redheart.files import read_sealed_json, write_sealed_json
+from redheart.data.questions import HEADING, lacks, lists
+from redheart.files import check_sealed_json, read_sealed_json, sealed_line, write_sealed_json
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import LABELS, RedHeartError
-
-NUM_WORDS = sum(len(q.words) for q in FORM)
-# sum: the CRC-32 of what stands before it
-ANSWER = np.dtype([("key", "S32"), ("logp", "<f4", (2, NUM_WORDS)), ("sum", "<u4")])
 
 
 @dataclass
@@ -49,8 +45,8 @@ def fill_labels(records: list[dict[str, Any]], work: Path, config: DataConfig) -
         return result
     facts = _ask(unlabelled, work, config)
     wait_for([_facts_file(work, rank) for rank in range(launched_world_size())])
-    answers = _answers(work)
-    logp = np.stack([answers[_key(r)] for r in unlabelled])
+    answers = lines_so_far(work, "labels")
+    logp = np.array([answers[key_of(r)]["logp"] for r in unlabelled], np.float32)
     accepted, questions = judge(unlabelled, logp, config.labeler)
     for row, record in enumerate(unlabelled):
         for name in lacks(record):
@@ -87,11 +83,9 @@ def chosen(records: list[dict[str, Any]], most: int | None) -> list[dict[str, An
 
 def _ask(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> dict[str, Any]:
     """Appends this process's missing answers; returns the facts of its work."""
-    rank, size = launched_rank(), launched_world_size()
-    facts_file = _facts_file(work, rank)
-    done = _answers(work, mend=rank)
-    missing = [r for r in records if _key(r) not in done]
-    unanswered = sorted(missing[rank::size], key=lambda r: len(r["text"]))
+    rank, facts_file = launched_rank(), _facts_file(work, launched_rank())
+    done = lines_so_far(work, "labels", mend=rank)
+    unanswered = share_of(records, done)
     facts: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
     if facts_file.is_file():
         facts = read_sealed_json(facts_file, "--force-preprocess labels anew")
@@ -104,18 +98,15 @@ def _ask(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) -> d
     if facts.get("fingerprint", scorer.fingerprint) != scorer.fingerprint:
         raise RedHeartError(f"{work} holds answers of another LLM: --force-preprocess labels anew")
     begin, batch = time.monotonic(), config.labeler.batch_size
-    share = len(done) // size
+    share = len(done) // launched_world_size()
     with (
-        (work / f"labels-rank{rank}.bin").open("ab") as file,
+        (work / f"labels-rank{rank}.txt").open("a", encoding="utf-8") as file,
         progress("LLM labels", share + len(unanswered), share) as (bar, task),
     ):
         for start in range(0, len(unanswered), batch):
             rows = unanswered[start : start + batch]
-            lines = np.zeros(len(rows), ANSWER)
-            lines["key"] = [_key(r) for r in rows]
-            lines["logp"] = scorer.score([r["text"] for r in rows])
-            lines["sum"] = _sums(lines)
-            file.write(lines.tobytes())
+            for record, logp in zip(rows, scorer.score([r["text"] for r in rows]).tolist(), strict=True):
+                file.write(sealed_line({"key": key_of(record), "logp": logp}))
             file.flush()
             rate = scorer.tokens_read / (time.monotonic() - begin)
             bar.update(task, advance=len(rows), note=f"{scorer.tokens_read:,} tokens, {rate:,.0f}/s")
@@ -132,31 +123,36 @@ def form_digest() -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _key(record: dict[str, Any]) -> bytes:
-    return hashlib.sha256(f"{record['id']}\0{record['text']}".encode()).hexdigest()[:32].encode()
+def key_of(record: Mapping[str, Any]) -> str:
+    """Of a text in the files of this step and of augment.py."""
+    return hashlib.sha256(f"{record['id']}\0{record['text']}".encode()).hexdigest()[:32]
 
 
-def _sums(lines: np.ndarray) -> np.ndarray:
-    return np.array([zlib.crc32(line.tobytes()[:-4]) for line in lines], np.uint32)
+def share_of(records: Sequence[dict[str, Any]], done: Collection[str]) -> list[dict[str, Any]]:
+    """This process's share of the records whose keys are not `done`, short texts first."""
+    missing = [r for r in records if key_of(r) not in done]
+    return sorted(missing[launched_rank() :: launched_world_size()], key=lambda r: len(r["text"]))
 
 
 def _facts_file(work: Path, rank: int) -> Path:
     return work / f"labeler-rank{rank}.json"
 
 
-def _answers(work: Path, mend: int | None = None) -> dict[bytes, np.ndarray]:
-    """All whole answers so far, without damaged ones; what a kill cut short at the end of file number `mend` is cut off."""
-    answers: dict[bytes, np.ndarray] = {}
-    for path in sorted(work.glob("labels-rank*.bin")):
+def lines_so_far(work: Path, name: str, mend: int | None = None) -> dict[str, dict[str, Any]]:
+    """All whole lines of the files WORK/NAME-rankN.txt by their keys, without damaged ones; what a kill cut short at the end of file
+    number `mend` is cut off."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(work.glob(f"{name}-rank*.txt")):
         content = path.read_bytes()
-        whole = len(content) // ANSWER.itemsize * ANSWER.itemsize
-        if whole < len(content) and mend is not None and path.name == f"labels-rank{mend}.bin":
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content) and mend is not None and path.name == f"{name}-rank{mend}.txt":
             with path.open("r+b") as file:
                 file.truncate(whole)
-        lines = np.frombuffer(content[:whole], ANSWER)
-        lines = lines[lines["sum"] == _sums(lines)]
-        answers.update(zip(lines["key"].tolist(), lines["logp"], strict=True))
-    return answers
+        for text in content[:whole].splitlines():
+            with contextlib.suppress(ValueError, RedHeartError):
+                line = check_sealed_json(json.loads(text), path, "")
+                found[line["key"]] = line
+    return found
 
 
 def _show(questions: Sequence[dict[str, Any]]) -> None:

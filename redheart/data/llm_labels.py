@@ -23,7 +23,6 @@ from redheart.schema import RedHeartError
 
 MAX_TEXT_TOKENS = 512  # a longer text is read in part; the encoder reads even less of it
 LINES_AT_ONCE = 4  # the vocabulary's logits of all lines at once would not fit the caches
-NUM_WORDS = sum(len(q.words) for q in FORM)
 
 
 class LlmScorer:
@@ -164,7 +163,7 @@ class LlmScorer:
         return logits
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
-        """Log-probabilities of the words of every list after its line, float32 [texts, 2 forms, NUM_WORDS]."""
+        """Log-probabilities of the words of every list after its line, float32 [texts, 2 forms, questions.NUM_WORDS]."""
         states = self.states(texts)
         scores = []
         for first in range(0, len(FORM), LINES_AT_ONCE):

@@ -52,6 +52,7 @@ FORM = (
     _scale("doubt", "regret_views", "neutral", "none", "deep"),
     _scale("despair", "regret_views", "pessimistic", "none", "deep"),
 )  # fmt: skip
+NUM_WORDS = sum(len(q.words) for q in FORM)
 assert all(set(q.entries) <= set(LABELS[q.label].names) for q in FORM)
 assert all(len(q.words) == (2 if q.is_scale else len(q.entries)) for q in FORM)
 

@@ -14,9 +14,8 @@ from redheart.config import AugmentConfig, DataConfig, LabelerConfig
 from redheart.data import augment as module
 from redheart.data.augment import augment, judge
 from redheart.data.gather import gather
-from redheart.data.labelling import NUM_WORDS
 from redheart.data.llm_labels import LlmScorer
-from redheart.data.questions import FORM
+from redheart.data.questions import FORM, NUM_WORDS
 from redheart.data.sources.records import parse_record
 from redheart.files import sealed_line
 from redheart.schema import RedHeartError

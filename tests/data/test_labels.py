@@ -16,9 +16,9 @@ from redheart.bench.label import parse, prompt
 from redheart.config import DataConfig, LabelerConfig
 from redheart.data import labelling
 from redheart.data.label_quality import calibrated, concordance, judge, to_human_scale
-from redheart.data.labelling import ANSWER, NUM_WORDS, _answers, fill_labels
+from redheart.data.labelling import fill_labels, lines_so_far
 from redheart.data.llm_labels import LlmScorer
-from redheart.data.questions import FORM
+from redheart.data.questions import FORM, NUM_WORDS
 from redheart.data.sources.records import parse_record
 from redheart.schema import RedHeartError
 
@@ -165,17 +165,18 @@ def test_a_kill_costs_the_last_answer_at_most(tmp_path: Path, monkeypatch: pytes
     config = DataConfig(labeler=LabelerConfig(batch_size=4))
     first = [json.loads(json.dumps(r)) for r in corpus]
     fill_labels(first, tmp_path, config)
-    file = tmp_path / "labels-rank0.bin"
+    file = tmp_path / "labels-rank0.txt"
     whole = file.read_bytes()
-    assert len(whole) == 20 * ANSWER.itemsize
-    file.write_bytes(whole[: 13 * ANSWER.itemsize + 100])  # the kill
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 20
+    file.write_bytes(b"".join(lines[:13]) + lines[13][:100])  # the kill
     asked: list[str] = []
     score = LlmScorer.score
     monkeypatch.setattr(LlmScorer, "score", lambda self, texts: asked.extend(texts) or score(self, texts))
     second = [json.loads(json.dumps(r)) for r in corpus]
     result = fill_labels(second, tmp_path, config)
     assert len(asked) == 7
-    assert len(file.read_bytes()) == len(whole)
+    assert len(file.read_bytes().splitlines()) == 20
     assert result.report["texts"] == 20
     for a, b in zip(first, second, strict=True):
         assert np.allclose(
@@ -186,27 +187,24 @@ def test_a_kill_costs_the_last_answer_at_most(tmp_path: Path, monkeypatch: pytes
     fill_labels(third, tmp_path, config)
     assert third == second
     content = bytearray(file.read_bytes())
-    content[3 * ANSWER.itemsize + 40] ^= 1  # a flipped bit: that text is asked about again
+    content[sum(map(len, lines[:3])) + 40] ^= 1  # a flipped bit: that text is asked about again
     file.write_bytes(content)
-    assert len(_answers(tmp_path)) == 19
+    assert len(lines_so_far(tmp_path, "labels")) == 19
 
 
 @pytest.mark.slow
 def test_two_ranks_ask_about_each_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config, corpus, fingerprints = DataConfig(), records(9), []
     monkeypatch.setattr(labelling, "launched_world_size", lambda: 2)
-    monkeypatch.setattr(labelling, "_answers", lambda work, mend=None: {})  # both start at once
+    monkeypatch.setattr(labelling, "lines_so_far", lambda work, name, mend=None: {})  # both start at once
     for rank in (0, 1):
         monkeypatch.setattr(labelling, "launched_rank", lambda rank=rank: rank)
         fingerprints.append(labelling._ask(corpus, tmp_path, config)["fingerprint"])
     monkeypatch.undo()
-    keys = [
-        k
-        for r in (0, 1)
-        for k in np.frombuffer((tmp_path / f"labels-rank{r}.bin").read_bytes(), ANSWER)["key"].tolist()
-    ]
+    written = [line for r in (0, 1) for line in (tmp_path / f"labels-rank{r}.txt").read_text("utf-8").splitlines()]
+    keys = [json.loads(line)["key"] for line in written]
     assert fingerprints[0] == fingerprints[1]
-    assert sorted(keys) == sorted(labelling._key(r) for r in corpus)
+    assert sorted(keys) == sorted(labelling.key_of(r) for r in corpus)
 
 
 def test_bench_counts_only_answers_of_the_list_in_whole_json():

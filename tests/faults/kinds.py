@@ -30,7 +30,8 @@ from redheart.config import (
 )
 from redheart.data import augment as augmenting
 from redheart.data import encode, llm_labels
-from redheart.data.labelling import NUM_WORDS, fill_labels
+from redheart.data.labelling import fill_labels
+from redheart.data.questions import NUM_WORDS
 from redheart.data.shards import INDEX, write_shard
 from redheart.data.sources.records import parse_record
 from redheart.data.stream import SampleStream
@@ -259,7 +260,7 @@ def make_kinds(base: Path, stubs: pytest.MonkeyPatch, seed: int = 0) -> dict[str
         "remote index": Kind(data, INDEX, fetched),
         "remote shard": Kind(data, "train-00000.arrow", fetched),
         "cached shard": Kind(base / "fetched", str(shard), kept),
-        "LLM answers": Kind(work / "labelled", "labels-rank0.bin", labelled),
+        "LLM answers": Kind(work / "labelled", "labels-rank0.txt", labelled),
         "LLM facts": Kind(work / "labelled", "labeler-rank0.json", labelled),
         "LLM texts": Kind(work / "augmented", "written-rank0.txt", augmented),
         "encoded part": Kind(work / "encoded", next((work / "encoded").glob("encoded-p*")).name, encoded),
