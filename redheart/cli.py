@@ -11,15 +11,14 @@ from typing import Annotated
 import typer
 
 from redheart import options
-from redheart.asking import init
 from redheart.bench.commands import bench
 from redheart.caches import forget_empty_variables
-from redheart.console import any_encoding, emit, literal, quiet_start
+from redheart.console import any_encoding, console, emit, literal, quiet_start, show_answers, table
 from redheart.device import settle_allocator
 from redheart.early import check
 from redheart.ends import code_of, ending
 from redheart.files import no_room
-from redheart.ranks import leaving
+from redheart.ranks import is_main, launched_rank, leaving
 from redheart.schema import RedHeartError
 
 app = typer.Typer(
@@ -29,7 +28,6 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(bench, name="bench")
-app.command()(init)
 
 
 @app.callback()
@@ -38,6 +36,25 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="REDHEART_DEBUG")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
 ) -> None: ...
+
+
+@app.command()
+def init(
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Your own table of texts.")] = None,
+    text: options.Text = None,
+    label: options.Labels = None,
+    gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", help="Such as 8GiB, or none.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.1, help="How long training may take.")] = None,
+    language: Annotated[str | None, typer.Option("--language", help="Of the texts: en, ko, de …")] = None,
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("redheart.yaml"),
+    json_: options.Json = False,
+) -> None:
+    """Ask five questions (your table, its columns, card, time, language), or take the options, and write settings for `train`."""
+    from redheart.train.init import init as run
+
+    run(data, text, label or (), gpu_memory, minutes, language, out)
+    console.print(f"wrote {out}; train with: redheart train {out} --out runs/{out.stem}")
+    emit({"out": str(out)}, json_)
 
 
 @app.command()
@@ -56,10 +73,8 @@ def prepare(
 ) -> None:
     """Turn raw records into shards: the LLM scores what is missing, the frozen encoder makes token features. Resumable."""
     from redheart.config import load_config
-    from redheart.console import console
     from redheart.data.card import push as upload
     from redheart.data.prepare import prepare as run
-    from redheart.ranks import launched_rank
 
     settings = [*(["data.dedup=true"] if dedup else []), *([f"data.augment.kind={augment}"] if augment else [])]
     data = load_config(preset, [*(set_ or ()), *settings]).data
@@ -84,7 +99,6 @@ def dedup(
     json_: options.Json = False,
 ) -> None:
     """Count train rows that nearly repeat a dev or test row, and dev rows that repeat a test row; with --out, drop them."""
-    from redheart.console import console
     from redheart.data.dedup import dedup as run
     from redheart.data.neighbours import describe
 
@@ -101,7 +115,6 @@ def params(preset: options.Preset = "330m", set_: options.Set = None, json_: opt
     import torch
 
     from redheart.config import load_config
-    from redheart.console import console, table
     from redheart.model.build import build_model
     from redheart.model.redheart import parameter_counts
 
@@ -177,8 +190,6 @@ def train(
 ) -> None:
     """Train; also under `accelerate launch` and `deepspeed`. Ctrl-C and SIGTERM end a run with a checkpoint."""
     from redheart.closing import close
-    from redheart.console import console
-    from redheart.ranks import is_main
     from redheart.train.own import settings
     from redheart.train.start import train as start
 
@@ -207,7 +218,6 @@ def evaluate(
     json_: options.Json = False,
 ) -> None:
     """Held-out metrics of every answer beside the constant predictor and linear models on the same features."""
-    from redheart.console import console
     from redheart.train.validate import validate
 
     result, path = validate(checkpoint, data, split, report, device, swap, all_)
@@ -225,7 +235,6 @@ def calibrate(
     json_: options.Json = False,
 ) -> None:
     """Fit probabilities and thresholds on dev, kept beside the weights; `train` does so at its end."""
-    from redheart.console import console
     from redheart.train.calibrate import calibrate as run
 
     made = run(checkpoint, data, device)
@@ -258,7 +267,6 @@ def predict(
     json_: options.Json = False,
 ) -> None:
     """Read texts and answer for each of them."""
-    from redheart.console import console, show_answers
     from redheart.infer import RedHeartPipeline, flat
     from redheart.reading import texts_of, write_answers
 
@@ -282,7 +290,6 @@ def export(
     json_: options.Json = False,
 ) -> None:
     """Write safetensors, config.json and a model card for `RedHeartModel.from_pretrained`."""
-    from redheart.console import console
     from redheart.train.export import export as run
 
     counts = run(checkpoint, out)
@@ -305,7 +312,6 @@ def grow(
 ) -> None:
     """Make a wider or deeper network with the same function out of a trained one: 330m to 1b3, for instance."""
     from redheart.config import load_config
-    from redheart.console import console
     from redheart.train.grow import grow as run
 
     report = run(checkpoint, load_config(to, set_ or ()), out, data, noise_snr_db, seed, verify, moments)
@@ -319,7 +325,6 @@ def doctor(
     json_: options.Json = False,
 ) -> None:
     """Check this machine: Python, compiler, libraries, models, GPU, memory, disk. Exit code 1 if something is missing."""
-    from redheart.console import console, table
     from redheart.doctor import examine
     from redheart.doctor import warm_up as run_warm_up
 

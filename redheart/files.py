@@ -55,12 +55,6 @@ def write_text(path: Path, text: str, rights: int = 0o666) -> None:
     flush_to_disk(path.parent)
 
 
-def append_text(path: Path, text: str) -> None:
-    """Adds to a file that grows line by line; a kill may cut the last line short."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-
-
 def unfinished_name(final: Path) -> Path:
     """A new hidden name beside `final` for what is to become it."""
     return final.with_name(f".{final.name[:60]}.redheart-{secrets.token_hex(4)}.tmp")

@@ -205,11 +205,6 @@ def gathered(mine: T) -> list[T]:
     return theirs
 
 
-def same_everywhere(mine: str) -> bool:
-    """Whether all ranks gave the same text. Collective."""
-    return len(set(gathered(mine))) == 1
-
-
 def after_main(action: Callable[[], str]) -> str:
     """Runs `action` in the launch's first process; the others wait for it, and get its result or its RedHeartError.
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from redheart.bench.timing import interleaved
 from redheart.config import load_config, parse_config
 from redheart.device import bf16_is_fast, compute_device, has_gpu
 from redheart.files import read_json, write_json
@@ -81,15 +82,9 @@ def matmul(edge: int, repeats: int = 20) -> dict[str, Any]:
     device = compute_device()
     dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
     a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 3):
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+    seconds = interleaved({"product": lambda: a @ b}, repeats)["product"]
     precision = str(dtype).removeprefix("torch.")
-    return {"edge": edge, "precision": precision, "tflop_per_s": 2 * edge**3 / median(seconds[3:]) / 1e12}
+    return {"edge": edge, "precision": precision, "tflop_per_s": 2 * edge**3 / median(seconds) / 1e12}
 
 
 def prices(launches: int = 2000, waits: int = 200) -> dict[str, float]:
@@ -122,16 +117,14 @@ def operation(repeats: int = 5) -> float:
     batch = synthetic_batch(rows, tokens, config.model.encoder_width)
     window = stages.open_window([batch], False)
     scale = dict.fromkeys((*TASKS, *GATES), 1.0)
-    seconds = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
+
+    def micro_step() -> None:
         on_device = batch.to(device, torch.float32)
         loss, _ = stages.compute(stages.forward(model, on_device), on_device, window.counts, scale, 1, config.loss)
         loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[2:]) / operations
+
+    micro_step()
+    return median(interleaved({"micro-step": micro_step}, repeats)["micro-step"]) / operations
 
 
 def case(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 
+from redheart.bench.timing import interleaved
 from redheart.caches import cache_directory
 from redheart.config import DataConfig, LabelerConfig
 from redheart.console import console
@@ -83,15 +84,13 @@ def first_batch_seconds(batch_size: int = 32) -> dict[str, float]:
     """Seconds to build the order and compute a batch at two positions, of 10 and of 10 million rows (a synthetic index)."""
     small = {"shards": [{"rows": 10, "buckets": [[5, 4], [9, 6]]}]}
     large = {"shards": [{"rows": 2048, "buckets": [[n, 64] for n in range(3, 35)]}] * 4883}
-    times = {}
-    for name, split, step in (("10_rows", small, 0), ("10m_rows", large, 0), ("10m_rows_position_9m", large, 281_250)):
-        took = []
-        for _ in range(7):
-            started = time.perf_counter()
-            Order(split, seed=0).samples(positions(step, batch_size))
-            took.append(time.perf_counter() - started)
-        times[name] = median(took)
-    return times
+
+    def first(split: dict[str, Any], step: int = 0) -> None:
+        Order(split, seed=0).samples(positions(step, batch_size))
+
+    runs = {"10_rows": partial(first, small), "10m_rows": partial(first, large)}
+    runs["10m_rows_position_9m"] = partial(first, large, 281_250)
+    return {name: median(took) for name, took in interleaved(runs, 7).items()}
 
 
 def _default_data(rows: int) -> Path:

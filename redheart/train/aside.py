@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from redheart.console import console
-from redheart.files import append_text
 from redheart.ranks import is_main
 
 
@@ -41,4 +40,8 @@ class Events:
     def write(self, step: int, event: str, **facts: Any) -> None:
         if is_main():
             line = json.dumps({"time": round(time.time(), 3), "step": step, "event": event, **facts}, default=str)
-            self._write(lambda: append_text(self._path, line + "\n"))
+            self._write(lambda: self._append(line))
+
+    def _append(self, line: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")

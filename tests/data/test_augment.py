@@ -143,7 +143,7 @@ def test_a_kill_costs_the_last_batch_at_most(work: Path, monkeypatch: pytest.Mon
     content = bytearray(file.read_bytes())
     content[content.index(b'"text"') + 12] ^= 1  # a flipped bit: that text is written about again
     file.write_bytes(content)
-    assert len(module._written(work)) == 5
+    assert len(module.lines_so_far(work, "written")) == 5
 
 
 def test_a_source_cannot_be_named_as_if_the_llm_had_written_it():

@@ -21,23 +21,19 @@ class Source:
     name: str
     read: Callable[[Path], Iterator[Row]]
     licence: str
-    feeds: str
     non_commercial: bool = False
     lang: str = "en"
     published: bool = True
 
 
 _ALL = (
-    Source(
-        "everyday", everyday.read, "MIT (written for Red Heart)",
-        "emotion, vad, culture, bentham, ethics, acceptability, regret, regret_views, counterfactual, preference", published=False,
-    ),
-    Source("goemotions", goemotions.read, "Apache-2.0", "emotion, emotion_fine, regret"),
-    Source("emobank", emobank.read, "CC BY-SA 4.0", "vad"),
-    Source("kote", kote.read, "MIT", "emotion, culture", lang="ko"),
-    Source("ethics", ethics.read, "MIT", "preference, ethics, acceptability"),
-    Source("moral_stories", moral_stories.read, "MIT", "preference, acceptability"),
-    Source("social_chem", social_chem.read, "CC BY-SA 4.0", "acceptability"),
-    Source("amazon_counterfactual", amazon.read, "CC BY-NC 4.0", "counterfactual", non_commercial=True),
-)  # fmt: skip
+    Source("everyday", everyday.read, "MIT (written for Red Heart)", published=False),
+    Source("goemotions", goemotions.read, "Apache-2.0"),
+    Source("emobank", emobank.read, "CC BY-SA 4.0"),
+    Source("kote", kote.read, "MIT", lang="ko"),
+    Source("ethics", ethics.read, "MIT"),
+    Source("moral_stories", moral_stories.read, "MIT"),
+    Source("social_chem", social_chem.read, "CC BY-SA 4.0"),
+    Source("amazon_counterfactual", amazon.read, "CC BY-NC 4.0", non_commercial=True),
+)
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
