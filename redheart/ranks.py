@@ -19,22 +19,19 @@ from redheart.schema import PassingError, RedHeartError
 T = TypeVar("T")
 
 
-def _group() -> bool:
+def _group() -> Any:
+    """torch.distributed, where this process has a group with others; else None."""
     import torch.distributed as dist
 
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
 def rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if _group() else 0
+    return dist.get_rank() if (dist := _group()) else 0
 
 
 def world_size() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if _group() else 1
+    return dist.get_world_size() if (dist := _group()) else 1
 
 
 def is_main() -> bool:
@@ -42,9 +39,7 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    if _group():
-        import torch.distributed as dist
-
+    if dist := _group():
         dist.barrier()
 
 
@@ -75,10 +70,9 @@ def leaving() -> Iterator[None]:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Element-wise sums over all ranks, in float64. Collective: every rank calls it with as many values."""
-    if not _group():
+    if not (dist := _group()):
         return [float(v) for v in values]
     import torch
-    import torch.distributed as dist
 
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # each backend moves tensors of one kind
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
@@ -196,10 +190,8 @@ def naming_lost_ranks(remedy: str, when: Callable[[], str] = str) -> Iterator[No
 
 def gathered(mine: T) -> list[T]:
     """What every rank gave, in the order of ranks. Collective."""
-    if not _group():
+    if not (dist := _group()):
         return [mine]
-    import torch.distributed as dist
-
     theirs: list[Any] = [None] * world_size()
     dist.all_gather_object(theirs, mine)
     return theirs

@@ -8,7 +8,6 @@ an isotonic regression on those maps the score to their scale.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,20 +20,6 @@ from redheart.schema import LABELS
 
 MIN_COMPARED = 30  # texts with a human label below which agreement is not judged
 MIN_FITTED = 200  # human-labelled training texts below which no map is fitted
-
-
-@dataclass(frozen=True)
-class Quality:
-    """One entry of one label. agreement: chance that of two texts people rate differently the LLM puts the right one higher."""
-
-    label: str
-    entry: str
-    mass: float  # mean probability of the list's words, in [0, 1]
-    spread: float  # standard deviation of the scores
-    agreement: float | None  # in [0, 1]; 0.5 is chance; None where fewer than MIN_COMPARED texts have a human label
-    compared: int  # texts of the training and dev splits that people labelled
-    accepted: bool
-    reason: str
 
 
 def calibrated(logp: np.ndarray) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], np.ndarray]]:
@@ -58,7 +43,12 @@ def calibrated(logp: np.ndarray) -> tuple[dict[tuple[str, str], np.ndarray], dic
 def judge(
     records: Sequence[Mapping[str, Any]], logp: np.ndarray, config: LabelerConfig
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[dict[str, Any]]]:
-    """(scores [N] of every accepted entry, the report of all entries). Labels of the test split decide nothing."""
+    """(scores [N] of every accepted entry, the report of all entries). Labels of the test split decide nothing.
+
+    Of an entry the report says its mass (mean probability of the list's words, in [0, 1]), the spread (standard deviation) of its scores,
+    how many training and dev texts people labelled (compared) and, from MIN_COMPARED on, the agreement: the chance, in [0, 1], that of
+    two texts people rate differently the LLM puts the right one higher.
+    """
     scores, masses = calibrated(logp)
     train, deciding = (np.array([r["split"] in splits for r in records]) for splits in (["train"], ["train", "dev"]))
     accepted, report = {}, []
@@ -75,7 +65,8 @@ def judge(
             reason = f"spread below {config.min_spread:g}"
         elif agreement is not None and agreement < config.min_agreement:
             reason = f"agreement below {config.min_agreement:g}"
-        report.append(asdict(Quality(label, entry, mass, spread, agreement, int(known.sum()), not reason, reason)))
+        told = {"label": label, "entry": entry, "mass": mass, "spread": spread, "agreement": agreement}
+        report.append(told | {"compared": int(known.sum()), "accepted": not reason, "reason": reason})
         if not reason:
             accepted[label, entry] = to_human_scale(score, human, known & train)
     return accepted, report

@@ -33,8 +33,18 @@ def meant(
             raise RedHeartError(f"{file} is no .yaml file of settings{hint}")
         if preset is not None:
             raise RedHeartError(f"{file} and --preset {preset} both say which settings hold: give one of them")
-    data, own = _options(data, text, labels)
-    return file or preset, [*overrides, *own], data
+    columns = columns_of(labels)
+    if data is not None and not is_table(data):
+        if text or columns:
+            raise RedHeartError(
+                f"--text and --label name columns of a table, and {data} is none: give --data a file, or leave them out"
+            )
+        return file or preset, [*overrides], data
+    own = [] if data is None else [f"data.file={json.dumps(data, ensure_ascii=False)}"]
+    if text or columns:
+        mapping = {(text or "text"): "text", **columns}
+        own.append(f"data.columns={json.dumps({SOURCE: mapping}, ensure_ascii=False)}")
+    return file or preset, [*overrides, *own], None
 
 
 def check_answers(config: RunConfig, data: str | None) -> None:
@@ -65,19 +75,3 @@ def columns_of(labels: Sequence[str]) -> dict[str, str]:
         target_of(target, f"--label {label}")
         columns[column] = target
     return columns
-
-
-def _options(data: str | None, text: str | None, labels: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the prepared data that is meant, if any, `--set` values that say what --data, --text and --label say)."""
-    columns = columns_of(labels)
-    if data is not None and not is_table(data):
-        if text or columns:
-            raise RedHeartError(
-                f"--text and --label name columns of a table, and {data} is none: give --data a file, or leave them out"
-            )
-        return data, []
-    overrides = [] if data is None else [f"data.file={json.dumps(data, ensure_ascii=False)}"]
-    if text or columns:
-        mapping = {(text or "text"): "text", **columns}
-        overrides.append(f"data.columns={json.dumps({SOURCE: mapping}, ensure_ascii=False)}")
-    return None, overrides
