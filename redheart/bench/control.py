@@ -35,7 +35,7 @@ from redheart.data.stream import SampleStream
 from redheart.device import has_gpu
 from redheart.evaluation.answers import answers
 from redheart.evaluation.evaluate import Evaluation, evaluate
-from redheart.evaluation.measures import measure, over_seeds, paired
+from redheart.evaluation.measures import Measured, measure, over_seeds, paired
 from redheart.evaluation.page import figure
 from redheart.files import read_sealed_json, sha256_of, write_json, write_sealed_json
 from redheart.losses.combine import factors
@@ -213,13 +213,16 @@ class _Bench:
             return facts | kept
         network = load()
         dev = evaluate(network, self.streams["dev"], self.config.loss, self.factors, batch_size=JUDGING_BATCH)
-        on_dev = answers(network, self.streams["dev"])
-        held_out = on_dev if self.split == "dev" else answers(network, self.streams[self.split])
-        measured = measure(on_dev, held_out, self.entries, same_rows=self.split == "dev")
+        measured = self._measure(network)
         metrics = {name: {"metric": metric, "value": value} for name, (metric, value) in measured.items()}
         judgement = {"trained": facts, "dev_losses": self._losses(dev), "metrics": metrics}
         write_sealed_json(path, judgement)
         return facts | judgement
+
+    def _measure(self, network: nn.Module) -> Measured:
+        dev = answers(network, self.streams["dev"])
+        held_out = dev if self.split == "dev" else answers(network, self.streams[self.split])
+        return measure(dev, held_out, self.entries, same_rows=self.split == "dev")
 
     def _losses(self, dev: Evaluation) -> dict[str, float]:
         """By task, of those that a control answers too, and, where the network answers them all, their `total` as training weighs them."""
