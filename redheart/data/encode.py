@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 
 from redheart.config import EncoderConfig
 from redheart.console import console, progress, quiet_libraries
-from redheart.data.pretrained import encoder_path, no_such_model, revision
+from redheart.data.pretrained import encoder_path, naming_model, revision
 from redheart.device import chosen_device
 from redheart.files import flush_to_disk
 from redheart.ranks import launched_rank, launched_world_size
@@ -40,11 +40,9 @@ class TextEncoder:
         self.device = chosen_device(device or config.device, "data.encoder.device")
         quiet_libraries()
         path = encoder_path(config.name)
-        try:
+        with naming_model(config.name):
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModel.from_pretrained(path, dtype=torch.float32).to(self.device).eval()
-        except (OSError, ValueError) as error:
-            raise no_such_model(config.name, error) from error
         depth = self.model.config.num_hidden_layers
         wrong = [layer for layer in config.layers if not 0 <= layer <= depth]
         if wrong:

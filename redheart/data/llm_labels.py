@@ -16,7 +16,7 @@ import torch
 
 from redheart.config import LabelerConfig
 from redheart.console import quiet_libraries
-from redheart.data.pretrained import gguf_file, no_such_model, revision, unpacked
+from redheart.data.pretrained import gguf_file, naming_model, revision, unpacked
 from redheart.data.questions import EXAMPLES, FORM, HEADING, lists
 from redheart.device import bf16_is_fast
 from redheart.schema import RedHeartError
@@ -252,11 +252,9 @@ def load_llm(config: LabelerConfig, dtype: torch.dtype = torch.float32) -> tuple
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=layer_dtype()
         )
-    try:
+    with naming_model(config.name):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, **settings).eval()
-    except (OSError, ValueError) as error:
-        raise no_such_model(config.name, error) from error
     if config.quantization == "nf4" and config.unpack:
         unpack_once(model)
     return model, tokenizer, revision(config.name)

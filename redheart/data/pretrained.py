@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -80,10 +80,8 @@ def revision(name: str) -> str:
         return revision_of(path, None)
     from transformers import AutoConfig
 
-    try:
+    with naming_model(name):
         commit = getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)
-    except (OSError, ValueError) as error:
-        raise no_such_model(name, error) from error
     return revision_of(path, commit)
 
 
@@ -183,8 +181,13 @@ def made_once(name: str, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def no_such_model(name: str, error: Exception) -> RedHeartError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return RedHeartError(
-        f"model {name!r} cannot be loaded ({first}): give {', '.join(PACKAGED)}, a directory or a reachable hub id"
-    )
+@contextlib.contextmanager
+def naming_model(name: str) -> Iterator[None]:
+    """Says in one line, with the model's name, what Transformers says of one that it cannot load."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RedHeartError(
+            f"model {name!r} cannot be loaded ({first}): give {', '.join(PACKAGED)}, a directory or a reachable hub id"
+        ) from error

@@ -15,7 +15,7 @@ import numpy as np
 
 from redheart.config import EncoderConfig
 from redheart.console import quiet_libraries
-from redheart.data.pretrained import encoder_path, no_such_model
+from redheart.data.pretrained import encoder_path, naming_model
 from redheart.schema import RedHeartError
 
 # share of letters in pieces of two letters or more; GoEmotions under MiniLM: 0.95; Korean under it: 0
@@ -115,7 +115,5 @@ def _tokenizer(config: EncoderConfig) -> Any:
     from transformers import AutoTokenizer
 
     quiet_libraries()
-    try:
+    with naming_model(config.name):
         return AutoTokenizer.from_pretrained(encoder_path(config.name))
-    except (OSError, ValueError) as error:
-        raise no_such_model(config.name, error) from error

@@ -23,20 +23,6 @@ from redheart.train.engine.machinery import compile_kernels, tensors_only
 from redheart.train.engine.plain import PLAIN_STATE, PlainEngine, read_state
 from redheart.train.engine.zero import DeepSpeedEngine
 
-__all__ = [
-    "Build",
-    "DeepSpeedEngine",
-    "Engine",
-    "PlainEngine",
-    "Update",
-    "compile_kernels",
-    "consolidated_weights",
-    "free_memory",
-    "make_engine",
-    "parameter_groups",
-    "read_state",
-]
-
 
 def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
     """The engine that `memory.strategy` names, around the network that `build` makes (model/build.py).
