@@ -35,10 +35,9 @@ from redheart.evaluation.examples import Example, shown
 from redheart.ranks import is_main
 from redheart.schema import Batch
 from redheart.tasks import TASKS
-from redheart.train.aside import Aside
+from redheart.train.aside import Aside, SampleLog
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
-from redheart.train.sample_log import SampleLog
 
 GIB = 2**30
 

@@ -47,7 +47,7 @@ class TrainResult:
     total_steps: int
     seconds: float
     signal: int | None
-    memory: dict[str, dict[str, float]]  # planned beside taken: memory/compare.py
+    memory: dict[str, dict[str, float]]  # planned beside taken: memory/refuse.py
     go_on: str  # how to go on with it
     calibration: Path | None = None  # of its best checkpoint, where it came to its end
     from_step: int = 0  # where this launch began

@@ -41,10 +41,10 @@ from redheart.memory import activations
 from redheart.owned import MARKER, owned
 from redheart.schema import RedHeartError
 from redheart.train import grow as growing
+from redheart.train.aside import SampleLog
 from redheart.train.checkpoint import last
 from redheart.train.export import export
 from redheart.train.moments import open_moments
-from redheart.train.sample_log import SampleLog
 from redheart.train.start import train
 from redheart.train.stored import load_stored, open_stored
 from tests.data.shard_data import MAX_TOKENS, WIDTH, make_row, write_directory
