@@ -6,9 +6,13 @@ All of them run one after another in one fresh interpreter, which says of each w
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from redheart.config import load_config
+from tests.runs import redheart
 
 WORKER = """
 import contextlib, io, json, sys
@@ -148,3 +152,56 @@ def test_a_mistake_is_one_line_that_names_the_remedy_before_torch_is_there(
     assert mistake.code == 2 or said.strip() == lines[0], said  # the parser puts the usage above its line
     assert all(word in lines[0] for word in mistake.words), lines[0]
     assert not one["torch"]
+
+
+KOREAN = ["나는 오늘 정말 기쁘다", "전화하겠다고 약속하고 잊었다", "그녀는 밤새 춤을 추었다"]
+OWN = ["--set", 'data.columns={"own":{"body":"text","sorry":"regret"}}', "--set", "data.labeler.max_texts=0"]
+
+
+def korean(directory: Path) -> None:
+    records = [{"text": f"{t} {n}", "lang": "ko", "regret": 0.5} for n, t in enumerate(KOREAN * 4)]
+    (directory / "ko.json").write_text(json.dumps(records))
+    (directory / "ko.csv").write_text("body,sorry\n" + "".join(f"{r['text']},0.5\n" for r in records))
+
+
+def too_long(directory: Path) -> None:
+    (directory / "long.csv").write_text("body,sorry\n" + "".join(f"{'day ' * 80}{n},0.{n % 9}\n" for n in range(12)))
+
+
+def old(directory: Path) -> None:
+    """An export of a version whose network had another layout, and one whose configuration had no sections yet."""
+    for name, config in (("old", load_config("local").model_dump(mode="json")), ("older", {})):
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text("{}")
+        (directory / name / "redheart.json").write_text(json.dumps({"config": config, "progress": {"layout": 1}}))
+
+
+# what only a tokenizer, or what was written beside weights, can tell; files, arguments, what is said, exit code
+WITH_TORCH = [
+    (korean, ["prepare", "--source", "own=ko.json", "--out", "out"],
+     ("12 records are in 'ko'", "package:minilm", "--set data.encoder.name"), 1),
+    (korean, ["train", "--data", "ko.csv", "--text", "body", "--label", "sorry=regret", "--out", "out"],
+     ("12 of 12 records cannot be read by encoder package:minilm", "ko.csv:2", "--set data.encoder.name"), 1),
+    (too_long, ["prepare", "--source", "own=long.csv", "--out", "out", *OWN],
+     ("12 of 12 texts of own exceed 64 tokens", "--set data.encoder.max_tokens=N"), 0),
+    (old, ["predict", "--checkpoint", "old", "a text"], ("old/redheart.json was made by an earlier version", "train again"), 1),
+    (old, ["evaluate", "--checkpoint", "older"], ("older/redheart.json: config key preset is missing", "export the checkpoint again"), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "words", "code"), WITH_TORCH, ids=[" ".join(m[1][:3]) for m in WITH_TORCH]
+)
+def test_a_mistake_that_takes_a_tokenizer_or_a_checkpoint_is_one_line_too(
+    files: Any, arguments: list[str], words: tuple[str, ...], code: int, tmp_path: Path
+):
+    files(tmp_path)
+    named = ("ko.json", "ko.csv", "long.csv", "old", "older", "out")
+    at = [str(tmp_path / a) if a in named else a.replace("own=", f"own={tmp_path}/") for a in arguments]
+    done = redheart(*at)
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if all(word in line for word in words)]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("redheart: ") == (code == 1)
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "index.json").exists() == (code == 0)

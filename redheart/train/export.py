@@ -98,7 +98,11 @@ def read_settings(directory: Path) -> tuple[RunConfig, Progress]:
     kept = read_json(path, AGAIN)
     if not isinstance(kept, dict) or kept.keys() != {"config", "progress"}:
         raise RedHeartError(f"{path} must hold config and progress: {AGAIN}")
-    return parse_config(kept["config"]), parse_progress(kept["progress"], path)
+    try:
+        config = parse_config(kept["config"])
+    except RedHeartError as error:
+        raise RedHeartError(f"{path}: {error}: {AGAIN}") from None
+    return config, parse_progress(kept["progress"], path)
 
 
 def export(path: Path, out: Path) -> dict[str, Any]:
