@@ -16,13 +16,13 @@ import pytest
 @contextmanager
 def browser() -> Iterator[Any]:
     """A Chromium whose pages are opened with `look`."""
-    driver = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    driver = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e .[test-browser]")
     with driver.sync_playwright() as started:
         own = started.chromium.executable_path  # that of `playwright install chromium`
         found = [shutil.which(n) for n in ("chromium", "chromium-browser", "google-chrome")] + [own]
         path = next((p for p in found if p and Path(p).exists()), None)
         if path is None:
-            pytest.skip("needs a Chromium: apt-get install chromium, or playwright install chromium")
+            pytest.skip("needs a Chromium: apt-get install chromium (or playwright install chromium)")
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has none
         with started.chromium.launch(executable_path=path, args=sandbox) as chromium:
             yield chromium

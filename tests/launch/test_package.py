@@ -58,7 +58,7 @@ def test_the_wheel_tells_its_extras_and_its_command(wheel: Path):
     files = zipfile.ZipFile(wheel)
     (folder,) = {n.split("/")[0] for n in files.namelist() if ".dist-info/" in n}
     told = message_from_string(files.read(f"{folder}/METADATA").decode())
-    assert set(told.get_all("Provides-Extra")) == {"gpu", "retrieval", "dev"}
+    assert set(told.get_all("Provides-Extra")) == {"gpu", "retrieval", "dev", "test-browser"}
     assert "redheart = redheart.cli:main" in files.read(f"{folder}/entry_points.txt").decode()
 
 
