@@ -16,8 +16,10 @@ from redheart.files import MANIFEST, verify_manifest
 from redheart.schema import RedHeartError
 
 Shape = tuple[int, ...]
-LAYOUT = 3  # of the network's tensors; 1 had one for each of its equal parts, 2 no norm of the tokens and no fine emotions in their head
-OLD_TENSOR = "backbone.layers.0."  # what the names of such tensors begin with
+# of the network's tensors; 1 had one for each of its equal parts, 2 no norm of the tokens and no fine emotions in their head,
+# 3 biases in attention and at the end of residual branches
+LAYOUT = 4
+OLD_TENSORS = {"backbone.layers.0.": 1, "backbone.layers.attention_bias": 3}  # what names of these layouts begin with
 LOADED = "_is_hf_initialized"  # how Transformers marks a tensor that needs no initialisation
 CARD = "README.md"  # the only file of an export that is the user's to change
 
@@ -101,8 +103,9 @@ def refuse_other_tensors(
     where: object, wanted: Mapping[str, Shape], found: Mapping[str, Shape], hint: str = ""
 ) -> None:
     """Raises RedHeartError, with the first few names, unless `found` has the tensors of the network, each in its shape."""
-    if any(name.startswith(OLD_TENSOR) for name in found):
-        refuse_layout(1, where)
+    for beginning, layout in OLD_TENSORS.items():
+        if any(name.startswith(beginning) for name in found):
+            refuse_layout(layout, where)
     lacks = wanted.keys() - found.keys()
     strange = found.keys() - wanted.keys()
     other = [n for n in wanted.keys() & found.keys() if wanted[n] != found[n]]

@@ -30,9 +30,8 @@ from redheart.train.stored import Stored
 INDEX = "moments.json"
 AGAIN = "grow the network again"
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
-RESIDENT = (
-    2**27
-)  # bytes read of a mapped state before it is mapped anew: what was read stays in memory as long as the mapping
+# bytes read of a mapped state before it is mapped anew: what was read stays in memory as long as the mapping
+RESIDENT = 2**27
 
 
 class Moments(NamedTuple):

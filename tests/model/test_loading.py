@@ -1,5 +1,6 @@
 """Weights that are not whole never become a network in silence; what the caller allows is drawn as in a fresh one."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from redheart.files import MANIFEST, write_manifest
+from redheart.model.loading import LAYOUT, shapes_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 
@@ -48,6 +50,10 @@ FAULTS = {
     "a head": (drop("heads.regret"), r"lacks 32 tensors \(heads\.regret\..* and 29 more\)"),
     "an old layout": (
         lambda t: t.update({"backbone.layers.0.norm.weight": torch.ones(2)}),
+        "made by an earlier version of this program",
+    ),
+    "a later old layout": (
+        lambda t: t.update({"backbone.layers.attention_bias": torch.ones(2, 2, 24)}),
         "made by an earlier version of this program",
     ),
     "a buffer": (drop("backbone.positions"), r"lacks 1 tensor \(backbone\.positions\)"),
@@ -157,3 +163,11 @@ def test_sizes_that_make_no_network_are_named():
     ):
         with pytest.raises(RedHeartError, match=words):
             RedHeartConfig(**{**SMALL, **values})
+
+
+def test_another_layout_of_the_tensors_has_another_number():
+    """What the network of this size is made of, by name and shape: whoever changes it counts LAYOUT up, so that runs and exports of
+    the version before are refused by what they are, in every command."""
+    shapes = sorted(shapes_of(RedHeartModel(RedHeartConfig(**SMALL)).state_dict()).items())
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+    assert {LAYOUT: digest} == {4: "c4e3e10a263ef7ef"}
