@@ -85,21 +85,21 @@ def validate(
     confused = confusion("emotion", learned["emotion"]) if "emotion" in learned else None
     wrong = worst(learned, held_out)
     report = Report(
-        title,
-        facts,
-        split,
-        result,
-        lines,
-        sure,
-        verdict,
-        losses,
-        causes,
-        reliable,
-        fitted_on,
-        wrong,
-        confused,
-        silent,
-        progress.label_counts,
+        title=title,
+        facts=facts,
+        split=split,
+        evaluation=result,
+        lines=lines,
+        measured=sure,
+        verdict=verdict,
+        dev_losses=losses,
+        causes=causes,
+        reliability=reliable,
+        calibrated_by=fitted_on,
+        wrong=wrong,
+        confusion=confused,
+        untrained=silent,
+        label_counts=progress.label_counts,
     )
     if not untrained:
         report = report.without_untrained()

@@ -13,7 +13,7 @@ def test_two_ranks_give_the_gradient_of_one_process_and_train_without_any_label(
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert told["ranks"] == 2
     assert told["finite"]
-    assert told["worst"] < 2e-5  # of the largest of each parameter, in fp32: 1.05e-5 seen
+    assert told["worst"] < 1e-5
     assert told["compared"] > 0.9 * told["parameters"]
     for label in LABELS:
         assert told["vanished"][label] == sorted(n for n, t in TASKS.items() if t.label == label)
