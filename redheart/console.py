@@ -169,11 +169,13 @@ def quiet_libraries() -> None:
 
 
 def quiet_start() -> None:
-    """The same of libraries that read the environment when they are imported: for a process of ours, before anything is imported."""
+    """The same of libraries that speak when they are imported: for a process of ours, before anything is imported."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not is_verbose():
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
         os.environ.update({name: os.environ.get(name, value) for name, value in quiet.items()})
+        # that a CUDA build of torch, beside a compiler for GPUs, found no GPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def show_answers(text: str, answers: dict[str, Any], brief: bool = False) -> None:
