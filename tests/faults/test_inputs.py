@@ -95,6 +95,14 @@ def noise(chosen: random.Random) -> bytes:
     return chosen.choice(heads) + (body if chosen.random() < 0.7 else body.hex().encode())
 
 
+def says_the_same(content: bytes, changed: bytes) -> bool:
+    """Whether both are JSON of the same: a space more between two words of it is no damage."""
+    try:
+        return json.loads(content) == json.loads(changed)
+    except ValueError:
+        return False
+
+
 def mutated(content: bytes, chosen: random.Random) -> bytes:
     """One change: bytes replaced, put in, taken out or shown twice, the end cut off; a number made large."""
     start = chosen.randrange(len(content))
@@ -223,7 +231,7 @@ def test_random_and_mutated_files(server: Server, exported: Path, tmp_path: Path
             door = next(put for other, _, _, put in cases(exported, Doors(server, home)) if other == name)
             changed = noise(chosen) if trial < 2 else mutated(content, chosen)
             end = refused(server.command(*door(changed)))
-            if end == "accepted" and may_be_whole and trial >= 2:
+            if end == "accepted" and trial >= 2 and (may_be_whole or says_the_same(content, changed)):
                 end = "still whole"
             if trial < 2 and name in ("table .csv", "table .tsv") and end == "accepted":
                 end = "still whole"

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def tensors_only() -> Iterator[None]:
                 yield
             except pickle.UnpicklingError as error:
                 raise not_tensors(error) from None
-            except RuntimeError as error:
+            except Exception as error:
                 if not torn(error):
                     raise
                 raise RedHeartError(
@@ -90,9 +91,14 @@ def tensors_only() -> Iterator[None]:
                 ) from None
 
 
-def torn(error: RuntimeError) -> bool:
-    """Whether torch found no whole archive of its own where it was to read one."""
-    return "PytorchStreamReader" in str(error) or "mmap can only be used with files saved with" in str(error)
+def torn(error: Exception) -> bool:
+    """Whether torch found no whole archive of its own where it was to read one. It takes other files for pickles, and reads them until
+    it stumbles, over whatever comes."""
+    from torch import _weights_only_unpickler as unpickler
+
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = ("PytorchStreamReader", "mmap can only be used with files saved with")
+    return unpickler.__file__ in frames or any(text in str(error) for text in found)
 
 
 def not_tensors(error: pickle.UnpicklingError) -> RedHeartError:

@@ -130,7 +130,7 @@ def read_state(directory: Path, device: torch.device | str = "cpu", mmap: bool =
         return torch.load(directory / PLAIN_STATE, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise not_tensors(error) from None
-    except RuntimeError as error:
+    except Exception as error:
         if not torn(error):
             raise
         raise RedHeartError(
