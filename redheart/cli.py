@@ -135,7 +135,7 @@ def plan(
     host_memory: Annotated[str | None, typer.Option("--host-memory", help="For instance 16GiB, of a node.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1)] = 1,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, max=512, help="Tokens of a sample.")] = 64,
+    tokens: options.Tokens = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan a run on this machine's CPU instead of a GPU.")] = False,
     measure: options.Measure = False,
     network_gbit: options.NetworkGbit = None,
@@ -156,6 +156,7 @@ def plan(
         emit([str(path) for path in write(write_ds_configs)], json_)
         return
     config = load_config(preset, set_ or ())
+    tokens = tokens or config.data.encoder.most_tokens
     if measure:
         measured = measure_step(config, tokens)
         show_measured(measured)

@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
 
 from redheart import plain_yaml
 from redheart.files import read_text, seal, unseal, write_text
-from redheart.schema import GOOD_LAYERS, PACKAGED, RedHeartError
-from redheart.sections import CheckpointConfig, GuardConfig, MemoryConfig, OptimizerConfig, Section, TrainingConfig
+from redheart.schema import RedHeartError
+from redheart.sections import (
+    BesideConfig,
+    CheckpointConfig,
+    EncoderConfig,
+    GuardConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    Section,
+    TrainingConfig,
+    as_section,
+)
 
 Factor = Annotated[float, Field(ge=0)]
 S = TypeVar("S", bound=BaseModel)
@@ -47,17 +58,6 @@ class ModelConfig(Section):
         if self.width % self.heads or self.task_width % self.task_heads:
             raise ValueError("width must be divisible by heads, and task_width by task_heads")
         return self
-
-
-class EncoderConfig(Section):
-    """The frozen encoder whose token states are the network's input."""
-
-    name: str = Field("package:minilm", description=f"{', '.join(PACKAGED)}, a directory, or a hub id")
-    layers: tuple[int, ...] = Field((4, 6), min_length=1, description=f"hidden layers concatenated; {GOOD_LAYERS}")
-    max_tokens: int = Field(64, ge=4, le=512, description="longer texts are cut here; prepare says how many")
-    batch_size: int = Field(32, gt=0, description="texts the encoder reads at once")
-    device: str = Field("auto", description="where it computes: `auto` (a GPU where there is one), cpu, cuda or cuda:1")
-    languages: tuple[str, ...] = Field(("en",), description="languages the encoder was made for; others are refused")
 
 
 class LabelerConfig(Section):
@@ -94,10 +94,19 @@ class AugmentConfig(Section):
     min_gain: float = Field(0.05, ge=0, le=1, description="counterfactual: least gain of act and effect, to the LLM")
 
 
+class _OrAList:
+    """In the JSON Schema `data.encoder` may be a list."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        one, beside = handler(schema), handler(BesideConfig.__pydantic_core_schema__)
+        return {"anyOf": [one, {"type": "array", "minItems": 1, "prefixItems": [one], "items": beside}]}
+
+
 class DataConfig(Section):
     """What `redheart prepare` makes of raw records."""
 
-    encoder: EncoderConfig = EncoderConfig()
+    encoder: Annotated[EncoderConfig, _OrAList] = EncoderConfig()
     labeler: LabelerConfig = LabelerConfig()
     augment: AugmentConfig = AugmentConfig()
     remote: RemoteConfig = RemoteConfig()
@@ -201,7 +210,8 @@ class RunConfig(Section):
 
 def leaves(config: Section) -> dict[str, Any]:
     """Every leaf key of a configuration by its dotted path, as plain values."""
-    return {key: functools.reduce(getattr, key.split("."), config) for key in config_keys(type(config))}
+    values = config.model_dump()
+    return {key: functools.reduce(dict.__getitem__, key.split("."), values) for key in config_keys(type(config))}
 
 
 def config_keys(section: type[BaseModel] = RunConfig, path: str = "") -> dict[str, FieldInfo]:
@@ -245,9 +255,17 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _resolved(layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
-    values = functools.reduce(_over, copy.deepcopy(layers))
+    values = functools.reduce(_over, map(_in_sections, copy.deepcopy(layers)))
     for override in overrides:
         _apply(values, override)
+        _in_sections(values)
+    return values
+
+
+def _in_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, so that `data.encoder.KEY` can be set and laid over where it was written as a list."""
+    if isinstance(data := values.get("data"), dict) and "encoder" in data:
+        data["encoder"] = as_section(data["encoder"])
     return values
 
 

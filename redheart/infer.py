@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from redheart.config import EncoderConfig
 from redheart.console import console
 from redheart.data.collate import pad
 from redheart.data.encode import TextEncoder
+from redheart.data.fingerprint import config_of
 from redheart.data.readable import Reader
 from redheart.device import device_of
 from redheart.evaluation.calibration import Calibration, scores
@@ -70,7 +70,7 @@ class RedHeartPipeline:
         self.model, self.encoder, self.trained, self.untrained = model, encoder, trained, untrained
         self.label_counts = label_counts or {}
         model.set_mode(ExecutionMode.INFERENCE, modules)
-        self.reader = Reader(encoder.tokenizer)
+        self.readers = [Reader(one.tokenizer) for one in encoder.each]
         self.swap = place(model, device, swap)
         self.calibration = None if model.idle else calibration  # it was fitted to the fused answers
 
@@ -101,10 +101,9 @@ class RedHeartPipeline:
             raise RedHeartError(
                 f"{path} does not say which encoder it was trained with: export a run of `redheart train`"
             )
-        config = EncoderConfig(name=made_with["name"], layers=made_with["layers"], max_tokens=made_with["max_tokens"])
         made = cls(
             model,
-            TextEncoder(config, device),
+            TextEncoder(config_of(made_with), device),
             modules,
             device,
             swap,
@@ -120,7 +119,7 @@ class RedHeartPipeline:
     def __repr__(self) -> str:
         names = trained_names(self.trained) if self.trained is not None else list(LABELS)
         taught = [n + (f" ({number} labels)" if (number := counted(self.label_counts, n)) else "") for n in names]
-        return f"RedHeartPipeline(encoder {self.encoder.config.name}; trained on {', '.join(taught)})"
+        return f"RedHeartPipeline(encoder {self.encoder.config.names}; trained on {', '.join(taught)})"
 
     @overload
     def __call__(self, text: str) -> dict[str, Any]: ...  # type: ignore[overload-overlap]  # a string is an iterable of strings
@@ -179,16 +178,18 @@ class RedHeartPipeline:
         for number, text in enumerate(texts, 1):
             if any(0xD800 <= ord(c) < 0xE000 for c in text):
                 raise RedHeartError(f"text {number} is not valid Unicode: give it as UTF-8")
-        most, readings = self.encoder.config.max_tokens, self.reader(texts)
-        cut = [f"text {n} has {r.tokens}" for n, r in enumerate(readings, 1) if r.tokens > most]
+        most, readings = self.encoder.config.max_tokens, list(zip(*(read(texts) for read in self.readers), strict=True))
+        longest = [max(r.tokens for r in each) for each in readings]
+        cut = [f"text {n} has {tokens}" for n, tokens in enumerate(longest, 1) if tokens > most]
         if cut:
             console.print(
                 f"{len(cut)} of {len(texts)} texts exceed {most} tokens and are cut: only the first {most} of each are read ({_some(cut)})"
             )
-        foreign = [f"text {n}: {r.reason}" for n, r in enumerate(readings, 1) if r.reason]
+        reasons = [next((r.reason for r in each if r.reason), "") for each in readings]
+        foreign = [f"text {n}: {reason}" for n, reason in enumerate(reasons, 1) if reason]
         if foreign:
             console.print(
-                f"{len(foreign)} of {len(texts)} texts are in no language that the encoder {self.encoder.config.name} reads, and their "
+                f"{len(foreign)} of {len(texts)} texts are in no language that the encoder {self.encoder.config.names} reads, and their "
                 f"answers say nothing about them ({_some(foreign)})"
             )
 

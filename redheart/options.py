@@ -195,6 +195,12 @@ GrowNoise = Annotated[
     float, typer.Option("--noise-snr-db", help="How far the noise that parts the copies lies beneath the weights.")
 ]
 GrowMoments = Annotated[bool, typer.Option("--moments", help="Carry the optimizer's moments along, 8-bit or fp32.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", min=1, max=512, help="Tokens of a sample. [default: the most that data.encoder gives a text]"
+    ),
+]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Run two real steps as configured: predicted beside observed.")
 ]

@@ -94,6 +94,8 @@ GOOD_LAYERS = "0 is the embedding; best by dev: " + ", ".join(
     f"{name} {list(packaged.layers)}" for name, packaged in PACKAGED.items()
 )
 
+MAX_POSITIONS = 512  # most tokens of a text
+
 TASKS4 = ("emotion", "bentham", "regret", "surd")  # the backbone makes one feature for each
 
 

@@ -1,13 +1,16 @@
-"""Sections of a configuration about the run itself: the optimizer, the steps, what watches over them, what is kept, what it may take.
+"""Sections of a configuration about the frozen encoder and the run itself: the optimizer, the steps, what watches over them, what is kept,
+what it may take.
 
 config.py puts them together with those about the network and the data.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from redheart.schema import GOOD_LAYERS, MAX_POSITIONS, PACKAGED
 
 Strategy = Literal[
     "plain", "gpu_8bit", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit"
@@ -19,6 +22,64 @@ class Section(BaseModel):
     """Settings that belong together; each key says what it means (`redheart train --help-config`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BesideConfig(Section):
+    """One more encoder, beside the first."""
+
+    name: str = Field(description="as of data.encoder.name")
+    layers: tuple[int, ...] = Field(min_length=1, description="its hidden layers concatenated")
+
+
+def as_section(encoder: Any) -> Any:
+    """`data.encoder` as a list of encoders in the form of a section: the first, with the others `beside` it."""
+    if isinstance(encoder, list) and encoder and isinstance(encoder[0], dict):
+        return {**encoder[0], "beside": [*encoder[0].get("beside", ()), *encoder[1:]]}
+    return encoder
+
+
+class EncoderConfig(Section):
+    """The frozen encoder whose token states are the network's input, or several of them: then also written as a list."""
+
+    name: str = Field("package:minilm", description=f"{', '.join(PACKAGED)}, a directory, or a hub id")
+    layers: tuple[int, ...] = Field((4, 6), min_length=1, description=f"hidden layers concatenated; {GOOD_LAYERS}")
+    max_tokens: int = Field(64, ge=4, le=MAX_POSITIONS, description="longer texts are cut here; prepare says how many")
+    batch_size: int = Field(32, gt=0, description="texts the encoder reads at once")
+    device: str = Field("auto", description="where it computes: `auto` (a GPU where there is one), cpu, cuda or cuda:1")
+    languages: tuple[str, ...] = Field(("en",), description="languages the encoder was made for; others are refused")
+    beside: tuple[BesideConfig, ...] = Field(
+        (),
+        description="encoders beside it, a list of {name, layers}; data.encoder may be the list of all: "
+        "[{name: package:minilm, layers: [4, 6]}, {name: package:smollm2, layers: [20]}]",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return as_section(value)
+
+    @model_validator(mode="after")
+    def _fits(self) -> EncoderConfig:
+        if self.most_tokens > MAX_POSITIONS:
+            raise ValueError(
+                f"{len(self.each)} encoders of {self.max_tokens} tokens exceed the {MAX_POSITIONS} a text may have: lower max_tokens"
+            )
+        return self
+
+    @property
+    def each(self) -> tuple[EncoderConfig, ...]:
+        """Every encoder as one of its own, in order."""
+        alone = self.model_copy(update={"beside": ()})
+        return (alone, *(alone.model_copy(update={"name": b.name, "layers": b.layers}) for b in self.beside))
+
+    @property
+    def names(self) -> str:
+        return " + ".join(encoder.name for encoder in self.each)
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of a text: `max_tokens` of each encoder."""
+        return self.max_tokens * (1 + len(self.beside))
 
 
 class OptimizerConfig(Section):

@@ -125,7 +125,9 @@ def schema_keys(schema: dict[str, Any], whole: dict[str, Any], path: str = "") -
     """The leaf keys of a JSON Schema by their dotted paths."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in schema["properties"].items():
-        inner = value.get("$ref", "").removeprefix("#/$defs/")
+        inner = (
+            (value.get("anyOf", [{}])[0] | value).get("$ref", "").removeprefix("#/$defs/")
+        )  # itself, or the first kind it may be
         found |= schema_keys(whole["$defs"][inner], whole, f"{path}{name}.") if inner else {path + name: value}
     return found
 

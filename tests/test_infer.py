@@ -53,8 +53,9 @@ class Encoder:
     fingerprint, width = MADE_WITH, WIDTH
 
     def __init__(self, *_: object):
-        self.config = SimpleNamespace(max_tokens=TOKENS, name="package:minilm")
+        self.config = SimpleNamespace(max_tokens=TOKENS, names="package:minilm")
         self.tokenizer = AutoTokenizer.from_pretrained(encoder_path("package:minilm"))
+        self.each = [self]
 
     def encode(self, texts):
         rng = np.random.default_rng(0)

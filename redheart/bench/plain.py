@@ -19,10 +19,10 @@ from redheart.console import progress
 from redheart.data.stream import SampleStream
 from redheart.device import compute_device
 from redheart.evaluation.evaluate import evaluate
-from redheart.model.backbone import MAX_POSITIONS, sinusoids
+from redheart.model.backbone import sinusoids
 from redheart.model.outputs import ANSWER_FIELDS, RedHeartOutput
 from redheart.model.padding import stacked
-from redheart.schema import LABELS, RedHeartError
+from redheart.schema import LABELS, MAX_POSITIONS, RedHeartError
 from redheart.tasks import TASKS
 from redheart.train import stages
 

@@ -23,6 +23,7 @@ import numpy as np
 from redheart.config import DataConfig
 from redheart.console import console, progress
 from redheart.data.encode import TextEncoder, wait_for
+from redheart.data.fingerprint import mean_state
 from redheart.data.label_quality import calibrated
 from redheart.data.labelling import chosen, key_of, lines_so_far, share_of
 from redheart.files import sealed_line, write_json
@@ -165,7 +166,7 @@ def _write(records: Sequence[dict[str, Any]], work: Path, config: DataConfig) ->
                 )
                 both = [*texts, *(a or t for a, t in zip(again, texts, strict=True))]
                 logp = llm.score(both).round(4)
-                means = np.stack([f.astype(np.float32).mean(0) for f in encoder.encode(both)[0]])
+                means = np.stack([mean_state(f, encoder.fingerprint) for f in encoder.encode(both)[0]])
                 means /= np.linalg.norm(means, axis=1, keepdims=True)
                 for i, (record, text) in enumerate(zip(rows, again, strict=True)):
                     line = {

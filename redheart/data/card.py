@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from redheart.console import console
+from redheart.data.fingerprint import each_of
 from redheart.data.shards import content_digest
 from redheart.data.store import Store
 from redheart.schema import PACKAGED, SPLITS, RedHeartError
@@ -48,7 +49,11 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             f"{leaks['identical'] + leaks['near']} train and dev rows that repeat a row of dev or test are left out "
             f"({leaks['identical']} identical, {leaks['near']} at a cosine of {leaks['threshold']:g} or more)."
         ]
-    licence = f", {PACKAGED[encoder['name']].licence}" if encoder["name"] in PACKAGED else ""
+    read = [
+        f"`{e['name']}` (hidden layers {e['layers']}, {e['width']} wide, at most {e['max_tokens']} tokens, {e['revision']}"
+        + (f", {PACKAGED[e['name']].licence})" if e["name"] in PACKAGED else ")")
+        for e in each_of(encoder)
+    ]
     return "\n".join(
         [
             "---",
@@ -56,8 +61,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             "---",
             "# Prepared samples for Red Heart",
             "",
-            f"{rows}. Token features of `{encoder['name']}` (hidden layers {encoder['layers']}, {encoder['width']} wide, at most "
-            f"{encoder['max_tokens']} tokens, {encoder['revision']}{licence}), float16, without padding.",
+            f"{rows}. Token features of {' beside '.join(read)}, float16, without padding.",
             f"Scores of origin `llm` come from `{labeler['name']}`." if labeler else "No label comes from an LLM.",
             *left_out,
             "",
@@ -81,7 +85,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
 def cut_texts(index: Mapping[str, Any]) -> list[str]:
     """What prepared data lost of long texts, a sentence for each source that has some."""
     counts = index.get("report", {}).get("cut_counts", {})
-    most = index["encoder"]["max_tokens"]
+    most = each_of(index["encoder"])[0]["max_tokens"]
     return [
         f"{cut} of {texts} texts of {source} exceed {most} tokens: their ends are not read"
         for source, (cut, texts) in counts.items()

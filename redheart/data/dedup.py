@@ -14,6 +14,7 @@ import numpy as np
 
 from redheart.config import DataConfig
 from redheart.data.card import dataset_card
+from redheart.data.fingerprint import each_of, mean_state
 from redheart.data.neighbours import near_leaks
 from redheart.data.shards import INDEX, Shard, SplitsWriter, open_shard
 from redheart.data.store import Store
@@ -47,14 +48,14 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
     if out is not None:
         check_can_make(out, "--out")
     store = Store(data)
-    width = store.index["encoder"]["width"]
+    encoder = store.index["encoder"]
     records: list[dict[str, Any]] = []
-    pooled = [np.zeros((0, width), np.float32)]
-    contrasts = [np.zeros((0, width), np.float32)]
-    for _, shard in _shards(store, width):
+    pooled = [np.zeros((0, each_of(encoder)[0]["width"]), np.float32)]
+    contrasts = pooled.copy()
+    for _, shard in _shards(store, encoder["width"]):
         fresh = shard.table.select(FIELDS).to_pylist()
-        pooled += [_mean(shard.features[i]) for i in range(len(fresh))]
-        contrasts += [_mean(shard.contrasts[i]) for i, r in enumerate(fresh) if r["contrast_text"] is not None]
+        pooled += [_mean(shard.features[i], encoder) for i in range(len(fresh))]
+        contrasts += [_mean(shard.contrasts[i], encoder) for i, r in enumerate(fresh) if r["contrast_text"] is not None]
         records += fresh
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,6 @@ def _shards(store: Store, width: int) -> Iterator[tuple[dict[str, Any], Shard]]:
             yield entry, open_shard(store.fetch(entry), width)
 
 
-def _mean(states: np.ndarray | None) -> np.ndarray:
+def _mean(states: np.ndarray | None, encoder: dict[str, Any]) -> np.ndarray:
     assert states is not None
-    return states.astype(np.float32).mean(0)[None]
+    return mean_state(states, encoder)[None]

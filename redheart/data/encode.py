@@ -1,7 +1,13 @@
 """The frozen text encoder: texts -> token features (chosen hidden layers, concatenated), without padding.
 
 Any encoder or causal LM that AutoModel loads; `package:smollm2` is the labelling LLM read as an encoder. The fingerprint (name,
-revision, layers, width, cut) is stored in the index and checked wherever features meet a model.
+revision, layers, width, cut: fingerprint.py) is stored in the index and checked wherever features meet a model.
+
+Several encoders are read as one, by the direct sum of their spaces (`side_by_side`), so nothing that reads features knows of it: the
+network's first linear layer is then a projection for each encoder, and the marks are a type embedding. Its input norm divides a token by
+that token's own deviation over all E columns: an encoder's values leave it √(E / E_k) larger than alone, whatever the magnitude of the
+others (SmolLM2's are 20 times MiniLM's), and the layer's initial weights, drawn for E inputs, are smaller by as much. The mean that it
+subtracts is below 0.05 deviations for both.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from safetensors.numpy import load, save
 
 from redheart.config import EncoderConfig
 from redheart.console import console, progress, quiet_libraries
+from redheart.data.fingerprint import each_of, mean_state, together
 from redheart.data.pretrained import encoder_path, naming_model, revision
 from redheart.device import chosen_device
 from redheart.files import flush_to_disk
@@ -28,10 +35,49 @@ from redheart.schema import RedHeartError
 
 
 class TextEncoder:
-    """`encode` gives one float16 array [T, E] per text, 1 ≤ T ≤ max_tokens, special tokens included.
+    """`encode` gives one float16 array [T, E] per text, special tokens included, 1 ≤ T ≤ config.most_tokens; of several encoders as in
+    `side_by_side`. `each`: the encoders themselves.
 
     It computes in fp32 on `device`, by default the configuration's; a GPU's features differ from a CPU's by fp16 rounding.
     """
+
+    def __init__(self, config: EncoderConfig, device: torch.device | str | None = None):
+        self.config = config
+        self.each = [OneEncoder(one, device) for one in config.each]
+        self.device = self.each[0].device
+        self.fingerprint = together([one.fingerprint for one in self.each])
+        self.width: int = self.fingerprint["width"]
+
+    def encode(
+        self, texts: Sequence[str], tick: Callable[[float], None] = lambda n: None
+    ) -> tuple[list[np.ndarray], list[bool]]:
+        """(features in the order of the texts, which texts an encoder cut at max_tokens). `tick(n)` reports n texts done."""
+        read = [one.encode(texts, lambda n: tick(n / len(self.each))) for one in self.each]
+        if len(read) == 1:
+            return read[0]
+        cut = [any(cuts) for cuts in zip(*(cuts for _, cuts in read), strict=True)]
+        return [side_by_side(states) for states in zip(*(features for features, _ in read), strict=True)], cut
+
+
+def side_by_side(states: Sequence[np.ndarray]) -> np.ndarray:
+    """One text's token features by several encoders, [T_k, E_k] each -> float16 [T₁ + T₂ + …, E₁ + E₂ + … + number of encoders].
+
+    Tokens stand encoder by encoder. A token has its values in its encoder's columns, the root of their mean square as a mark in the one
+    of the last columns that is its encoder's, and zeros elsewhere. The mark is that large so that it stays the same behind a norm.
+    """
+    widths = [s.shape[1] for s in states]
+    joined = np.zeros((sum(map(len, states)), sum(widths) + len(states)), np.float16)
+    row = column = 0
+    for number, state in enumerate(states):
+        rows = joined[row : row + len(state)]
+        rows[:, column : column + state.shape[1]] = state
+        rows[:, sum(widths) + number] = np.sqrt(np.square(state.astype(np.float32)).mean(1))
+        row, column = row + len(state), column + state.shape[1]
+    return joined
+
+
+class OneEncoder:
+    """One of a TextEncoder's, which says what `encode` gives."""
 
     def __init__(self, config: EncoderConfig, device: torch.device | str | None = None):
         from transformers import AutoModel, AutoTokenizer
@@ -61,10 +107,7 @@ class TextEncoder:
         }
 
     @torch.inference_mode()
-    def encode(
-        self, texts: Sequence[str], tick: Callable[[int], None] = lambda n: None
-    ) -> tuple[list[np.ndarray], list[bool]]:
-        """(features in the order of the texts, which texts were cut at max_tokens). `tick(n)` reports n texts done."""
+    def encode(self, texts: Sequence[str], tick: Callable[[int], None]) -> tuple[list[np.ndarray], list[bool]]:
         ids = self.tokenizer(list(texts), truncation=False, add_special_tokens=True)["input_ids"] if texts else []
         cut = [len(i) > self.config.max_tokens for i in ids]
         features: list[np.ndarray | None] = [None] * len(texts)
@@ -84,32 +127,16 @@ class TextEncoder:
         return [f for f in features if f is not None], cut
 
 
-def check_encoder(made_with: dict[str, Any], config: EncoderConfig, model_width: int) -> None:
-    """Raises unless features made with the fingerprint `made_with` fit the configured encoder and a model `model_width` wide."""
-    if made_with["width"] != model_width:
-        raise RedHeartError(
-            f"the data's features are {made_with['width']} wide ({made_with['name']}, layers {made_with['layers']}) but "
-            f"model.encoder_width is {model_width}: choose data.encoder.layers or --set model.encoder_width={made_with['width']}"
-        )
-    ours = {"name": config.name, "layers": list(config.layers), "max_tokens": config.max_tokens}
-    for key, value in ours.items():
-        if made_with[key] != value:
-            raise RedHeartError(
-                f"the data was encoded with {key} = {made_with[key]!r} but data.encoder.{key} is {value!r}: "
-                "prepare the data again, or --set it to what the data has"
-            )
-
-
 def encode_parts(
     parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: Path, config: EncoderConfig
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, list[int]]]:
     """Encodes named parts of the records into `work`, each part a file; parts that are there already are kept.
 
-    Returns the encoder's fingerprint, the mean-pooled features of all texts in the order of the parts [N, E] and, by source,
+    Returns the encoder's fingerprint, the mean states (fingerprint.mean_state) of all texts in the order of the parts and, by source,
     how many texts were cut and how many there are, contrast texts included. Of several processes each encodes its share; only the
     first returns all of it.
     """
-    console.print(f"loading the encoder {config.name} …")
+    console.print(f"loading the encoder {config.names} …")
     encoder = TextEncoder(config)
     if encoder.device.type != "cpu":
         console.print(f"it computes on {encoder.device} (data.encoder.device)")
@@ -148,11 +175,13 @@ def load_part(
     ]
 
 
-def contrast_means(parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: Path, width: int) -> np.ndarray:
-    """Mean-pooled features of the contrast texts that are there, in the order of the encoded parts: float32 [C, width]."""
-    means = [np.zeros((0, width), np.float32)]
+def contrast_means(
+    parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: Path, made_with: Mapping[str, Any]
+) -> np.ndarray:
+    """Mean states of the contrast texts that are there, in the order of the encoded parts."""
+    means = [np.zeros((0, each_of(made_with)[0]["width"]), np.float32)]
     for name, records in parts:
-        means += [c.astype(np.float32).mean(0)[None] for _, c in load_part(work, name, records) if c is not None]
+        means += [mean_state(c, made_with)[None] for _, c in load_part(work, name, records) if c is not None]
     return np.concatenate(means)
 
 
@@ -161,7 +190,7 @@ def _part_file(work: Path, name: str) -> Path:
 
 
 def _encode_part(
-    encoder: TextEncoder, path: Path, key: bytes, records: Sequence[Mapping[str, Any]], tick: Callable[[int], None]
+    encoder: TextEncoder, path: Path, key: bytes, records: Sequence[Mapping[str, Any]], tick: Callable[[float], None]
 ) -> None:
     """Writes `key`, the sha256 of all that follows it, and the arrays."""
     features, cut = encoder.encode([r["text"] for r in records], tick)
@@ -172,7 +201,7 @@ def _encode_part(
         "lengths": np.array([len(f) for f in features]),
         "contrast_features": np.concatenate([*contrasts, empty]),
         "contrast_lengths": np.array([len(f) for f in contrasts], dtype=np.int64),
-        "pooled": np.stack([f.astype(np.float32).mean(0) for f in features]),
+        "pooled": np.stack([mean_state(f, encoder.fingerprint) for f in features]),
         "cut": np.array(cut, dtype=np.uint8),
         "contrast_cut": np.array(contrast_cut, dtype=np.uint8),
     })  # fmt: skip

@@ -88,11 +88,10 @@ def prepare(
     check_launch()
     gathered = gather(sources, config, skip_invalid)
     records = take(mix(gathered.records, config.mixture), num_samples)
-    if not skip_invalid:
-        check_languages(records, config.encoder)
-    gathered, records = set_aside(
-        gathered, records, unreadable(records, config.encoder), skip_invalid, config.encoder.name
-    )
+    for encoder in config.encoder.each:
+        if not skip_invalid:
+            check_languages(records, encoder)
+        gathered, records = set_aside(gathered, records, unreadable(records, encoder), skip_invalid, encoder.name)
     plan = _plan_of(records, gathered, config)
     report = PrepareReport(str(out), sources=gathered.sources, rejected=len(gathered.refused))
     with ExitStack() as held:
@@ -121,7 +120,7 @@ def _make(
     records = [r for p in parts for r in p.records]  # the order of `pooled`
     dropped: Set[str] = frozenset()
     if config.dedup:
-        contrasts = contrast_means(named, work, encoder["width"])
+        contrasts = contrast_means(named, work, encoder)
         leaks = near_leaks(records, pooled, contrasts, config.dedup_threshold, work)
         dropped, report.duplicates = leaks.dropped, leaks.report
         kept = [i for i, r in enumerate(records) if r["id"] not in dropped]
@@ -130,7 +129,7 @@ def _make(
     for record, derived in zip(records, surd_labels(records, pooled), strict=True):
         if record["surd"] is None and derived is not None:
             record["surd"], record["label_origin"]["surd"] = derived, "derived"
-    splits = _write(parts, out, work, config, encoder["width"], dropped, report)
+    splits = _write(parts, out, work, config, encoder, dropped, report)
     index = {
         "version": FORMAT_VERSION, "plan": plan, "chunk": CHUNK, "window_shards": WINDOW_SHARDS, "encoder": encoder,
         "labeler": labelled.fingerprint, "levels": training_edges(records),
@@ -169,8 +168,10 @@ def _plan_of(records: list[dict[str, Any]], gathered: Gathered, config: DataConf
     settings = config.model_dump(mode="json", exclude=without)
     device = chosen_device(config.encoder.device, "data.encoder.device")
     settings["encoder"]["device"] = device.type  # decides the last bits of the features
+    if not config.encoder.beside:
+        del settings["encoder"]["beside"]  # what a version without it prepared is the same
     asks = config.augment.kind is not None or bool(chosen([r for r in records if lacks(r)], config.labeler.max_texts))
-    models = [revision(config.encoder.name), revision(config.labeler.name) if asks else None]
+    models = [*(revision(e.name) for e in config.encoder.each), revision(config.labeler.name) if asks else None]
     program = [RECIPE, FORMAT_VERSION, CHUNK, WINDOW_SHARDS, form_digest(), PROMPTS]
     content = [records, gathered.sources, settings, models, program]
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -265,12 +266,12 @@ def _write(
     out: Path,
     work: Path,
     config: DataConfig,
-    width: int,
+    encoder: dict[str, Any],
     dropped: Set[str],
     report: PrepareReport,
 ) -> dict[str, Any]:
     """Writes the shards, without the rows whose ids are in `dropped`, and returns the index entries of the splits."""
-    writer = SplitsWriter(out, width, config.encoder.max_tokens)
+    writer = SplitsWriter(out, encoder["width"], encoder["max_tokens"])
     for part in parts:
         rows = [
             {**record, "features": f, "contrast_features": c, "label_weight": _weights(record, config)}

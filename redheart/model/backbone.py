@@ -28,9 +28,8 @@ from redheart.model.layers import (
     stacked_linear,
 )
 from redheart.model.stacks import Recomputed
-from redheart.schema import TASKS4
+from redheart.schema import MAX_POSITIONS, TASKS4
 
-MAX_POSITIONS = 512
 # of the tokens' own scale: the encoder's features know their order already, and larger positions drown what tells texts apart
 POSITION_SCALE = 0.3
 

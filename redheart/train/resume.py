@@ -59,7 +59,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
     ("refused", "the weights of the checkpoint belong to another network", """model.encoder_width model.width model.heads
      model.layers model.task_width model.task_heads model.num_experts model.ablate"""),
     ("refused", "the checkpoint was trained on other features",
-     "data.encoder.name data.encoder.layers data.encoder.max_tokens"),
+     "data.encoder.name data.encoder.layers data.encoder.max_tokens data.encoder.beside"),
     ("refused", "step s reads the positions from s × batch on, in an order drawn from the seed: samples would come twice or never",
      "training.seed training.global_batch_size"),
     ("refused", "the optimizer's state goes on with the value it was made with",

@@ -9,7 +9,7 @@ from typing import Any
 
 from redheart.config import THIRDS, RunConfig, write_config
 from redheart.console import console
-from redheart.data.encode import check_encoder
+from redheart.data.fingerprint import check_encoder
 from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
 from redheart.device import bf16_is_fast, compute_device
@@ -154,7 +154,7 @@ def _train(
         checkpoint.go_on(state, source, run)
     planned = None
     if launched_rank() == 0:
-        planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.max_tokens)
+        planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.most_tokens)
 
     split = streams[0].index["splits"]["train"]
     weights, counts = label_weights(split["histograms"]), label_counts(split)

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, MPNetConfig, MPNetModel
 from redheart.bench.encoder import CANDIDATES
 from redheart.config import EncoderConfig
 from redheart.data import pretrained
-from redheart.data.encode import TextEncoder, check_encoder
+from redheart.data.encode import TextEncoder
+from redheart.data.fingerprint import check_encoder
 from redheart.data.pretrained import MPNET, OPTIONAL, encoder_path, gguf_file, made_once, mpnet_pieces, revision
 from redheart.data.readable import Reader
 from redheart.doctor import examine

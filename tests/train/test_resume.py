@@ -29,7 +29,8 @@ SETTINGS = [
 OTHER = {  # another value of every key that a resume refuses
     "model.encoder_width": 384, "model.width": 48, "model.heads": 3, "model.layers": 2, "model.task_width": 32,
     "model.task_heads": 4, "model.num_experts": 4, "model.ablate": "[analyzers.surd]", "data.encoder.name": "package:other",
-    "data.encoder.layers": "[5, 6]", "data.encoder.max_tokens": 32, "training.seed": 6, "training.global_batch_size": 2,
+    "data.encoder.layers": "[5, 6]", "data.encoder.beside": "[{name: b, layers: [1]}]", "data.encoder.max_tokens": 32,
+    "training.seed": 6, "training.global_batch_size": 2,
     "optimizer.name": "adamw_8bit", "optimizer.betas": "[0.8, 0.999]", "optimizer.eps": 1e-6, "optimizer.weight_decay": 0.1,
     "memory.strategy": "zero2_offload", "training.precision": "bf16", "loss.weights": "{emotion: 2}",
     "loss.shares.heads": 0.5, "loss.shares.analyzers": 0.5, "loss.shares.aux": 0.5, "loss.focal_gamma": 1,
