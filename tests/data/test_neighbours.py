@@ -275,7 +275,7 @@ def test_prepare_leaves_out_the_same_rows_and_goes_on_after_a_failure(
         with pytest.raises(RedHeartError, match="/nowhere/python"):
             prepare([source], out, wanted)
     assert not (out / "index.json").exists()
-    with pytest.raises(RedHeartError, match="other sources or settings"):
+    with pytest.raises(RedHeartError, match="other sources, models or settings"):
         prepare([source], out, CONFIG)
     report = prepare([source], out, wanted)
     assert report.rows == {"train": 8, "dev": 2, "test": 2}
@@ -286,7 +286,7 @@ def test_prepare_leaves_out_the_same_rows_and_goes_on_after_a_failure(
     assert prepare([source], out, wanted).reused
     assert prepare([source], out, wanted).duplicates == report.duplicates
     other = wanted.model_copy(update={"dedup_threshold": 0.99})
-    with pytest.raises(RedHeartError, match="other sources or settings"):
+    with pytest.raises(RedHeartError, match="other sources, models or settings"):
         prepare([source], out, other)
     assert prepare(
         [source], plain, CONFIG.model_copy(update={"dedup_threshold": 0.99})
