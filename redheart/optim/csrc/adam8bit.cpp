@@ -17,8 +17,8 @@
 // is the copy, and in another byte what this rounding took away, in 1/256 of its last place. Such a pair is a float of 16
 // significant bits, into which updates are rounded stochastically, by the same noise.
 //
-// Memory is passed over once, a block in two loops: `update` leaves it as floats in the first cache, with the largest |q| and the
-// largest and smallest r, which say how to code it and whether its gradient was finite; `write` codes it.
+// Memory is passed over once, a block in three loops: `update_moments` leaves its moments as floats in the first cache, with the
+// largest and smallest r, which say whether its gradient was finite; `update_weights` makes q of m; `write_codes` codes both.
 
 #include <pybind11/pybind11.h>  // alone: torch's own headers take a minute to compile, and addresses are all that is needed
 

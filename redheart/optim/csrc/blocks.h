@@ -68,17 +68,22 @@ struct Arrays {
   uint8_t* mantissa;
 };
 
-// What a block's elements become before they are coded, in the order of the bytes (lanes.h), and what tells how.
-struct Updated {
-  alignas(64) float p[kBlock], q[kBlock], r[kBlock];
+// A block's moments before they are coded, in the order of the bytes (lanes.h), and what tells how.
+struct Moments {
+  alignas(64) float m[kBlock];  // then q
+  alignas(64) float r[kBlock];
   float q_most, r_most, r_least;
-  Scales scales;
 };
 
-inline float most_of(Ints x) {
-  int32_t most = x[0];
+inline float most_of(Words x) {
+  uint32_t most = x[0];
   for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
   return bits<float>(most);
+}
+inline uint32_t least_of(Bytes x) {
+  uint32_t least = 255;
+  for (int i = 0; i < 4 * kLanes; ++i) least = std::min<uint32_t>(least, x[i]);
+  return least;
 }
 // Two vectors of consecutive numbers, apart as even and odd ones.
 inline void load_pair(const float* at, Floats* even, Floats* odd) {
@@ -96,72 +101,63 @@ inline Floats joined(Floats high, Words low) {
   return bits<Floats>((bits<Words>(high) | byte_of<J, 1>(low)) - 0x8000u);
 }
 
-// A block's update, turn by turn.
-template <bool kSplit, typename Gradient>
-struct Updating {
-  const Arrays& a;
-  const Gradient* g;  // of the block
-  int64_t start;
-  Updated& to;
-  const float g_to_m, g_to_v, beta2, shrink, root, eps, m_unit;
-  const uint32_t base;
-  const int32_t shift;
-  Floats q_most = {};
-  Ints r_most = {};
-  Bytes code_least = Bytes{} + 255;
-
-  inline __attribute__((always_inline)) Updating(const Arrays& a, const Gradient* g, int64_t start, const Scales& old, const Step& s, Updated& to)
-      : a(a), g(g), start(start), to(to), g_to_m(s.g_to_m), g_to_v(s.g_to_v), beta2(s.beta2), shrink(s.shrink), root(s.root),
-        eps(s.eps), m_unit(old.ratio * s.beta1 * 0x1p-24f), base(bits<uint32_t>(old.base)), shift(old.shift) {}
-
-  inline __attribute__((always_inline)) void turn(int i) {
-    const int64_t words = start + i - i % kGroup + (i % kGroup) / 2;
-    const Words qb = load<Words>(a.q8 + start + i), rb = load<Words>(a.r8 + start + i);
-    code_least = smaller(code_least, bits<Bytes>(rb));
-    Floats grad[4], p[4];
-    load_pair(g + words - start, grad, grad + 1);
-    load_pair(g + words - start + 32, grad + 2, grad + 3);
-    if constexpr (kSplit) {
-      load_pair(a.high + words, p, p + 1);
-      load_pair(a.high + words + 32, p + 2, p + 3);
-      const Words low = load<Words>(a.low + start + i) ^ 0x80808080u;
-      p[0] = joined<0>(p[0], low), p[1] = joined<1>(p[1], low), p[2] = joined<2>(p[2], low), p[3] = joined<3>(p[3], low);
-    } else {
-      load_pair(a.p + words, p, p + 1);
-      load_pair(a.p + words + 32, p + 2, p + 3);
-    }
-    const Words qs[4] = {byte_of<0, 3>(qb), byte_of<1, 3>(qb), byte_of<2, 3>(qb), byte_of<3, 3>(qb)};
-    const Words rs[4] = {byte_of<0, 3>(rb), byte_of<1, 3>(rb), byte_of<2, 3>(rb), byte_of<3, 3>(rb)};
-    const Words down = Words{} + static_cast<uint32_t>(24 - shift);
+// Calls turn(group, within) for every turn of a block: the first byte of its group of 64, and its own within that.
+template <typename Turn>
+inline __attribute__((always_inline)) void for_turns(const Turn& turn) {
+  for (int group = 0; group < kBlock; group += kGroup) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Floats old_r = bits<Floats>((rs[j] >> down) + base), old_q = __builtin_convertvector(bits<Ints>(qs[j]), Floats);
-      const Floats m = old_q * old_r * m_unit + grad[j] * g_to_m;
-      const Floats r = square_root(old_r * old_r * beta2 + (grad[j] * grad[j] * g_to_v + kTiny));
-      const Floats divisor = r * root + eps, z = m / (r * divisor), q = z * divisor;
-      store(to.p + i + j * kLanes, p[j] * shrink - z * r);
-      store(to.q + i + j * kLanes, q);
-      store(to.r + i + j * kLanes, r);
-      q_most = larger_size(q_most, q);
-      r_most = larger(r_most, bits<Ints>(r));
-    }
+    for (int within = 0; within < kGroup; within += kTurn) turn(group, within);
   }
+}
 
-  inline __attribute__((always_inline)) void end() const {
-    to.q_most = most_of(bits<Ints>(q_most));
-    to.r_most = most_of(r_most);
-    uint32_t least = 255;
-    for (size_t i = 0; i < sizeof code_least; ++i) least = std::min<uint32_t>(least, code_least[i]);
-    to.r_least = bits<float>((least << shift) + base) * std::sqrt(beta2);  // it is this, or above
-    if (base == 0 || beta2 < 0.5f) to.r_least = *std::min_element(to.r, to.r + kBlock);  // where this says little
+// The noise of a turn's four vectors; turns have to be asked for in their order.
+struct Noise {
+  Words of[4];
+  explicit Noise(uint32_t start) {
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < kLanes; ++i) of[j][i] = start + static_cast<uint32_t>(4 * i + j) * kSpace;
+  }
+  inline __attribute__((always_inline)) Words next(int j) {
+    const Words now = of[j];
+    of[j] += static_cast<uint32_t>(kTurn) * kSpace;
+    return now;
   }
 };
 
-template <bool kSplit, typename Gradient>
-inline __attribute__((always_inline)) void update(const Arrays& a, const Gradient* g, int64_t start, const Scales& old, const Step& s, Updated& to) {
-  Updating<kSplit, Gradient> updating(a, g, start, old, s, to);
-  for (int i = 0; i < kBlock; i += kTurn) updating.turn(i);
-  updating.end();
+// A step is three short loops over a block: moments (a square root), weights (a quotient), codes. In one loop the chain from an
+// element's codes to its new ones is so long that a processor waits for it; between them a block's floats lie in the first cache.
+
+// m and r of a block from its codes and its gradients `g`.
+template <typename Gradient>
+inline __attribute__((always_inline)) void update_moments(const Arrays& a, const Gradient* g, int64_t start, const Scales& old, const Step& s, Moments& to) {
+  const int8_t* const q8 = a.q8 + start;
+  const uint8_t* const r8 = a.r8 + start;
+  const float g_to_m = s.g_to_m, g_to_v = s.g_to_v, beta2 = s.beta2, m_unit = old.ratio * s.beta1 * 0x1p-24f;
+  const uint32_t base = bits<uint32_t>(old.base);
+  const Words down = Words{} + static_cast<uint32_t>(24 - old.shift);
+  Words r_most = {};
+  Bytes code_least = Bytes{} + 255;
+  for_turns([&](int group, int within) __attribute__((always_inline)) {
+    const int i = group + within;
+    const Words qb = load<Words>(q8 + i), rb = load<Words>(r8 + i);
+    code_least = smaller(code_least, bits<Bytes>(rb));
+    Floats grad[4];
+    load_pair(g + group + within / 2, grad, grad + 1);
+    load_pair(g + group + within / 2 + 32, grad + 2, grad + 3);
+    const Words qs[4] = {byte_of<0, 3>(qb), byte_of<1, 3>(qb), byte_of<2, 3>(qb), byte_of<3, 3>(qb)};
+    const Words rs[4] = {byte_of<0, 3>(rb), byte_of<1, 3>(rb), byte_of<2, 3>(rb), byte_of<3, 3>(rb)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Floats old_r = bits<Floats>((rs[j] >> down) + base), old_q = __builtin_convertvector(bits<Ints>(qs[j]), Floats);
+      const Floats r = square_root(old_r * old_r * beta2 + (grad[j] * grad[j] * g_to_v + kTiny));
+      store(to.m + i + j * kLanes, old_q * old_r * m_unit + grad[j] * g_to_m);
+      store(to.r + i + j * kLanes, r);
+      r_most = larger(r_most, bits<Words>(r));
+    }
+  });
+  to.r_most = most_of(r_most);  // of all but what is none; else what is none
+  to.r_least = bits<float>((least_of(code_least) << old.shift) + base) * std::sqrt(beta2);  // it is this, or above
+  if (base == 0 || beta2 < 0.5f) to.r_least = *std::min_element(to.r, to.r + kBlock);  // where this says little
 }
 
 // Whether a number is finite, and as a float.
@@ -169,122 +165,118 @@ inline float as_float(float x) { return x; }
 inline float as_float(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
 
 // Again, for a block whose gradients would be too large to square. False when one is not finite.
-template <bool kSplit, typename Gradient>
-__attribute__((noinline)) bool update_large(const Arrays& a, const Gradient* g, int64_t start, const Scales& old, const Step& s, Updated& to) {
+template <typename Gradient>
+__attribute__((noinline)) bool update_large(const Arrays& a, const Gradient* g, int64_t start, const Scales& old, const Step& s, Moments& to) {
   float clamped[kBlock];
   for (int i = 0; i < kBlock; ++i) {
     const float x = as_float(g[i]);
     if (!std::isfinite(x)) return false;
     clamped[i] = std::min(std::max(x, -kLarge), kLarge);
   }
-  update<kSplit>(a, clamped, start, old, s, to);
+  update_moments(a, clamped, start, old, s, to);
   return true;
 }
 
-// Puts a block's weights back as they were.
+// q in the place of m, and the weights' step.
 template <bool kSplit>
-__attribute__((noinline)) void leave_weights(const Arrays& a, int64_t start, Updated& to) {
-  for (int i = 0; i < kBlock; ++i) {
-    const int byte = place(i), turn = byte / kTurn * kTurn, at = turn + byte % 4 * kLanes + byte % kTurn / 4;
-    to.p[at] = kSplit ? bits<float>((static_cast<uint32_t>(a.high[start + i]) << 16) + (static_cast<int32_t>(a.low[start + byte]) << 8))
-                      : a.p[start + i];
-  }
-}
-
-// An updated block's writing, turn by turn: weights, codes, scales.
-template <bool kSplit>
-struct Writing {
-  const Updated& x;
-  const Arrays& a;
-  int64_t start;
-  const float up;
-  const int32_t shift;
-  const uint32_t floor;
-  Words noise;
-
-  inline __attribute__((always_inline)) Writing(const Updated& x, const Arrays& a, int64_t b, uint32_t noise_start)
-      : x(x), a(a), start(b * kBlock), up(inverse(x.scales.ratio)), shift(x.scales.shift),
-        floor(x.scales.base > 0.0f ? bits<uint32_t>(x.scales.base) >> x.scales.shift : 0xffffu) {
-    a.ratio[b] = x.scales.ratio;
-    a.base[b] = x.scales.base;
-    a.mantissa[b] = static_cast<uint8_t>(23 - x.scales.shift);
-    for (int i = 0; i < kLanes; ++i) noise[i] = noise_start + static_cast<uint32_t>(4 * i) * kSpace;
-  }
-
-  inline __attribute__((always_inline)) void turn(int i) {
-    const int64_t words = start + i - i % kGroup + (i % kGroup) / 2;
-    const Words mask = Words{} + ((1u << shift) - 1u), down = Words{} + static_cast<uint32_t>(shift);
-    Ints q[4], r[4];
+inline __attribute__((always_inline)) void update_weights(const Arrays& a, int64_t start, const Step& s, Noise noise, Moments& to) {
+  float* const whole = kSplit ? nullptr : a.p + start;
+  uint16_t* const high = kSplit || a.high ? a.high + start : nullptr;
+  int8_t* const low = kSplit ? a.low + start : nullptr;
+  const float root = s.root, eps = s.eps, shrink = s.shrink;
+  const bool still = s.still;
+  Words q_most = {};
+  for_turns([&](int group, int within) __attribute__((always_inline)) {
+    const int i = group + within, words = group + within / 2;
     Floats p[4];
     Words w[4];
+    if constexpr (kSplit) {
+      load_pair(high + words, p, p + 1);
+      load_pair(high + words + 32, p + 2, p + 3);
+      const Words bytes = load<Words>(low + i) ^ 0x80808080u;
+      p[0] = joined<0>(p[0], bytes), p[1] = joined<1>(p[1], bytes), p[2] = joined<2>(p[2], bytes), p[3] = joined<3>(p[3], bytes);
+    } else {
+      load_pair(whole + words, p, p + 1);
+      load_pair(whole + words + 32, p + 2, p + 3);
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Words n = noise + static_cast<uint32_t>(j) * kSpace;
       const int at = i + j * kLanes;
-      q[j] = __builtin_convertvector(load<Floats>(x.q + at) * up + bits<Floats>((n >> 16) | 0x43000000u), Ints);  // 128 + [0, 1)
-      r[j] = bits<Ints>((load<Words>(x.r + at) + (n & mask)) >> down);
-      p[j] = load<Floats>(x.p + at);
-      if constexpr (kSplit) w[j] = bits<Words>(p[j]) + ((n & 0xffu) | 0x8000u);
+      const Floats r = load<Floats>(to.r + at), divisor = r * root + eps, z = load<Floats>(to.m + at) / (r * divisor), q = z * divisor;
+      store(to.m + at, q);
+      q_most = larger(q_most, bits<Words>(q) & static_cast<uint32_t>(INT32_MAX));
+      p[j] = p[j] * shrink - z * r;
+      if constexpr (kSplit) w[j] = bits<Words>(p[j]) + ((noise.next(j) & 0xffu) | 0x8000u);
     }
-    noise += static_cast<uint32_t>(kTurn) * kSpace;
-    store(a.q8 + start + i, to_bytes(q, 0) ^ 0x80808080u);
-    store(a.r8 + start + i, to_bytes(r, floor));
+    if (__builtin_expect(still, 0)) return;
     if constexpr (kSplit) {
-      store(a.low + start + i, (((w[0] >> 8) & 0xffu) | (w[1] & 0xff00u) | ((w[2] << 8) & 0xff0000u) | ((w[3] << 16) & 0xff000000u)) ^ 0x80808080u);
+      store(low + i, second_bytes(w) ^ 0x80808080u);
     } else {
       for (int j = 0; j < 4; j += 2) {
         Floats first, second;
         join(p[j], p[j + 1], &first, &second);
-        store(a.p + words + 16 * j, first);
-        store(a.p + words + 16 * j + kLanes, second);
+        store(whole + words + 16 * j, first);
+        store(whole + words + 16 * j + kLanes, second);
       }
-      if (a.high == nullptr) return;
+      if (high == nullptr) return;
       for (int j = 0; j < 4; ++j) w[j] = bits<Words>(p[j]) + 0x7fffu + ((bits<Words>(p[j]) >> 16) & 1u);  // ties to even
     }
-    store(a.high + words, halves(w[0], w[1]));
-    store(a.high + words + 32, halves(w[2], w[3]));
-  }
-};
+    store(high + words, halves(w[0], w[1]));
+    store(high + words + 32, halves(w[2], w[3]));
+  });
+  to.q_most = most_of(q_most);
+}
 
-// Steps full blocks first .. last - 1, `number` on in the noise; returns how many were left alone. Turn by turn a block is updated
-// and the one before it written: the one's square roots and quotients take the time of the other's shifts and masks.
+// Codes and scales.
+inline __attribute__((always_inline)) void write_codes(const Arrays& a, int64_t b, Noise noise, const Moments& from) {
+  const Scales scales = scales_of(from.q_most, from.r_most, from.r_least);
+  a.ratio[b] = scales.ratio;
+  a.base[b] = scales.base;
+  a.mantissa[b] = static_cast<uint8_t>(23 - scales.shift);
+  int8_t* const q8 = a.q8 + b * kBlock;
+  uint8_t* const r8 = a.r8 + b * kBlock;
+  const float up = inverse(scales.ratio);
+  const uint32_t floor = scales.base > 0.0f ? bits<uint32_t>(scales.base) >> scales.shift : 0xffffu;
+  const Words mask = Words{} + ((1u << scales.shift) - 1u), down = Words{} + static_cast<uint32_t>(scales.shift);
+  for_turns([&](int group, int within) __attribute__((always_inline)) {
+    const int i = group + within;
+    Ints q[4], r[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Words n = noise.next(j);
+      q[j] = __builtin_convertvector(load<Floats>(from.m + i + j * kLanes) * up + bits<Floats>((n >> 16) | 0x43000000u), Ints);  // 128 + [0, 1)
+      r[j] = bits<Ints>((load<Words>(from.r + i + j * kLanes) + (n & mask)) >> down);
+    }
+    store(q8 + i, to_bytes(q, 0) ^ 0x80808080u);
+    store(r8 + i, to_bytes(r, floor));
+  });
+}
+
+// Steps full blocks first .. last - 1, `number` on in the noise; returns how many were left alone. A block's codes wait for the next
+// one's moments, which need not wait for how they are to be written.
 template <bool kSplit, typename Gradient>
 int64_t step_blocks(const Arrays& a, int64_t first, int64_t last, uint64_t number, const Step& s) {
-  Updated x[2];
-  bool done = false;  // the block before
-  int64_t left = 0;
-  const Gradient* g = static_cast<const Gradient*>(a.g);
-  const auto writing_of = [&](int64_t b) {
-    const uint32_t start = static_cast<uint32_t>(mix(s.key + number + static_cast<uint64_t>(b - first)) >> 32);
-    return Writing<kSplit>(x[b & 1], a, b, start + s.time);
+  Moments both[2];
+  int64_t before = -1, left = 0;
+  const auto noise_of = [&](int64_t b) {
+    return Noise(s.time + static_cast<uint32_t>(mix(s.key + number + static_cast<uint64_t>(b - first)) >> 32));
   };
   for (int64_t b = first; b < last; ++b) {
     const int64_t start = b * kBlock;
+    const Gradient* g = static_cast<const Gradient*>(a.g) + start;
     const Scales old{a.ratio[b], a.base[b], 23 - a.mantissa[b]};
-    Updated& to = x[b & 1];
-    if (__builtin_expect(done, 1)) {
-      Updating<kSplit, Gradient> updating(a, g + start, start, old, s, to);
-      Writing<kSplit> writing = writing_of(b - 1);
-      for (int i = 0; i < kBlock; i += kTurn) {
-        updating.turn(i);
-        writing.turn(i);
-      }
-      updating.end();
-    } else {
-      update<kSplit>(a, g + start, start, old, s, to);
+    Moments& x = both[b & 1];
+    update_moments(a, g, start, old, s, x);
+    if (before >= 0) write_codes(a, before, noise_of(before), both[before & 1]);
+    before = -1;
+    if (__builtin_expect(!(x.r_most < kLarge), 0) && !update_large(a, g, start, old, s, x)) {
+      ++left;
+      continue;
     }
-    done = true;
-    if (__builtin_expect(!(to.r_most < kLarge && to.q_most < kLarge), 0)) {
-      done = update_large<kSplit>(a, g + start, start, old, s, to);
-      left += !done;
-    }
-    if (__builtin_expect(s.still, 0)) leave_weights<kSplit>(a, start, to);
-    to.scales = scales_of(to.q_most, to.r_most, to.r_least);
+    update_weights<kSplit>(a, start, s, noise_of(b), x);
+    before = b;
   }
-  if (done) {
-    Writing<kSplit> writing = writing_of(last - 1);
-    for (int i = 0; i < kBlock; i += kTurn) writing.turn(i);
-  }
+  if (before >= 0) write_codes(a, before, noise_of(before), both[before & 1]);
   return left;
 }
 

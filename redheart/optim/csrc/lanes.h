@@ -31,8 +31,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kTurn = 4 * kLanes;         // elements, and bytes, of a turn
-constexpr int kTurns = kGroup / kTurn;    // of a group
+constexpr int kTurn = 4 * kLanes;  // elements, and bytes, of a turn
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -123,7 +122,15 @@ inline Words to_bytes(const Ints* x, uint32_t floor) {
 }
 
 // 16-bit numbers in the upper halves of even and odd elements, side by side in memory order.
-inline Words halves(Words even, Words odd) { return (even >> 16) | (odd & 0xffff0000u); }
+inline Words halves(Words even, Words odd) {
+#if defined(__AVX2__)
+  if constexpr (kLanes == 8) return bits<Words>(_mm256_blend_epi16(bits<__m256i>(even >> 16), bits<__m256i>(odd), 0xaa));
+#endif
+  return (even >> 16) | (odd & 0xffff0000u);
+}
+
+// The second bytes of four vectors' dwords as bytes 0 to 3 of dwords.
+inline Words second_bytes(const Words* w) { return byte_of<1, 0>(w[0]) | byte_of<1, 1>(w[1]) | byte_of<1, 2>(w[2]) | byte_of<1, 3>(w[3]); }
 
 // Floats in memory order (two vectors) as their even and odd elements, and back.
 inline void part(Floats a, Floats b, Floats* even, Floats* odd) {
@@ -139,15 +146,7 @@ inline void join(Floats even, Floats odd, Floats* a, Floats* b) {
   *b = __builtin_shuffle(even, odd, second);
 }
 
-inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Words larger(Words a, Words b) { return a > b ? a : b; }
 inline Bytes smaller(Bytes a, Bytes b) { return a < b ? a : b; }
-
-// The larger absolute value; of a number and what is none, either.
-inline Floats larger_size(Floats a, Floats b) {
-#if defined(__AVX512DQ__)
-  if constexpr (kLanes == 16) return bits<Floats>(_mm512_range_ps(bits<__m512>(a), bits<__m512>(b), 0b1011));  // |most|
-#endif
-  return bits<Floats>(larger(bits<Ints>(a), bits<Ints>(b) & INT32_MAX));
-}
 
 }  // namespace
