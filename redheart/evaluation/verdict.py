@@ -1,4 +1,4 @@
-"""Did it learn? Every trained answer, calibrated, beside the best constant and the linear model, in three lines.
+"""Did it learn? Every trained answer, calibrated, beside the best constant and the linear model, in at most three lines.
 
 The rule: of every held-out text the squared error over the entries that people labelled (of probabilities the Brier score; of a pair
 that of the probability that the text is the better one) is taken of the network and of a baseline. The mean of these paired
@@ -18,6 +18,10 @@ from redheart.evaluation.answers import Answers
 
 MIN_TEXTS = 20
 BASELINES = ("constant", "linear")
+WORDS = (
+    ("constant", "better than the best constant on", "worse than the best constant on"),
+    ("linear", "ahead of a linear model on", "behind a linear model on"),
+)
 Finding = Literal["better", "worse", "open"]
 
 
@@ -47,21 +51,22 @@ class Verdict:
         return [name for name, d in self.against[baseline].items() if d.finding(self.texts[name]) == finding]
 
     def lines(self) -> list[str]:
-        """The three lines."""
-        worse, behind = self.on("constant", "worse"), self.on("linear", "worse")
-        first = f"better than the best constant on {_names(self.on('constant', 'better'))}"
-        second = f"ahead of a linear model on {_names(self.on('linear', 'better'))}"
+        """What is better or worse than the constant, ahead of or behind the linear model, and what cannot be told: a line each."""
+        told = []
+        for baseline, better, worse in WORDS:
+            parts = [
+                f"{words} {', '.join(names)}"
+                for finding, words in (("better", better), ("worse", worse))
+                if (names := self.on(baseline, finding))
+            ]
+            told += ["; ".join(parts)] * bool(parts)
         unclear = {b: self.on(b, "open") for b in BASELINES}
         third = "; ".join(
-            f"{_names([f'{n} ({self.texts[n]})' for n in names])} against the {b}"
+            f"{', '.join(f'{n} ({self.texts[n]})' for n in names)} against the {b}"
             for b, names in unclear.items()
             if names
         )
-        return [
-            first + (f"; worse on {_names(worse)}" if worse else ""),
-            second + (f"; behind it on {_names(behind)}" if behind else ""),
-            f"too few rows to tell on {third or 'nothing'}",
-        ]
+        return [*told, *([f"too few rows to tell on {third}"] if third else [])]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -99,7 +104,3 @@ def squared_errors(given: Answers) -> np.ndarray:
     known = given.known
     error = np.where(known, (given.prediction.astype(float) - given.target) ** 2, 0.0)
     return error.sum(1) / known.sum(1)
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names) or "nothing"

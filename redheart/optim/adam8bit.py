@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from redheart.device import tell_deepspeed
-from redheart.optim.building import built_alone
+from redheart.optim.building import build_root, built_alone
 from redheart.optim.state import (
     BARE,
     BLOCK,
@@ -44,9 +44,9 @@ def kernel(lanes: int = 0) -> Any:
     tell_deepspeed()
     from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
-    source = Path(__file__).parent / "csrc" / "adam8bit.cpp"
-    texts = b"".join(path.read_bytes() for path in sorted(source.parent.iterdir()))
-    version = hashlib.sha256(texts).hexdigest()[:8]  # two checkouts share a cache, not a kernel
+    written = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent / "csrc").iterdir())}
+    # compiled from a copy that is named by its content: two checkouts share a cache, and a kernel if they are alike
+    version = hashlib.sha256(b"".join([*written.values(), torch.__file__.encode()])).hexdigest()[:8]
 
     class Adam8bitBuilder(CPUOpBuilder):
         BUILD_VAR = "DS_BUILD_REDHEART_ADAM8BIT"
@@ -59,7 +59,7 @@ def kernel(lanes: int = 0) -> Any:
             return f"redheart.optim.{self.NAME}_op"
 
         def sources(self) -> list[str]:
-            return [str(source)]
+            return [str(copy / "adam8bit.cpp")]
 
         def include_paths(self) -> list[str]:
             return []
@@ -70,7 +70,16 @@ def kernel(lanes: int = 0) -> Any:
             return [*super().cxx_args(), *extra]
 
     builder = Adam8bitBuilder()
-    return built_alone(builder.NAME, lambda: builder.load(verbose=False))
+    copy = build_root() / f"{builder.NAME}_source"
+
+    def build() -> Any:
+        copy.mkdir(exist_ok=True)
+        for name, content in written.items():
+            if not (copy / name).is_file() or (copy / name).read_bytes() != content:
+                (copy / name).write_bytes(content)
+        return builder.load(verbose=False)
+
+    return built_alone(builder.NAME, build)
 
 
 class CPUAdamW8bit(torch.optim.Optimizer):

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from redheart.evaluation.answers import Answers
-from redheart.evaluation.verdict import MIN_TEXTS, Difference, difference, judge, squared_errors
+from redheart.evaluation.verdict import BASELINES, MIN_TEXTS, Difference, difference, judge, squared_errors
 
 
 def answers(noise: float, rows: int = 300, size: int = 3, seed: int = 0) -> Answers:
@@ -37,11 +37,9 @@ def test_better_worse_and_open():
         "too few rows to tell on regret (300) against the linear",
     ]
     mirrored = judge({"vad": bad}, {"constant": {"vad": good}, "linear": {"vad": good}})
-    assert mirrored.lines()[:2] == [
-        "better than the best constant on nothing; worse on vad",
-        "ahead of a linear model on nothing; behind it on vad",
-    ]
-    assert mirrored.lines()[2] == "too few rows to tell on nothing"
+    assert mirrored.lines() == ["worse than the best constant on vad", "behind a linear model on vad"]
+    both = judge({"vad": good, "regret": bad}, {b: {"vad": bad, "regret": good} for b in BASELINES})
+    assert both.lines()[0] == "better than the best constant on vad; worse than the best constant on regret"
     assert said.to_json()["answers"]["vad"]["linear"]["mean"] == -mirrored.against["linear"]["vad"].mean
 
 
@@ -49,6 +47,8 @@ def test_few_texts_say_nothing_however_clear_they_look():
     clear = Difference(-1.0, -1.1, -0.9)
     assert clear.finding(MIN_TEXTS) == "better"
     assert clear.finding(MIN_TEXTS - 1) == "open"
+    few = judge({"vad": answers(0.05, rows=9)}, {b: {"vad": answers(0.4, rows=9, seed=1)} for b in BASELINES})
+    assert few.lines() == ["too few rows to tell on vad (9) against the constant; vad (9) against the linear"]
     one = difference(answers(0.1, rows=1), answers(0.3, rows=1, seed=1))
     assert one.finding(1000) == "open"
 
