@@ -53,13 +53,10 @@ class Verdict:
     def lines(self) -> list[str]:
         """What is better or worse than the constant, ahead of or behind the linear model, and what cannot be told: a line each."""
         told = []
-        for baseline, better, worse in WORDS:
-            parts = [
-                f"{words} {', '.join(names)}"
-                for finding, words in (("better", better), ("worse", worse))
-                if (names := self.on(baseline, finding))
-            ]
-            told += ["; ".join(parts)] * bool(parts)
+        for baseline, ahead, behind in WORDS:
+            both = ((ahead, self.on(baseline, "better")), (behind, self.on(baseline, "worse")))
+            if parts := [f"{words} {', '.join(names)}" for words, names in both if names]:
+                told.append("; ".join(parts))
         unclear = {b: self.on(b, "open") for b in BASELINES}
         third = "; ".join(
             f"{', '.join(f'{n} ({self.texts[n]})' for n in names)} against the {b}"
