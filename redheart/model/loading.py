@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 LAYOUT = 4
 OLD_TENSORS = {"backbone.layers.0.": 1, "backbone.layers.attention_bias": 3}  # what names of these layouts begin with
 LOADED = "_is_hf_initialized"  # how Transformers marks a tensor that needs no initialisation
+ALIGNMENT = 64  # bytes; torch allocates at its multiples
 CARD = "README.md"  # the only file of an export that is the user's to change
 
 
@@ -57,7 +58,20 @@ def load_whole(load: Callable[..., Any], path: Any, arguments: tuple[Any, ...], 
             dict.fromkeys(info["unexpected_keys"], ()) | {name: theirs for name, (theirs, _) in other.items()},
             "; with ignore_mismatched_sizes=True what fits is taken and the rest drawn as in a fresh network",
         )
+    align(model)
     return (model, info) if told else model
+
+
+@torch.no_grad()
+def align(model: torch.nn.Module) -> None:
+    """Moves tensors that lie anywhere, as those of a mapped safetensors file do, to memory of their own, as torch allocates it.
+
+    Matrix products sum in an order that depends on where their operands begin, so that the same weights would answer differently in
+    the last digit when they come from an export and when from a checkpoint.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 @torch.no_grad()

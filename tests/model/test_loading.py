@@ -171,3 +171,9 @@ def test_another_layout_of_the_tensors_has_another_number():
     shapes = sorted(shapes_of(RedHeartModel(RedHeartConfig(**SMALL)).state_dict()).items())
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     assert {LAYOUT: digest} == {4: "c4e3e10a263ef7ef"}
+
+
+def test_loaded_weights_lie_where_torch_allocates(saved: Path):
+    """So that an export answers as the checkpoint that it was made from, to the last bit."""
+    model = RedHeartModel.from_pretrained(saved)
+    assert [name for name, p in model.named_parameters() if p.data_ptr() % 64] == []
