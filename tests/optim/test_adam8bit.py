@@ -137,10 +137,11 @@ def test_gradients_without_a_square_in_fp32_are_none_alone_and_small_beside_othe
     assert p[1:].abs().max() < 1e-15
 
 
-def test_the_16_bit_copy_is_the_parameter_rounded():
+@pytest.mark.parametrize("lr", [1e-3, 0.0])
+def test_the_16_bit_copy_is_the_parameter_rounded(lr: float):
     p = parameter(noise(1000))
     copy = torch.zeros(1000, dtype=torch.bfloat16)
-    optimizer = CPUAdamW8bit([p])
+    optimizer = CPUAdamW8bit([p], lr=lr)
     p.grad = noise(1000, seed=1)
     optimizer.step(copies={p: copy})
     assert torch.equal(copy, p.detach().bfloat16())

@@ -208,7 +208,14 @@ inline __attribute__((always_inline)) void update_weights(const Arrays& a, int64
       p[j] = p[j] * shrink - z * r;
       if constexpr (kSplit) w[j] = bits<Words>(p[j]) + ((noise.next(j) & 0xffu) | 0x8000u);
     }
-    if (__builtin_expect(still, 0)) return;
+    if (__builtin_expect(still, 0)) {
+      if constexpr (kSplit) {
+        return;
+      } else {  // their copy is written all the same
+        load_pair(whole + words, p, p + 1);
+        load_pair(whole + words + 32, p + 2, p + 3);
+      }
+    }
     if constexpr (kSplit) {
       store(low + i, second_bytes(w) ^ 0x80808080u);
     } else {
