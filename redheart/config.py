@@ -230,8 +230,8 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in resources.files("redheart").joinpath("presets").iterdir())
 
 
-# of a run on a table of one's own, beneath what a file or --set says: its labels are the task, and a small table is soon known by heart
-OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"evaluate_every": 0, "patience": 5}}
+# of a run on a table of one's own, beneath what a file or --set says: its labels are the task
+OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"evaluate_every": 0}}
 OWN_UNDER = {"memory": {"strategy": "plain"}}  # beneath the preset: one process on one's own machine needs no DeepSpeed
 
 

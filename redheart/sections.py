@@ -122,7 +122,10 @@ class TrainingConfig(Section):
     evaluate_every: int = Field(100, ge=0, description="steps between two looks at the dev loss; 0: ten looks in all")
     evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
     patience: int | None = Field(
-        None, gt=0, description="looks at dev in a row without a new best that end the run; null: none"
+        None,
+        gt=0,
+        description="looks at dev in a row without a new best that end the run; null: none. Much of what is learned comes "
+        "as the rate falls: a run that ends before has less, and the best checkpoint is kept either way",
     )
     synergy_every: int = Field(
         100, gt=0, description="steps between two looks at gradients' angles and regret's causes"

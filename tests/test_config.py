@@ -54,8 +54,8 @@ DEFAULTS = {
 SAID = {
     "330m": (768, 12, 512, 8, 64, 64, 200, 200, "zero2_offload_8bit"),
     "1b3": (1536, 24, 1024, 16, True, 64, 64, 200, 200, "zero2_offload_8bit", 32),
-    "base": (192, 6, 128, 4, 5e-4, 32, 32, "fp32", 0, 4, 200),
-    "local": (96, 3, 64, 2, 7e-4, 32, 32, "fp32", 0, 4, 50),
+    "base": (192, 6, 128, 4, 5e-4, 32, 32, "fp32", 0, 200),
+    "local": (96, 3, 64, 2, 7e-4, 32, 32, "fp32", 0, 50),
 }
 
 
@@ -159,7 +159,7 @@ def test_a_file_that_extends_a_preset_holds_what_differs(tmp_path: Path):
 
 def test_a_table_of_ones_own_has_settings_of_its_own_unless_others_are_said(tmp_path: Path):
     own = load_config("local", ["data.file=a.csv"])
-    assert (own.data.labeler.max_texts, own.training.evaluate_every, own.training.patience) == (0, 0, 5)
+    assert (own.data.labeler.max_texts, own.training.evaluate_every) == (0, 0)
     assert (own.memory.strategy, load_config("330m", ["data.file=a.csv"]).memory.strategy) == (
         "plain",
         "zero2_offload_8bit",

@@ -116,8 +116,6 @@ def test_the_line_printed_at_an_interruption_leads_to_the_parameters_of_the_undi
         *TINY,
         "--set",
         "training.max_steps=40",
-        "--set",
-        "training.patience=null",
     ]
     arguments += ["--set", "training.log_samples=true", "--set", "optimizer.learning_rate=0.002"]
     whole = redheart(*arguments, "--out", tmp_path / "whole")
