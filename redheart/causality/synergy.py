@@ -6,19 +6,21 @@ Both are pure functions of tensors; train/synergy.py calls them now and then dur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any
 
 import torch
 
 from redheart.causality.levels import LEVELS, level_edges, level_of
-from redheart.causality.null import surd_above_null
+from redheart.causality.null import deviations, surd_above_null
 from redheart.finite import check_finite
 
 
 @dataclass(frozen=True)
 class Informing:
-    """How much the agents tell about the target, in bits; keys are agents' names, `leak` lies in [0, 1]."""
+    """How much the agents tell about the target, in bits; keys are agents' names, `leak` lies in [0, 1]. `intervals`, where rows were
+    resampled: of 95 %, of every term by (kind, agents) as in `rows`, and of all of it by ("", "")."""
 
     target: str
     redundant: dict[tuple[str, ...], float]
@@ -26,6 +28,7 @@ class Informing:
     synergistic: dict[tuple[str, ...], float]
     leak: float
     mutual_information: float
+    intervals: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
     def shares(self) -> dict[str, float]:
         """The redundant, unique and synergistic part of what is told; all 0 where nothing is."""
@@ -39,16 +42,32 @@ class Informing:
 
     def rows(self) -> list[tuple[str, str, float]]:
         """(kind, agents, bits) of every term above 0, the largest first."""
+        return sorted((t for t in self.terms() if t[2] > 0), key=lambda t: -t[2])
+
+    def to_json(self) -> dict[str, Any]:
+        terms: list[dict[str, Any]] = [{"kind": k, "agents": a, "bits": v} for k, a, v in self.rows()]
+        for term in terms if self.intervals else ():
+            term["interval"] = self.intervals[term["kind"], term["agents"]]
+        bits = {"bits": self.mutual_information, "leak": self.leak, "interval": self.intervals.get(("", ""))}
+        return {"shares": self.shares(), **bits, "terms": terms}
+
+    def terms(self) -> list[tuple[str, str, float]]:
+        """(kind, agents, bits) of all terms."""
         terms = [("redundant", " + ".join(k), v) for k, v in self.redundant.items()]
         terms += [("unique", k, v) for k, v in self.unique.items()]
-        terms += [("synergistic", " + ".join(k), v) for k, v in self.synergistic.items()]
-        return sorted((t for t in terms if t[2] > 0), key=lambda t: -t[2])
+        return terms + [("synergistic", " + ".join(k), v) for k, v in self.synergistic.items()]
 
 
 def informing(
-    target: str, values: torch.Tensor, agents: Mapping[str, torch.Tensor], repeats: int = 20, seed: int = 0
+    target: str,
+    values: torch.Tensor,
+    agents: Mapping[str, torch.Tensor],
+    repeats: int = 20,
+    seed: int = 0,
+    resamples: int = 0,
 ) -> Informing:
-    """SURD above chance of `values` [n] given one to four agents [n] each, each cut into levels (causality/levels.py) by its own values.
+    """SURD above chance of `values` [n] given one to four agents [n] each, each cut into levels (causality/levels.py) by its own values;
+    with the intervals of so many resamples of the rows.
 
     ValueError where the lengths differ, RedHeartError that names the quantity where a value is not finite.
     """
@@ -56,10 +75,10 @@ def informing(
         raise ValueError(f"target and agents must be alike: {[tuple(v.shape) for v in (values, *agents.values())]}")
     names = list(agents)
     check_finite({target: values, **agents})
-    codes, *others = (level_of(v, level_edges(v)).double() for v in (values, *agents.values()))
-    result = surd_above_null(codes, torch.stack(others), LEVELS, repeats, seed)
+    codes = torch.stack([level_of(v, level_edges(v)) for v in (values, *agents.values())])
+    result = surd_above_null(codes[0].double(), codes[1:].double(), LEVELS, repeats, seed)
     name = lambda key: tuple(names[i - 1] for i in key)  # noqa: E731 (agents are numbered from 1)
-    return Informing(
+    told = Informing(
         target,
         {name(k): v for k, v in result.redundant.items()},
         {names[k - 1]: v for k, v in result.unique.items()},
@@ -67,6 +86,15 @@ def informing(
         result.leak,
         result.mutual_information,
     )
+    if not resamples:
+        return told
+    high, low = deviations(codes, [LEVELS] * len(codes), resamples, seed)
+    terms = [*told.terms(), ("", "", told.mutual_information)]
+    between = {
+        (kind, agents): (max(bits - h, 0.0), max(bits - d, 0.0))
+        for (kind, agents, bits), h, d in zip(terms, high.tolist(), low.tolist(), strict=True)
+    }
+    return replace(told, intervals=between)
 
 
 def gradient_cosines(names: Sequence[str], products: torch.Tensor) -> dict[tuple[str, str], float]:

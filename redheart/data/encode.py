@@ -95,6 +95,11 @@ class OneEncoder:
             raise RedHeartError(
                 f"encoder {config.name} has hidden layers 0 to {depth}: layer {wrong[0]} of data.encoder.layers is not there"
             )
+        for stack in self.model.modules():
+            if isinstance(stack, torch.nn.ModuleList) and len(stack) == depth:
+                # what is read comes from below; one more stays, for after the last some models put a norm
+                del stack[max(config.layers) + 1 :]
+                self.model.config.num_hidden_layers = len(stack)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.width = self.model.config.hidden_size * len(config.layers)

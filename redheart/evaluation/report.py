@@ -16,7 +16,7 @@ from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import Answers, collect
 from redheart.evaluation.baselines import Predict, baselines, judged, look_up
 from redheart.evaluation.calibration import uncalibrated
-from redheart.evaluation.causes import LEAST
+from redheart.evaluation.causes import LEAST, Causes
 from redheart.evaluation.causes import picture as draw
 from redheart.evaluation.evaluate import METRICS, Evaluation, forward, predict_all
 from redheart.evaluation.examples import Example
@@ -42,6 +42,7 @@ LOSS_COLUMNS = (
     "constant predictor",
 )
 CAUSE_COLUMNS = ("kind", "what tells", "bits")
+LABEL_COLUMNS = ("kind", "what tells", "bits of the labels", "bits of the predictions")
 TUNED_ON = {False: "dev", True: "the other half of dev"}
 ARROW = {"mae": "↓", "tuned_f1": "↑", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
 
@@ -132,7 +133,7 @@ class Report:
     measured: list[Measured]
     verdict: Verdict
     dev_losses: list[tuple[str, float, float, float]]
-    causes: Informing | None  # what informs the predicted regret; None where there are too few texts
+    causes: Causes | None  # what informs regret; None where there are too few texts
     reliability: list[Reliability]
     calibrated_by: str  # which rows the calibration was fitted on
     wrong: list[Example]  # the largest errors
@@ -153,7 +154,6 @@ class Report:
             reliability=[one for one in self.reliability if one.task not in gone],
             wrong=[one for one in self.wrong if not gone & {one.answer, one.answer.partition(".")[0]}],
             confusion=None if "emotion" in gone else self.confusion,
-            causes=None if gone & {"regret", "emotion", "bentham"} else self.causes,
         )
 
     def footnote(self) -> str:
@@ -165,7 +165,7 @@ class Report:
         return f"{FOOTNOTE}\nNo label trained these answers, and they mean nothing: {', '.join(self.untrained)}."
 
     def terminal_tables(self) -> list[Any]:
-        sections = (self._losses(), self._lines(), self._calibration(), self._causes())
+        sections = (self._losses(), self._lines(), self._calibration(), *self._causes())
         return [table(one.title, one.columns, one.rows) for one in sections if one.rows]
 
     def to_json(self) -> dict[str, Any]:
@@ -180,10 +180,7 @@ class Report:
             "calibration": {
                 "fitted_on": self.calibrated_by, "bins": BINNED, "answers": {one.task: one.to_json() for one in self.reliability},
             },
-            "causes_of_regret": None if self.causes is None else {
-                "shares": self.causes.shares(), "bits": self.causes.mutual_information, "leak": self.causes.leak,
-                "terms": [{"kind": k, "agents": a, "bits": v} for k, a, v in self.causes.rows()],
-            },
+            "causes_of_regret": None if self.causes is None else self.causes.to_json(),
         }  # fmt: skip
 
     def sections(self, curves: Picture | None = None) -> list[Section]:
@@ -197,7 +194,7 @@ class Report:
             self._calibration(),
             self._confusion(),
             self._wrong(),
-            self._causes(),
+            *self._causes(),
             Section("This checkpoint", columns=("", ""), rows=facts),
         ]
         return [one for one in sections if one.rows or one.first]
@@ -264,21 +261,44 @@ class Report:
         rows = [(e.text, e.answer, f"{e.label:.2f}", f"{e.said:.2f}") for e in self.wrong]
         return Section("Where it is most wrong", (), ("text", "answer", "label", "said"), rows)
 
-    def _causes(self) -> Section:
+    def _causes(self) -> list[Section]:
         title = "What informs the predicted regret"
         if self.causes is None:
-            return Section(
-                title,
-                [f"Nothing can be said: it takes {LEAST} texts, and trained answers on emotion, bentham and regret."],
+            said = (
+                f"Nothing can be said: it takes {LEAST} texts, and trained answers on regret and on emotion or bentham."
             )
-        rows = [(kind, agents, f"{bits:.4f}") for kind, agents, bits in self.causes.rows()]
-        told, left = self.causes.mutual_information, self.causes.leak
-        said = [] if rows else ["The other answers say nothing of it beyond chance."]
-        return Section(
-            f"{title} (SURD, {told:.3f} bits, {left:.0%} stays open)",
-            said,
-            CAUSE_COLUMNS,
-            rows,
-            (),
-            draw(self.causes) if rows else None,
-        )
+            return [Section(title, [said])]
+        told = self.causes.predicted
+        rows = [(kind, agents, _bits(told, kind, agents, bits)) for kind, agents, bits in told.rows()]
+        drawn = draw(told) if rows else None
+        sections = [Section(f"{title} (SURD)", [_left_open(told, "predicted")], CAUSE_COLUMNS, rows, (), drawn)]
+        if (of := self.causes.labelled) is None or (beside := self.causes.beside) is None:
+            return sections
+        *names, last = ("regret", *self.causes.agents)
+        return [
+            *sections,
+            Section(
+                f"What informs the labelled regret ({self.causes.texts:,} texts on which people labelled {', '.join(names)} and {last})",
+                [_left_open(of, "labelled"), _left_open(beside, "predicted")],
+                LABEL_COLUMNS,
+                [(k, a, _bits(of, k, a, bits), _bits(beside, k, a, other)) for k, a, bits, other in self.causes.rows()],
+            ),
+        ]
+
+
+def _left_open(told: Informing, which: str) -> str:
+    """What is not told comes first."""
+    if not told.mutual_information:
+        return f"Of the {which} regret the others say nothing beyond chance."
+    low, high = told.intervals["", ""]
+    return (
+        f"{told.leak:.0%} of the {which} regret stays open; the others tell {told.mutual_information:.3f} "
+        f"[{low:.3f}, {high:.3f}] bits of it."
+    )
+
+
+def _bits(told: Informing, kind: str, agents: str, bits: float) -> str:
+    if not bits:
+        return "–"  # not above chance
+    low, high = told.intervals[kind, agents]
+    return f"{bits:.3f} [{low:.3f}, {high:.3f}]"

@@ -80,7 +80,8 @@ def validate(
     maps, fitted_on = _maps(calibration, dev, on_dev, itself)
     learned = {name: a for name, a in calibrated(scored[1], maps, itself).items() if name not in (silent or ())}
     lines, sure, verdict = compare(result, model, train, dev, held_out, scored, learned)
-    causes, reliable = causes_of_regret(model, held_out), reliability(scored[1], maps, itself)
+    causes = causes_of_regret(model, held_out, () if untrained else silent or ())
+    reliable = reliability(scored[1], maps, itself)
     title = f"Red Heart: what {config.preset} learned"
     confused = confusion("emotion", learned["emotion"]) if "emotion" in learned else None
     wrong = worst(learned, held_out)

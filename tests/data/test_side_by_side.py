@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from redheart.config import DataConfig, EncoderConfig, LabelerConfig, load_config
 from redheart.data import prepare as preparing
@@ -129,6 +129,22 @@ def test_tokens_stand_encoder_by_encoder_in_columns_of_their_own(two: Two):
         assert both[n:, 29].all()
         assert not both[n:, 28].any()
     assert max(map(len, features)) == two.config.most_tokens == 2 * MOST
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (1, 2)])
+def test_no_layer_above_the_last_that_is_read_is_computed(two: Two, tmp_path: Path, layers: tuple[int, ...]):
+    """A BERT, and a Llama, which puts a norm behind its last layer: features to the last bit those of the whole model."""
+    shutil.copytree(two.first, tmp_path / "llama")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    LlamaModel(LlamaConfig(vocab_size=200, pad_token_id=0, **sizes)).save_pretrained(tmp_path / "llama")
+    for name in (two.first, str(tmp_path / "llama")):
+        config = EncoderConfig(name=name, layers=layers, max_tokens=MOST, device="cpu")
+        short, whole = OneEncoder(config), OneEncoder(config)
+        whole.model = AutoModel.from_pretrained(name).eval()
+        stack = next(m for m in short.model.modules() if isinstance(m, torch.nn.ModuleList))
+        assert len(stack) == min(max(layers) + 1, whole.model.config.num_hidden_layers)
+        for ours, theirs in zip(*(one.encode(TEXTS, lambda n: None)[0] for one in (short, whole)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_behind_the_networks_norm_magnitudes_and_marks_are_alike_whatever_the_encoders_are():
