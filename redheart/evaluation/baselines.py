@@ -95,17 +95,11 @@ def judged(predictors: Mapping[str, Predict], held_out: SampleStream) -> dict[st
 def baselines(train: SampleStream) -> dict[str, Baseline]:
     """`linear`, and per metric the best constant for it, `constant/METRIC`; fitted on the training split."""
     data = pool_split(train)
-    fits: dict[str, Callable[[Task, Pooled, int], Predictor]] = {
-        f"constant/{metric}": partial(_constant, best=best) for metric, best in CONSTANTS.items()
+    fits: dict[str, Callable[[Task, Pooled], list[Predictor]]] = {
+        f"constant/{metric}": partial(_constants, best=best) for metric, best in CONSTANTS.items()
     }
     return {
-        kind: Baseline(
-            {
-                name: [fit(task, data, column) for column in range(LABELS[task.label].size)]
-                for name, task in TASKS.items()
-                if task.final
-            }
-        )
+        kind: Baseline({name: fit(task, data) for name, task in TASKS.items() if task.final})
         for kind, fit in (fits | {"linear": _linear}).items()
     }
 
@@ -136,6 +130,10 @@ def always(values: np.ndarray, weights: np.ndarray) -> float:
 CONSTANTS: dict[str, Best] = {"mse": mean, "mae": median, "accuracy": majority, "macro_f1": always}
 
 
+def _constants(task: Task, data: Pooled, best: Best) -> list[Predictor]:
+    return [_constant(task, data, column, best) for column in range(LABELS[task.label].size)]
+
+
 def _constant(task: Task, data: Pooled, column: int, best: Best = mean) -> Predictor:
     target, weight = data.labels[task.label][:, column], data.weights[task.label][:, column]
     known = weight > 0
@@ -163,27 +161,57 @@ def look_up(train: SampleStream, model: Predict) -> Predict | None:
     return lambda batch: {"surd": table[level_of(model(batch)["regret"][:, 0], edges)]}
 
 
-def _linear(task: Task, data: Pooled, column: int) -> Predictor:
-    """Falls to the constant only where no line can be drawn: fewer than two labels, or all alike."""
-    from sklearn.linear_model import LogisticRegression, RidgeCV
+def _linear(task: Task, data: Pooled) -> list[Predictor]:
+    """One per entry; ridge for the entries of the same labelled rows is solved at once, each with an alpha of its own.
+
+    Falls to the constant only where no line can be drawn: fewer than two labels, or all alike."""
+    weights = data.weights[task.label]
+    alike: dict[bytes, list[int]] = {}
+    for column in range(weights.shape[1]):
+        alike.setdefault(weights[:, column].tobytes() if task.kind == "score" else bytes([column]), []).append(column)
+    found: dict[int, Predictor] = {}
+    for columns in alike.values():
+        known = np.flatnonzero(weights[:, columns[0]] > 0)
+        known = known[:: max(1, len(known) // MAX_FIT)]
+        x = (data.differences if task.kind == "binary" else data.features)[known]
+        y = data.labels[task.label][known][:, columns]
+        if task.kind != "score":
+            y = y > 0.5
+        sides = 1 if task.kind == "binary" else 2  # a pair is read either way round
+        drawn = [i for i in range(len(columns)) if len(np.unique(y[:, i])) >= sides]
+        found |= {c: _constant(task, data, c) for i, c in enumerate(columns) if i not in drawn}
+        if drawn:
+            fit = _ridge if task.kind == "score" else _logistic
+            predict = fit(task, x, y[:, drawn], weights[known, columns[0]])
+            found |= {columns[i]: partial(_entry, predict, place) for place, i in enumerate(drawn)}
+    return [found[column] for column in range(weights.shape[1])]
+
+
+def _entry(predict: Predictor, place: int, x: np.ndarray) -> np.ndarray:
+    values: np.ndarray = predict(x)[:, place]
+    return values
+
+
+def _ridge(task: Task, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Predictor:
+    from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    weight = data.weights[task.label][:, column]
-    known = np.flatnonzero(weight > 0)
-    known = known[:: max(1, len(known) // MAX_FIT)]
-    x = (data.differences if task.kind == "binary" else data.features)[known]
-    y, weight = data.labels[task.label][known, column], weight[known]
-    pair, classes = task.kind == "binary", task.kind in ("binary", "multilabel")
+    model = make_pipeline(StandardScaler(), RidgeCV(ALPHAS, alpha_per_target=True))
+    model.fit(x, y, ridgecv__sample_weight=weight)
+    low, high = LABELS[task.label].low, LABELS[task.label].high
+    return lambda z: np.clip(model.predict(z), low, high).reshape(len(z), -1)
+
+
+def _logistic(task: Task, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Predictor:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    pair = task.kind == "binary"
     if pair:  # either way round: a data set may always name the better text first
-        x, y, weight = np.concatenate([x, -x]), np.concatenate([y, 1 - y]), np.concatenate([weight, weight]) / 2
-    if len(y) < 2 or len(np.unique(y > 0.5 if classes else y)) < 2:
-        return _constant(task, data, column)
-    if not classes:
-        ridge = make_pipeline(StandardScaler(), RidgeCV(ALPHAS)).fit(x, y, ridgecv__sample_weight=weight)
-        low, high = LABELS[task.label].low, LABELS[task.label].high
-        return lambda z: np.clip(ridge.predict(z), low, high)
+        x, y, weight = np.concatenate([x, -x]), np.concatenate([y, ~y]), np.concatenate([weight, weight]) / 2
     model = make_pipeline(
         StandardScaler(with_mean=not pair), LogisticRegression(C=0.01, max_iter=2000, fit_intercept=not pair)
-    ).fit(x, y > 0.5, logisticregression__sample_weight=weight)
-    return lambda z: model.predict_proba(z)[:, 1]
+    ).fit(x, y[:, 0], logisticregression__sample_weight=weight)
+    return lambda z: model.predict_proba(z)[:, 1:]
