@@ -51,7 +51,9 @@ def test_a_record_is_read_as_documented():
         ({"preference": 1}, "contrast_text is missing"),
         ({"preference": 0.5, "contrast_text": "b"}, "0 or 1"),
         ({"surd": [0.5, 0.5, 0.5, 0.1]}, "must sum to 1"),
-        ({"split": "valid"}, "'valid' is none of"),
+        ({"split": "held out"}, "'held out' is none of train, dev, test"),
+        ({"split": ""}, "'' is none of"),
+        ({"split": 1}, "1 is none of"),
         ({"mood": 1}, "unknown field 'mood'"),
         ({"content": "again"}, "keep one"),
         ({"label_origin": "me"}, "label_origin"),
@@ -61,6 +63,14 @@ def test_what_breaks_the_schema_is_named(fields: dict, words: str):
     with pytest.raises(InvalidRecord, match=words) as error:
         parsed(**fields)
     assert "record 3" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("validation", "dev"), ("Val", "dev"), ("valid", "dev"), ("training", "train"), ("TEST", "test")],
+)
+def test_a_split_may_have_the_name_that_others_give_it(written: str, meant: str):
+    assert parsed(split=written)["split"] == meant
 
 
 def test_the_shipped_corpus_keeps_its_promises():

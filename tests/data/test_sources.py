@@ -285,7 +285,7 @@ def test_a_column_of_another_range_is_scaled_by_the_ends_it_names(tmp_path: Path
         ("yes", "regret:1..5", r"a\.csv:3: column 'c' holds 'yes', which is not a number"),
         ("yes", "vad.valence", r"a\.csv:3: column 'c' holds 'yes', which is not a number"),
         ("very", "regret", r"'very', which is not a number, yes, no, true or false"),
-        ("NaN", "regret", "holds nan"),
+        ("NaN", "regret", "holds nan: leave a cell empty where there is no label"),
         ("1", "joy", "'joy' is no field .*did you mean emotion.joy"),
         ("1", "emotion.happy", "'emotion.happy' is no field"),
         ("1", "regert", "did you mean regret"),
@@ -300,6 +300,16 @@ def test_a_cell_or_an_answer_that_cannot_be_meant_is_named_with_its_remedy(tmp_p
     put(tmp_path / "a.csv", f"text,c\nOne.,1\nTwo.,{cell}\n")
     with pytest.raises(RedHeartError, match=words):
         collect(f"m={tmp_path / 'a.csv'}", columns={"m": {"text": "text", "c": target}})
+
+
+def test_a_number_that_a_record_holds_as_text_is_one(tmp_path: Path):
+    put(
+        tmp_path / "a.json",
+        json.dumps([{"text": "One.", "c": "0.25", "d": " 5 "}, {"text": "Two.", "c": "no", "d": "1"}]),
+    )
+    columns = {"m": {"text": "text", "c": "regret", "d": "vad.valence:1..5"}}
+    records = collect(f"m={tmp_path / 'a.json'}", columns=columns).records
+    assert [(r["regret"], r["vad"][0]) for r in records] == [(0.25, 1), (0, -1)]
 
 
 def test_a_misspelt_column_is_guessed(tmp_path: Path):

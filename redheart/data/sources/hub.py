@@ -6,14 +6,12 @@ is dealt 80/10/10 by the ids; several splits, one of them of another name, are a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
+from redheart.data.sources.records import our_split
 from redheart.data.sources.rows import Row
 from redheart.data.sources.tabular import target_of, to_record
 from redheart.schema import RedHeartError
-
-SPLIT_NAMES = {"train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev", "test": "test"}
 
 
 def read(identity: str, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -43,7 +41,7 @@ def read(identity: str, columns: Mapping[str, str]) -> Iterator[Row]:
 
 def _our_splits(identity: str, names: list[str]) -> dict[str, str | None]:
     """Our split for each of theirs; None where the ids decide."""
-    ours = {n: SPLIT_NAMES.get(re.split(r"[^a-z]", n.lower())[0]) for n in names}
+    ours = {n: our_split(n) for n in names}
     unknown = [n for n, split in ours.items() if split is None]
     if unknown and len(names) > 1:
         raise RedHeartError(

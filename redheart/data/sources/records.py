@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from redheart.schema import LABELS, ORIGINS, SPLITS, RedHeartError
 
 MAX_CHARACTERS = 20_000
 ALIASES = {"content": "text", "label": "emotion"}
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev", "test": "test",
+    "testing": "test",
+}  # fmt: skip
 FIELDS = {"id", "source", "split", "lang", "text", "contrast_text", "label_origin", *LABELS}
 
 
@@ -127,9 +132,9 @@ def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
     identity = f"{source}\0{text}\0{contrast or ''}".encode()
     record["id"] = _word(given.get("id") or hashlib.sha256(identity).hexdigest()[:20], f"{where}, field id")
     split = given.get("split")
-    if split is not None and split not in SPLITS:
+    if split is not None and our_split(split) is None:
         raise InvalidRecord(f"{where}, field split: {split!r} is none of {', '.join(SPLITS)}")
-    record["split"] = split or _split_of(record["id"])
+    record["split"] = _split_of(record["id"]) if split is None else our_split(split)
     for name in LABELS:
         value = given.get(name)
         record[name] = None if value is None else _label(name, value, f"{where}, field {name}")
@@ -137,6 +142,11 @@ def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
         raise InvalidRecord(f"{where}, field preference: it compares two texts, and contrast_text is missing")
     record["label_origin"] = _origins(given.get("label_origin", "human"), record, where)
     return record
+
+
+def our_split(name: object) -> str | None:
+    """Which of SPLITS others mean by a split's name, by its first word: `validation_matched` and `Val` are dev; None: nobody knows."""
+    return SPLIT_NAMES.get(re.split(r"[^a-z]", name.lower())[0]) if isinstance(name, str) else None
 
 
 def _text(value: Any, where: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -159,13 +160,17 @@ def _number(value: Any, target: Target, label: Label, where: str) -> Any:
     """A label's number, from a number, a truth value or a word, in the label's own range."""
     low, high = (label.low, label.high) if target.ends is None else sorted(target.ends)
     if isinstance(value, str):
-        value = WORDS.get(value.strip().casefold(), value) if target.ends is None and label.low == 0 else value
+        number = _float(value)  # strings of JSON and of Parquet may hold one
+        known = WORDS if target.ends is None and label.low == 0 else {}
+        value = known.get(value.strip().casefold(), value if number is None else number)
     elif isinstance(value, bool) and target.ends is None and label.low == 0:
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         words = "a number, yes, no, true or false" if label.low == 0 and target.ends is None else "a number"
         return InvalidRecord(f"{where} holds {str(value)[:40]!r}, which is not {words}")
-    if not low <= value <= high:  # nor NaN
+    if math.isnan(value):
+        return InvalidRecord(f"{where} holds {value}: leave a cell empty where there is no label")
+    if not low <= value <= high:
         said = f"{where} holds {value:g}, and {target.name} "
         if target.ends is None:
             said += f"runs from {low:g} to {high:g}: if the column runs between other numbers, name them: {target.name}:LOW..HIGH"
