@@ -124,7 +124,7 @@ InputFile = Annotated[
     Path | None, typer.Option("--input", metavar="FILE", help="A table of texts: .csv, .tsv, .json, .jsonl, .parquet.")
 ]
 InputColumn = Annotated[
-    str | None, typer.Option("--column", metavar="COLUMN", help="The column of its texts. [default: text]")
+    str | None, typer.Option("--column", "--text", metavar="COLUMN", help="The column of its texts. [default: text]")
 ]
 OutputFile = Annotated[
     Path | None,

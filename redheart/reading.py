@@ -42,7 +42,9 @@ def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> tup
         if not texts:
             raise RedHeartError("give a text, `-` to read one from each line of stdin, or a table with --input")
         return texts, [{"text": text} for text in texts]
-    if not file.is_file() or file.suffix.lower() not in tabular.SUFFIXES:
+    if not file.is_file():
+        raise RedHeartError(f"--input {file} does not exist, or is no file")
+    if file.suffix.lower() not in tabular.SUFFIXES:
         raise RedHeartError(f"--input {file}: give a {', '.join(tabular.SUFFIXES)} file")
     column = column or "text"
     delimiter = tabular.delimiter_of(file, [column]) if file.suffix.lower() in (".csv", ".tsv") else ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,7 +173,11 @@ def test_a_run_says_what_it_learned_and_its_export_its_answers_and_its_report_fo
     monkeypatch.setattr(infer, "TextEncoder", Encoder)
     split = json.loads((data / INDEX).read_text())["splits"]["train"]
     weights, counts = label_weights(split["histograms"]), label_counts(split)
+    monkeypatch.delenv("DS_ACCELERATOR")
     export(run, tmp_path / "model")
+    assert (
+        os.environ["DS_ACCELERATOR"] == "cpu"
+    )  # told, before Transformers imports DeepSpeed: it would warn of what it found
     for path in (run, tmp_path / "model"):
         assert load_model(path).progress.labels == weights
         pipeline = RedHeartPipeline.from_pretrained(path)

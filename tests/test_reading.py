@@ -47,8 +47,9 @@ def test_texts_come_from_arguments_stdin_or_a_column_with_the_rest_of_its_row(
 
 @pytest.mark.parametrize(
     ("given", "file", "column", "words"),
-    [([], None, None, "give a text"), (["a"], "x.csv", None, "not both"), (["a"], None, "body", "--input")],
-)
+    [([], None, None, "give a text"), (["a"], "x.csv", None, "not both"), (["a"], None, "body", "--input"),
+     ([], "no.csv", None, r"--input no\.csv does not exist")],
+)  # fmt: skip
 def test_what_does_not_go_together_is_said(given: list[str], file: str | None, column: str | None, words: str):
     with pytest.raises(RedHeartError, match=words):
         texts_of(given, Path(file) if file else None, column)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from redheart.caches import cache_directory, writable
+from redheart.device import tell_deepspeed
 from redheart.files import committed_directory, sha256_of, verify_manifest
 from redheart.schema import PACKAGED, RedHeartError
 
@@ -115,6 +116,7 @@ def unpacked(gguf: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
+        tell_deepspeed()  # Transformers imports it where it saves
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from redheart.config import RunConfig, parse_config, read_config
 from redheart.console import console, quiet_libraries
+from redheart.device import tell_deepspeed
 from redheart.evaluation.calibration import Calibration, check_belongs
 from redheart.evaluation.calibration import read as read_calibration
 from redheart.evaluation.calibration import write as write_calibration
@@ -109,6 +110,7 @@ def export(path: Path, out: Path) -> dict[str, Any]:
     """Writes the export in one step; returns its parameter counts."""
     check_new(out)
     model, config, progress, calibration = load_model(path)
+    tell_deepspeed()  # Transformers imports it where it saves
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)
         if calibration is not None:

@@ -318,6 +318,14 @@ def test_a_misspelt_column_is_guessed(tmp_path: Path):
         collect(f"m={tmp_path / 'a.csv'}", columns={"m": {"body": "text", "sorry": "regret"}})
 
 
+def test_a_table_whose_texts_nobody_named_says_how_to(tmp_path: Path):
+    put(tmp_path / "a.csv", "body,sorry\nOne.,1\n")
+    with pytest.raises(
+        RedHeartError, match=r"no column 'text'; there are body, sorry: name the one of texts with --text"
+    ):
+        collect(f"m={tmp_path / 'a.csv'}", columns={"m": {"text": "text", "sorry": "regret"}})
+
+
 @pytest.mark.parametrize(("rows", "held_out"), [(1, 0), (2, 0), (3, 1), (7, 1), (31, 5), (66, 10)])
 def test_a_small_table_without_splits_keeps_rows_of_either_kind_for_dev_and_test(tmp_path, rows, held_out):
     lines = [f"Text number {n}.,{'' if n == 5 else n % 2}\n" for n in range(rows)]

@@ -131,7 +131,9 @@ def to_record(
     if missing:
         close = difflib.get_close_matches(missing[0], [str(c) for c in raw], 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
-        return InvalidRecord(f"{place}: there is no column {missing[0]!r}{meant}; there are {', '.join(map(str, raw))}")
+        which = ": name the one of texts with --text" if missing[0] == columns[missing[0]].field == "text" else ""
+        there = ", ".join(map(str, raw))
+        return InvalidRecord(f"{place}: there is no column {missing[0]!r}{meant}; there are {there}{which}")
     targets = dict(columns)
     taken = {target.name for target in columns.values()}
     for key in raw if not columns else ("split", "id"):

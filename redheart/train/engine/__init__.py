@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from redheart.config import RunConfig
+from redheart.device import tell_deepspeed
 from redheart.memory.budget import limit_gpu
 from redheart.model.regional import check_compilation, compile_layers
 from redheart.ranks import is_out_of_memory
@@ -62,6 +63,7 @@ def consolidated_weights(directory: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights in a checkpoint of any engine and world size, on the CPU."""
     if (directory / PLAIN_STATE).is_file():
         return read_state(directory)["model"]
+    tell_deepspeed()
     with tensors_only(), contextlib.redirect_stdout(io.StringIO()):  # it tells its progress on stdout, which is ours
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
