@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from redheart.config import RunConfig, write_config
 from redheart.console import console
@@ -47,6 +47,8 @@ LEFT_BESIDE = re.compile(
 )
 REBUILD = "rebuild.tmp"  # train/oom.py
 TRAINER = "trainer.json"
+# losses by the answers they are of; an earlier version kept one list for all, which is left behind
+Recent = Annotated[dict[str, list[float]], BeforeValidator(lambda x: {} if isinstance(x, list) else x)]
 # what a rewind leaves as it is: of this launch, or found out since
 HELD = (
     "world_size",
@@ -87,12 +89,10 @@ class Progress:
     skipped_steps: int = 0
     value: float | None = None  # what `best_value` is the lowest of, at value_step; null where it was not finite
     value_step: int | None = None
-    recent_losses: list[float] = field(default_factory=list)  # train/spikes.py
+    recent_losses: Recent = field(default_factory=dict)  # train/spikes.py
     spikes: int = 0
     rewinds: int = 0
-    left_out: list[int] = field(
-        default_factory=list
-    )  # the steps, in the order of the data, whose samples a rewind left out
+    left_out: list[int] = field(default_factory=list)  # steps, in the data's order, that a rewind left out
     micro_batch_size: int = 0  # what a rank runs at once now; less than the configured one after out_of_memory
     out_of_memory: list[dict[str, Any]] = field(default_factory=list)  # when the micro-batch had to shrink
     order: str = ""  # which rows the data has and in which order: train/resume.py

@@ -1,6 +1,7 @@
 """A loss that leaps is found, told and undone: the run is then one that never saw the samples at fault, and so is a resumed one."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from redheart.data.stream import SampleStream
 from redheart.files import read_sealed_json, write_sealed_json
 from redheart.schema import RedHeartError
 from redheart.train.aside import Events
-from redheart.train.checkpoint import Progress, committed
+from redheart.train.checkpoint import Progress, committed, parse_progress
 from redheart.train.spikes import SpikeGuard
 from redheart.train.start import train as start
 from tests.runs import forked, last_weights, losses, train
@@ -154,22 +155,34 @@ def test_under_zero_the_rewound_run_is_the_one_that_never_saw_them(
 
 
 def test_what_a_spike_is(tmp_path: Path):
-    state = Progress(scales={"a": 0.5})
-    guard = SpikeGuard(config("guard.threshold=6"), tmp_path, state, {"a": 2.0}, Events(tmp_path), may_rewind=True)
+    state = Progress(scales={"a": 0.5, "b": 0.5, "m/b": 0.5})
+    factors = {"a": 2.0, "b": 1.0, "m/b": 1.0}
+    guard = SpikeGuard(config("guard.threshold=6"), tmp_path, state, factors, Events(tmp_path), may_rewind=True)
     random = np.random.default_rng(0)
     recent = list(random.normal(0.8, 0.05, 8))
     for step, loss in enumerate(recent):
         guard.look(step, {"a": 0.0}, loss)
-    assert state.recent_losses == recent
+        guard.look(step, {"a": 0.0, "b": 0.0, "m/b": 0.0}, 4 * loss)  # another kind of batch, which changes nothing
+    assert state.recent_losses["a"] == recent
+    assert state.recent_losses["a b"] == pytest.approx([2 * loss for loss in recent])
     middle = np.median(recent)
     deviation = 1.4826 * np.median(np.abs(np.array(recent) - middle))
     guard.look(8, {"a": 0.0}, float("nan"))  # a step that was not applied says nothing
     guard.look(8, {"a": 0.0}, float(middle + 5.99 * deviation))
+    guard.look(8, {"b": 0.0}, 1.49)  # the first of its kind, and 2.98 times the constant predictor's loss
     assert state.spikes == 0
-    state.recent_losses = recent
+    state.recent_losses["a"] = recent
     guard.look(8, {"a": 0.0}, float(middle + 6.01 * deviation))
     assert state.spikes == 1
     assert json.loads((tmp_path / "events.jsonl").read_text())["z"] == pytest.approx(6.01)
+    guard.look(8, {"b": 0.0}, 15.0)
+    assert state.spikes == 2
+
+
+def test_what_an_earlier_version_kept_of_losses_is_left_behind(tmp_path: Path):
+    kept = asdict(Progress(recent_losses={"emotion": [0.5]}))
+    assert parse_progress(kept, tmp_path).recent_losses == {"emotion": [0.5]}
+    assert parse_progress(kept | {"recent_losses": [0.5, 0.25]}, tmp_path).recent_losses == {}
 
 
 def test_what_was_left_out_is_passed_over_in_order():
