@@ -95,13 +95,9 @@ class OneEncoder:
             raise RedHeartError(
                 f"encoder {config.name} has hidden layers 0 to {depth}: layer {wrong[0]} of data.encoder.layers is not there"
             )
-        for stack in self.model.modules():
-            if isinstance(stack, torch.nn.ModuleList) and len(stack) == depth:
-                # what is read comes from below; one more stays, for after the last some models put a norm
-                del stack[max(config.layers) + 1 :]
-                self.model.config.num_hidden_layers = len(stack)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._shorten(depth)
         self.width = self.model.config.hidden_size * len(config.layers)
         self.fingerprint: dict[str, Any] = {
             "name": config.name,
@@ -110,6 +106,26 @@ class OneEncoder:
             "width": self.width,
             "max_tokens": config.max_tokens,
         }
+
+    @torch.inference_mode()
+    def _shorten(self, depth: int) -> None:
+        """Takes out the layers above the last that is read, of models where that changes no bit of what is read of a short text."""
+        stack = next((m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth), None)
+        deepest = max(self.config.layers) + 1  # one more stays, for behind the last some models put a norm
+        if stack is None or deepest >= depth:
+            return
+        text = self.tokenizer(["A short text."], return_tensors="pt").to(self.device)
+        whole, above = self._states(text), list(stack[deepest:])
+        del stack[deepest:]
+        self.model.config.num_hidden_layers = deepest
+        if not torch.equal(self._states(text), whole):
+            stack.extend(above)
+            self.model.config.num_hidden_layers = depth
+
+    def _states(self, batch: Any) -> torch.Tensor:
+        """What is read of tokenized texts, [B, T, width]."""
+        states = self.model(**batch, output_hidden_states=True).hidden_states
+        return torch.cat([states[layer] for layer in self.config.layers], -1)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], tick: Callable[[int], None]) -> tuple[list[np.ndarray], list[bool]]:
@@ -123,8 +139,7 @@ class OneEncoder:
                 [texts[i] for i in rows], truncation=True, max_length=self.config.max_tokens, padding=True,
                 padding_side="right", return_tensors="pt",
             ).to(self.device)  # fmt: skip
-            states = self.model(**batch, output_hidden_states=True).hidden_states
-            joined = torch.cat([states[layer] for layer in self.config.layers], -1).half().cpu().numpy()
+            joined = self._states(batch).half().cpu().numpy()
             lengths = batch["attention_mask"].sum(1).tolist()
             for row, state, length in zip(rows, joined, lengths, strict=True):
                 features[row] = state[:length].copy()

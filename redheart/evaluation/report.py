@@ -271,14 +271,18 @@ class Report:
         told = self.causes.predicted
         rows = [(kind, agents, _bits(told, kind, agents, bits)) for kind, agents, bits in told.rows()]
         drawn = draw(told) if rows else None
-        sections = [Section(f"{title} (SURD)", [_left_open(told, "predicted")], CAUSE_COLUMNS, rows, (), drawn)]
+        open_ = f"{told.leak:.0%} stays open"
+        sections = [
+            Section(f"{title} (SURD, {open_})", [_left_open(told, "predicted")], CAUSE_COLUMNS, rows, (), drawn)
+        ]
         if (of := self.causes.labelled) is None or (beside := self.causes.beside) is None:
             return sections
         *names, last = ("regret", *self.causes.agents)
         return [
             *sections,
             Section(
-                f"What informs the labelled regret ({self.causes.texts:,} texts on which people labelled {', '.join(names)} and {last})",
+                f"What informs the labelled regret ({of.leak:.0%} stays open; {self.causes.texts:,} texts on which people labelled "
+                f"{', '.join(names)} and {last})",
                 [_left_open(of, "labelled"), _left_open(beside, "predicted")],
                 LABEL_COLUMNS,
                 [(k, a, _bits(of, k, a, bits), _bits(beside, k, a, other)) for k, a, bits, other in self.causes.rows()],

@@ -147,6 +147,21 @@ def test_no_layer_above_the_last_that_is_read_is_computed(two: Two, tmp_path: Pa
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_model_that_is_another_without_its_upper_layers_stays_whole(two: Two, monkeypatch, tells: bool):
+    """Where the first layer's output depends on how many there are."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertModel(BertConfig(vocab_size=200, **sizes)).eval()
+    layers = model.encoder.layer
+    if tells:
+        layers[0].register_forward_hook(
+            lambda layer, given, out: torch.utils._pytree.tree_map(lambda x: x * len(layers), out)
+        )
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *a, **k: model)
+    OneEncoder(EncoderConfig(name=two.first, layers=(1,), max_tokens=MOST, device="cpu"))
+    assert len(layers) == model.config.num_hidden_layers == (3 if tells else 2)
+
+
 def test_behind_the_networks_norm_magnitudes_and_marks_are_alike_whatever_the_encoders_are():
     """One encoder's states a thousand times the other's: behind the norm both have √(E / E_k) times what they have alone."""
     draws = np.random.default_rng(0)
