@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from redheart.schema import RedHeartError
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # torch still reads it
+# above so many MiB a page-locked buffer takes what it holds and is given back when it is let go of; below it torch rounds up to a
+# power of two and keeps it for the next. A batch stays below, partitions of a network worth planning lie above
+PINNED_KEPT = "pinned_max_cached_size_mb"
+PINNED_KEPT_MB = 32
+KNOWS_PINNED_KEPT = (2, 13)  # the torch it was read in; an older one that does not know a key ends with an error
 
 
 def has_gpu() -> bool:
@@ -102,10 +109,23 @@ def variables_kept() -> Iterator[None]:
 
 
 def settle_allocator() -> None:
-    """Batches differ in length from step to step: segments that grow are reused where fixed blocks would lie about.
+    """How torch's allocators on a GPU and in page-locked memory go about it; a setting of the user's stays.
 
-    Read by torch when CUDA starts, so this comes before it. A setting of the user's stays. Not under WSL2, where the driver
-    advertises what those segments need and then fails at the first allocation (pytorch issue 192330).
+    Batches differ in length from step to step: segments that grow are reused where fixed blocks would lie about. Not under WSL2,
+    where the driver advertises what those segments need and then fails at the first allocation (pytorch issue 192330). Page-locked
+    buffers: see PINNED_KEPT. Read by torch when CUDA starts, so this comes before it.
     """
-    if "microsoft" not in platform.release().lower() and OLDER_ALLOCATOR not in os.environ:
-        os.environ.setdefault(ALLOCATOR, "expandable_segments:True")
+    if ALLOCATOR in os.environ or OLDER_ALLOCATOR in os.environ:
+        return
+    settings = [] if "microsoft" in platform.release().lower() else ["expandable_segments:True"]
+    if tuple(int(n) for n in version("torch").split(".")[:2]) >= KNOWS_PINNED_KEPT:
+        settings.append(f"{PINNED_KEPT}:{PINNED_KEPT_MB}")
+    if settings:
+        os.environ[ALLOCATOR] = ",".join(settings)
+
+
+def pinned_bytes(size: int) -> int:
+    """What a page-locked buffer of so many bytes takes, as the environment stands: torch's CachingHostAllocator rounds it up to a
+    power of two, up to the size that PINNED_KEPT names."""
+    kept = re.search(rf"{PINNED_KEPT}:(\d+)", os.environ.get(ALLOCATOR, ""))
+    return size if not size or (kept and size > int(kept[1]) * 2**20) else 1 << (size - 1).bit_length()

@@ -79,22 +79,42 @@ def test_deepspeed_is_told_what_torch_sees(card, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("release", "given", "expected"),
+    ("release", "torch_version", "given", "expected"),
     [
-        ("6.1.0-13-amd64", {}, "expandable_segments:True"),
-        ("5.15.167.4-microsoft-standard-WSL2", {}, None),
-        ("6.1.0", {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
-        ("6.1.0", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ("6.1.0-13-amd64", "2.13.0+cpu", {}, "expandable_segments:True,pinned_max_cached_size_mb:32"),
+        ("6.1.0-13-amd64", "2.11.0", {}, "expandable_segments:True"),
+        ("5.15.167.4-microsoft-standard-WSL2", "2.14.0a1", {}, "pinned_max_cached_size_mb:32"),
+        ("5.15.167.4-microsoft-standard-WSL2", "2.10.1", {}, None),
+        ("6.1.0", "2.13.0", {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
+        ("6.1.0", "2.13.0", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
     ],
 )
-def test_segments_grow_where_the_driver_can_and_the_user_has_not_said(monkeypatch, release, given, expected):
+def test_the_allocators_are_set_as_torch_and_driver_can_and_where_the_user_has_not_said(
+    monkeypatch, release, torch_version, given, expected
+):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(device.platform, "release", lambda: release)
+    monkeypatch.setattr(device, "version", lambda name: torch_version)
     settle_allocator()
     assert os.environ.pop("PYTORCH_ALLOC_CONF", None) == expected
+
+
+def test_torch_takes_our_setting_of_its_allocator():
+    """A key that torch does not know is an error when CUDA starts, and unread without a GPU: its library has the name."""
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    known = b"pinned_max_cached_size_mb" in library.read_bytes()
+    assert known >= (tuple(int(n) for n in torch.__version__.split(".")[:2]) >= device.KNOWS_PINNED_KEPT)
+
+
+def test_page_locked_buffers_take_a_power_of_two_up_to_a_bound(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    mib = 2**20
+    assert [device.pinned_bytes(n) for n in (0, 1, 3000, 33 * mib)] == [0, 1, 4096, 64 * mib]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_cached_size_mb:32")
+    assert [device.pinned_bytes(n) for n in (0, 3000, 32 * mib, 32 * mib + 1)] == [0, 4096, 32 * mib, 32 * mib + 1]
 
 
 def test_only_one_file_asks_whether_there_is_a_gpu():

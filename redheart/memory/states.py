@@ -21,7 +21,7 @@ ZeRO-3, `DeepSpeedZeroOptimizer_Stage3`
   gathered weights: at most max_live_parameters, the prefetched ones and what stays below param_persistence_threshold
 With split masters (engine/split_master.py: 8-bit states, offload, bf16) master and gradient are 2·p each, the remainders p; there is
 no 16-bit buffer and no accumulation buffer, and on the CPU the masters are the weights.
-Pinned buffers go through torch's CachingHostAllocator, which rounds every one up to a power of two.
+Pinned buffers take what device.pinned_bytes says.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from redheart.device import pinned_bytes
 from redheart.sections import Strategy
 
 REDUCE_BUCKET = (
@@ -284,4 +285,4 @@ def sub_group_sizes(parameters: Parameters, world_size: int) -> list[int]:
 
 
 def _pinned(size: int, pinned: bool) -> int:
-    return 1 << (size - 1).bit_length() if pinned and size else size
+    return pinned_bytes(size) if pinned else size

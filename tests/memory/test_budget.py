@@ -195,7 +195,7 @@ def test_help_does_not_wait_for_torch():
     )
     bare = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH")}
     for variables, expected in (
-        ({}, "expandable_segments:True"),
+        ({}, "expandable_segments:True,pinned_max_cached_size_mb:32"),
         ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"),  # the user's, under its older name
     ):
