@@ -59,26 +59,37 @@ def draw(count: int, seed: int) -> list[dict[str, Any]]:
 def bench_memory(
     configurations: Annotated[int, typer.Option("--configurations", min=1, help="How many are drawn.")] = 112,
     seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="Write every case here, and a picture beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Write every case here, and a picture beside it. Cases that it has are not run again."
+        ),
+    ] = None,
     again: Annotated[Path | None, typer.Option("--again", help="Predict the cases of this file, and run none.")] = None,
 ) -> dict[str, Any]:
     """Predicted beside observed peaks of drawn configurations."""
     jobs = read_json(again, "name a file of --out")["cases"] if again else draw(configurations, seed)
+    there = out is not None and not again and out.is_file()
+    seen = read_json(out, "name another --out, or delete it")["cases"] if out and there else []
     cases: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     for number, job in enumerate(jobs, 1):
-        observed = (
-            {name: job[name] for name in ("observed_gib", "base_gib")}
-            if again
-            else on_ranks(_observed, job, job["ranks"], TIMEOUT_S)
-        )
         given = {name: job[name] for name in ("set", "tokens", "contrasts", "ranks")}
-        cases.append(compared(given | observed, planned(job, observed["base_gib"])))
-        case = cases[-1]
+        case = next((c for c in seen if {name: c[name] for name in given} == given), None)
+        if case is None:
+            observed = (
+                {name: job[name] for name in ("observed_gib", "base_gib")}
+                if again
+                else on_ranks(_observed, job, job["ranks"], TIMEOUT_S)
+            )
+            case = compared(given | observed, planned(job, observed["base_gib"]))
+        cases.append(case)
         told = f"{case['predicted_gib']:.3f} GiB of {case['observed_gib']:.3f} ({case['error']:+.1%})"
         console.print(f"{number} of {len(jobs)}: {told}", highlight=False)
-    result = {"seed": seed, **summary(cases), "cases": cases}
+        result = {"seed": seed, **summary(cases), "cases": cases}
+        if out:
+            write_json(out, result)
     if out:
-        write_json(out, result)
         picture(cases, out.with_suffix(".png"))
     return result
 

@@ -33,3 +33,23 @@ def test_errors_are_those_of_the_whole_and_of_what_came_after_the_base(tmp_path:
     assert told["error_beyond"] == pytest.approx({"median": 0.2, "worst": 1 / 3, "lowest": -1 / 3})
     assert json.loads((tmp_path / "out.json").read_text()) == told
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_bench_that_was_interrupted_runs_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[dict] = []
+
+    def observed(work, job, ranks, timeout_s):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(job)
+        return {"observed_gib": 2.0, "base_gib": 1.0}
+
+    monkeypatch.setattr(memory, "on_ranks", observed)
+    monkeypatch.setattr(memory, "planned", lambda job, base: 2.0)
+    with pytest.raises(KeyboardInterrupt):
+        memory.bench_memory(4, 0, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["configurations"] == 2
+    first, ran[:] = list(ran), []
+    memory.bench_memory(4, 0, tmp_path / "out.json")
+    assert [*first, *ran] == memory.draw(4, 0)
+    assert json.loads((tmp_path / "out.json").read_text())["configurations"] == 4
