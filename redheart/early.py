@@ -123,6 +123,7 @@ def _data(given: dict[str, Any], command: str) -> None:
 def _run(given: dict[str, Any]) -> None:
     """Of `train` without --resume."""
     from redheart.config import load_config
+    from redheart.data.fingerprint import with_encoder
     from redheart.data.gather import gather
     from redheart.data.own import SOURCE, check_answers, meant
     from redheart.data.store import Store
@@ -133,7 +134,9 @@ def _run(given: dict[str, Any]) -> None:
     )
     config = load_config(preset or "local", overrides)
     if given["show_config"]:
-        values = origins(preset or "local", overrides) + _engine(config)
+        on_data = with_encoder(config, Store(data).index["encoder"]) if data and "://" not in data else config
+        values = origins(preset or "local", overrides, on_data)
+        values += _engine(config)
         if launched_rank() == 0:
             if not given["json_"]:
                 print(shown(values))

@@ -1,4 +1,4 @@
-"""Where each value of a configuration comes from: the program's default, the preset or file, or the command line."""
+"""Where each value of a configuration comes from: the program's default, the preset or file, the command line, or the data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from redheart.config import RunConfig, config_keys, leaves, load_config
 class Value(NamedTuple):
     key: str
     value: Any
-    origin: str  # `default`, `preset NAME`, `file PATH` or `command line`
+    origin: str  # `default`, `preset NAME`, `file PATH`, `command line` or `data`
 
 
-def origins(preset: str, overrides: Sequence[str]) -> list[Value]:
-    """Every leaf key of the configuration that a preset's name or a file and `--set` values make, in its order."""
+def origins(preset: str, overrides: Sequence[str], on_data: RunConfig | None = None) -> list[Value]:
+    """Every leaf key of the configuration that a preset's name or a file and `--set` values make, in its order. `on_data`: what becomes
+    of it in a run on its data."""
     base, config = load_config(preset), load_config(preset, overrides)
     given, stated = _stated(config), _stated(base)
     before, values = leaves(base), leaves(config)
@@ -31,7 +32,10 @@ def origins(preset: str, overrides: Sequence[str]) -> list[Value]:
             return "command line"
         return source if key in stated else "default"
 
-    return [Value(key, value, origin(key)) for key, value in values.items()]
+    changed = {key: value for key, value in leaves(on_data or config).items() if value != values[key]}
+    return [
+        Value(key, changed.get(key, value), "data" if key in changed else origin(key)) for key, value in values.items()
+    ]
 
 
 def _stated(config: RunConfig) -> set[str]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from redheart.config import EncoderConfig
+from redheart.config import EncoderConfig, RunConfig
 from redheart.schema import RedHeartError
+
+FEATURES = {"name", "layers", "max_tokens", "beside"}  # of data.encoder: what features are made with
 
 
 def together(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -51,6 +53,17 @@ def mean_state(features: np.ndarray, made_with: Mapping[str, Any]) -> np.ndarray
         features = features[own, : first["width"]]
     mean: np.ndarray = features.astype(np.float32).mean(0)
     return mean
+
+
+def with_encoder(config: RunConfig, made_with: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run on features with the fingerprint `made_with`: their encoder and width, where it names no other."""
+    encoder, model = config.data.encoder, config.model
+    if not FEATURES & encoder.model_fields_set:
+        theirs = config_of(made_with)
+        encoder = encoder.model_copy(update={key: getattr(theirs, key) for key in FEATURES})
+    if "encoder_width" not in model.model_fields_set:
+        model = model.model_copy(update={"encoder_width": made_with["width"]})
+    return config.model_copy(update={"data": config.data.model_copy(update={"encoder": encoder}), "model": model})
 
 
 def check_encoder(made_with: Mapping[str, Any], config: EncoderConfig, model_width: int) -> None:

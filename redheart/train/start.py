@@ -9,7 +9,7 @@ from typing import Any
 
 from redheart.config import THIRDS, RunConfig, write_config
 from redheart.console import console
-from redheart.data.fingerprint import check_encoder
+from redheart.data.fingerprint import check_encoder, with_encoder
 from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
 from redheart.device import bf16_is_fast, compute_device
@@ -134,7 +134,11 @@ def _train(
 ) -> TrainResult:
     began = time.perf_counter()
     streams = _open_streams(data, config)
-    config = with_edges(config, streams[0])
+    made_with, named = streams[0].encoder, config.data.encoder
+    config = with_edges(with_encoder(config, made_with), streams[0])
+    check_encoder(made_with, config.data.encoder, config.model.encoder_width)
+    if config.data.encoder != named:
+        console.print(f"data.encoder is the data's: {made_with['name']}, hidden layers {made_with['layers']}")
     split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     check_names(config, streams[1])
     check_compilation(config)
@@ -245,7 +249,6 @@ def _open_streams(data: str | Path, config: RunConfig) -> tuple[SampleStream, Sa
         raise RedHeartError(
             f"no row of the training split of {data} has a label, and every loss would be 0: {LABEL_REMEDY}"
         )
-    check_encoder(streams[0].encoder, config.data.encoder, config.model.encoder_width)
     return streams
 
 

@@ -15,19 +15,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from redheart.config import DataConfig, EncoderConfig, LabelerConfig, load_config
+from redheart.config import DataConfig, EncoderConfig, LabelerConfig, leaves, load_config, read_config
 from redheart.data import prepare as preparing
 from redheart.data.card import cut_texts, dataset_card
 from redheart.data.dedup import dedup
 from redheart.data.encode import OneEncoder, TextEncoder, side_by_side
-from redheart.data.fingerprint import check_encoder, config_of, mean_state
+from redheart.data.fingerprint import check_encoder, config_of, mean_state, with_encoder
 from redheart.data.prepare import prepare
 from redheart.data.store import Store
 from redheart.data.stream import SampleStream
 from redheart.infer import RedHeartPipeline
 from redheart.model.build import build_model
+from redheart.origins import origins
 from redheart.schema import RedHeartError
-from redheart.train.export import export
+from redheart.train.export import export, load_model, resolve
 from redheart.train.resume import settings
 from redheart.train.start import train
 from redheart.train.validate import validate
@@ -293,6 +294,23 @@ def test_a_run_on_both_resumes_and_on_one_alone_does_not(two: Two, data: Path, r
         RedHeartError, match=r"name = \['.*second'\] but data.encoder.name, with data.encoder.beside, is '.*first'"
     ):
         train(settings(None, ["data.encoder.beside=[]"], mine, "last").config, data, mine, resume="last")
+
+
+def test_a_run_that_names_no_encoder_has_the_datas(two: Two, data: Path, run: Path, tmp_path: Path, capsys):
+    bare = [*SMALL, *RUN, "data.encoder.device=cpu"]
+    train(load_config("local", bare), data, tmp_path / "run")
+    assert f"data.encoder is the data's: {two.first} + {two.second}" in capsys.readouterr().err
+    config, named = (read_config(place / "config.yaml", "") for place in (tmp_path / "run", run))
+    assert leaves(config) == leaves(named)
+    mine, theirs = (load_model(resolve(place))[0].state_dict() for place in (tmp_path / "run", run))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    on_data = with_encoder(load_config("local", bare), Store(data).index["encoder"])
+    told = {v.key: (v.value, v.origin) for v in origins("local", bare, on_data)}
+    assert (told["data.encoder.name"], told["data.encoder.device"]) == ((two.first, "data"), ("cpu", "command line"))
+    assert told["model.encoder_width"] == (30, "data")
+    for one in (f"data.encoder.name={two.first}", "data.encoder.layers=[2]", "model.encoder_width=768"):
+        with pytest.raises(RedHeartError, match=r"--set"):
+            train(load_config("local", [*bare, one]), data, tmp_path / "other")
 
 
 def test_a_run_on_both_is_evaluated_and_its_export_answers_as_it_does(two: Two, run: Path, tmp_path: Path):
