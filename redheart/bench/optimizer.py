@@ -3,7 +3,9 @@
 Every round times one step of each on as many parameters (`num_params` elements, ns per element, medians over the rounds), and
 what goes with it: DeepSpeed's cast of fp32 parameters to bfloat16, which ours writes in its own pass, our pass that looks for
 gradients that are not finite, and a pass over the very arrays of our step, in its order and by as many threads, that does nothing
-to them but flip a bit: how fast memory lets any step be. DeepSpeed's bf16 kernel keeps weights, gradients and states in bfloat16
+to them but flip a bit: how fast memory lets any step be. `upload` is what a link to a GPU would have left to do when a step ends,
+were it given every stretch of 16-bit weights as the step finishes it, at a rate that is assumed and at no cost to the processor.
+DeepSpeed's bf16 kernel keeps weights, gradients and states in bfloat16
 (bf16_optimizer_states), and needs no cast. bitsandbytes is so slow on a CPU that it gets fewer elements.
 
 Temporaries are the growth of the process' largest resident size during one step after the first (VmHWM in /proc/self/status,
@@ -12,6 +14,7 @@ reset through /proc/self/clear_refs, with the C library's free memory given back
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import Annotated, Any
@@ -33,6 +36,7 @@ OURS, TORCH, BITSANDBYTES = "cpu_adamw_8bit", "torch_fused_adamw", "bitsandbytes
 DEEPSPEED, DEEPSPEED_BF16 = "deepspeed_cpu_adam", "deepspeed_cpu_adam_bf16"
 MOST_BITSANDBYTES = 4_000_000  # elements; 30 to 60 ns each
 DECADES = 8
+LINK = 12e9  # B/s: PCIe, as `redheart plan` assumes
 # bytes a step must move per element: parameters and states both ways, gradients, and the copy of fp32 weights
 CODES_BYTES = 2 * 2 + 2 * 9 / BLOCK
 BYTES = {
@@ -88,13 +92,14 @@ def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
         TORCH: torch.optim.AdamW([p], lr=1e-4, fused=True),
         BITSANDBYTES: AdamW8bit([small], lr=1e-4),
     }
-    sizes = {BITSANDBYTES: few}
+    sizes, left = {BITSANDBYTES: few}, list[float]()
     timed: dict[str, Callable[[], object]] = {
         OURS: lambda: ours.step(copies=copies, check_finite=False),
         "stream": lambda: ours.pass_over(mine, copies.get(mine)),
         **{name: optimizer.step for name, optimizer in others.items()},
         "cast": lambda: copy.copy_(p.detach()),
         "checked": lambda: ours.step(copies=copies),
+        "in_stretches": lambda: left.append(_left_to_upload(ours, copies)),
     }
     seconds = interleaved(timed, rounds)  # the first round makes the states
     per_param = {name: median(taken) / sizes.get(name, n) * 1e9 for name, taken in seconds.items()}
@@ -122,10 +127,27 @@ def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
         "gb_per_s": {name: size / per_param[name] for name, size in moved.items()},
         "stream_gb_per_s": BYTES[master] / per_param["stream"],
         "share_of_bandwidth": {OURS: per_param["stream"] / per_param[OURS]},
+        "upload": {
+            "gb_per_s": LINK / 1e9,
+            "hidden_share": 1 - median(left) / (2 * n / LINK),
+            "step_in_stretches": per_param["in_stretches"] / per_param[OURS],
+        },
         "relative_error_by_decade": relative_error_by_decade(),
         "bitsandbytes_params": few,
         "rounds": rounds,
     }
+
+
+def _left_to_upload(ours: CPUAdamW8bit, copies: dict[torch.Tensor, torch.Tensor]) -> float:
+    """Seconds that the link needs after a step, for what it was given during it."""
+    free = 0.0
+
+    def given(start: int, stop: int) -> None:
+        nonlocal free
+        free = max(free, time.perf_counter()) + 2 * (stop - start) / LINK
+
+    ours.step(copies=copies, on_written=given, check_finite=False)
+    return max(0.0, free - time.perf_counter())
 
 
 def parameter(n: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:

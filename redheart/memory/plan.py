@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from redheart.config import RunConfig
+from redheart.device import bf16_is_fast
 from redheart.memory.activations import MicroStep, activations
 from redheart.memory.budget import CONTEXT
 from redheart.memory.launches import WAITS, count_launches
@@ -32,10 +33,10 @@ WORKSPACE = 40 * MIB  # cuBLAS: 8 MiB a handle and stream (32 MiB on Hopper)
 FRAGMENTATION = 0.05  # of activations and buckets: blocks the allocator cannot reuse
 RESERVE = 64 * MIB  # half-used segments of the allocator
 HOST_BASE_GPU = 2200 * MIB  # resident libraries of a CUDA build, and what the driver keeps on the host
-HOST_BASE_CPU = 700 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
+HOST_BASE_CPU = 732 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
 HOST_ENGINE = 52 * MIB  # what an engine of Accelerate and DeepSpeed keeps beside its tensors once it has started
-# what the libraries of matrix products keep: buffers, and of oneDNN the code that it writes for every shape in bf16
-HOST_KERNELS = {"fp32": 70 * MIB, "bf16": 220 * MIB}
+# what the libraries of matrix products keep: buffers, and where a processor computes in bf16 the code that oneDNN writes for every shape
+HOST_KERNELS, HOST_KERNELS_BF16 = 38 * MIB, 188 * MIB
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,8 @@ def predict(request: Request) -> Candidate:
     if r.on_cpu:
         host = {**host, **{k: host.get(k, 0) + v for k, v in gpu.items()}}
         host["base"] = HOST_BASE_CPU if r.base is None else r.base + HOST_ENGINE * (r.strategy != "plain")
-        host["kernels"] = HOST_KERNELS[r.config.training.precision]
+        written = r.config.training.precision == "bf16" and bf16_is_fast("cpu")
+        host["kernels"] = HOST_KERNELS_BF16 if written else HOST_KERNELS
         both = sum(host.values())
         stepping += both - during
         host_peak = r.gpus_per_node * max(both, stepping, s.gpu_start + s.host_start + host["base"])

@@ -29,7 +29,7 @@ from redheart.ranks import launched_world_size, sum_over_ranks
 from redheart.schema import LABELS, Batch
 from redheart.tasks import GATES, TASKS, task_weights
 from redheart.train import stages
-from redheart.train.engine import Engine, compile_kernels, make_engine
+from redheart.train.engine import Engine, compile_kernels, free_memory, make_engine
 
 NOMINAL_STEPS = 1000  # learning rates are those with which a run of so many steps warms up
 
@@ -69,6 +69,8 @@ def measure_step(
     if strategy != "plain":
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log keeps the stdout it is imported with
             compile_kernels()  # imports the libraries, too: they belong to the base
+    if not on_gpu:
+        warm_up(config)
     base = resident()
     request = Request(
         config, strategy, micro, accumulation, checkpointing, step, parameters_of(config),
@@ -105,6 +107,21 @@ def measure_step(
         before_compiling(result)
         result["compiled"] = _compiled(engine, config, micro, accumulation, tokens, num_steps)
     return result
+
+
+def warm_up(config: RunConfig) -> None:
+    """A micro-step of a tiny network: the pages of libraries that it touches belong to the base of a process, and how many of
+    them are there before depends on what ran in it, and on what the system has taken back."""
+    sizes = {"width": 64, "heads": 2, "layers": 1, "task_width": 64, "task_heads": 2, "activation_checkpointing": False}
+    tiny = config.model_copy(update={"model": config.model.model_copy(update=sizes)})
+    model, batch = build_model(tiny, None), synthetic_batch(2, 8, config.model.encoder_width)
+    factor = dict.fromkeys((*TASKS, *GATES), 1.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16"):
+        outputs = stages.forward(model, batch.to(torch.device("cpu"), torch.float32))
+        counts = stages.open_window([batch], False).counts
+        stages.compute(outputs, batch, counts, factor, 1, config.loss)[0].backward()
+    del model, outputs
+    free_memory()
 
 
 def _compiled(

@@ -152,13 +152,15 @@ def test_a_candidates_bytes_and_peaks_by_hand():
     assert predicted("plain", 2).gpu["gradients"] == 4 * parameters_of(load_config("330m")).total
 
 
-def test_what_a_cpu_keeps_beside_the_tensors():
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_what_a_cpu_keeps_beside_the_tensors(has_bf16: bool, monkeypatch: pytest.MonkeyPatch):
     """Small pieces stay in the heap, an engine and the libraries of matrix products keep their own, and every rank has all of it."""
+    monkeypatch.setattr(room, "bf16_is_fast", lambda device: has_bf16)
     found, other = (predicted("zero1", 1, on_cpu=True, base=300 * MB, gpus_per_node=n) for n in (1, 2))
     assert found.host["allocator"] == 23 * MB
     assert predicted("zero2_offload", 1, on_cpu=True, base=0).host["allocator"] == 11 * MB
     assert found.host["base"] == 300 * MB + room.HOST_ENGINE
-    assert found.host["kernels"] == room.HOST_KERNELS["bf16"]
+    assert found.host["kernels"] == (room.HOST_KERNELS_BF16 if has_bf16 else room.HOST_KERNELS)
     assert other.host_peak >= 2 * sum(other.host.values())
 
 

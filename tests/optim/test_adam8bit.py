@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from redheart.optim import CPUAdamW8bit
+from redheart.optim import CPUAdamW8bit, adam8bit
 from redheart.optim.adam8bit import kernel
 from redheart.optim.state import BLOCK, MASTERS, STATES
 from redheart.schema import RedHeartError
@@ -493,3 +493,39 @@ def test_what_is_loaded_last_counts():
         assert all(torch.equal(x, expected[name]) for name, x in states(optimizer, p).items())
         assert not optimizer._optimizer_load_state_dict_pre_hooks
         assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
+@pytest.mark.parametrize("master", ["fp32", "split"])
+def test_a_step_in_stretches_is_the_step_and_each_is_told_of_once_it_is_finished(
+    master: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(adam8bit, "STRETCH", 2 * BLOCK)
+    n = 5 * BLOCK + 77
+    draw = torch.Generator().manual_seed(0)
+    w, gradients = torch.randn(n, generator=draw), [torch.randn(n, generator=draw) for _ in range(3)]
+    kept = []
+    for in_stretches in (False, True):
+        p = torch.nn.Parameter(w.clone() if master == "fp32" else torch.zeros(n, dtype=torch.bfloat16))
+        optimizer = CPUAdamW8bit([p], lr=0.1, master=master, seed=3)
+        if master == "split":
+            optimizer.set_master_weights(p, w)
+        high = torch.zeros(n, dtype=torch.bfloat16)
+        copies, written = ({p: high}, high) if master == "fp32" else ({}, p.detach())
+        told: list[tuple[int, int, torch.Tensor]] = []
+        for gradient in gradients:
+            before = written.clone()
+            p.grad = gradient.to(p.dtype)
+            told.clear()
+
+            def note(start: int, stop: int) -> None:
+                told.append((start, stop, written.clone()))  # noqa: B023
+
+            optimizer.step(copies=copies, on_written=note if in_stretches else None)
+            for start, stop, seen in told:
+                assert torch.equal(seen[:stop], written[:stop])
+                assert torch.equal(seen[stop:], before[stop:])
+                assert not torch.equal(seen[start:stop], before[start:stop])
+        assert [(a, b) for a, b, _ in told] == [(0, 512), (512, 1024), (1024, n)] * in_stretches
+        kept.append([optimizer.master_weights(p), written, *optimizer.state[p].values()])
+    for whole, parts in zip(*kept, strict=True):
+        assert torch.equal(whole, parts) if isinstance(whole, torch.Tensor) else whole == parts

@@ -56,14 +56,14 @@ inline int64_t byte_at(int64_t i, int64_t n) {
 }
 
 template <bool kSplit, typename Gradient>
-int64_t step_all(const Arrays& a, int64_t n, const Step& s) {
+int64_t step_all(const Arrays& a, int64_t n, int64_t begin, const Step& s) {
   const int64_t full = n / kBlock;
   int64_t left = 0;
 #pragma omp parallel reduction(+ : left) if (n > kFew)
   {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t first = full * thread / threads, last = full * (thread + 1) / threads;
-    left += step_blocks<kSplit, Gradient>(a, first, last, static_cast<uint64_t>(first), s);
+    left += step_blocks<kSplit, Gradient>(a, first, last, static_cast<uint64_t>(begin + first), s);
   }
   const int64_t i = full * kBlock, rest = n - i;
   if (rest == 0) return left;
@@ -90,7 +90,7 @@ int64_t step_all(const Arrays& a, int64_t n, const Step& s) {
     r8[place(e)] = r8[0];
   }
   const Arrays padded{p, kSplit || a.high ? high : nullptr, low, g, q8, r8, a.ratio + full, a.base + full, a.mantissa + full};
-  if (step_blocks<kSplit, Gradient>(padded, 0, 1, static_cast<uint64_t>(full), s) > 0) return left + 1;
+  if (step_blocks<kSplit, Gradient>(padded, 0, 1, static_cast<uint64_t>(begin + full), s) > 0) return left + 1;
   for (int e = 0; e < rest; ++e) {
     if constexpr (kSplit) {
       a.low[i + e] = low[place(e)];
@@ -125,9 +125,9 @@ bool all_finite(uintptr_t x, int64_t n, bool is_bf16) {
 
 // Updates weights and states in place from the gradient `g` [n] (bfloat16, else fp32), which counts times `scale`. The weights:
 // fp32 `p` [n] with `high` [n] bfloat16 written unless it is 0; or, `low` not 0, split into `high` and `low` [n]. Threads share
-// blocks, so the result does not depend on their number. Returns how many blocks were left alone: their gradient is not finite.
-int64_t step(uintptr_t p, uintptr_t high, uintptr_t low, uintptr_t g, bool is_bf16, const States& to, int64_t n, double scale, double lr,
-             double beta1, double beta2, double eps, double decay, int64_t t, int64_t seed) {
+// blocks, so the result does not depend on their number; `begin`: the number of the first block in its parameter. Returns how many blocks were left alone: their gradient is not finite.
+int64_t step(uintptr_t p, uintptr_t high, uintptr_t low, uintptr_t g, bool is_bf16, const States& to, int64_t n, int64_t begin, double scale,
+             double lr, double beta1, double beta2, double eps, double decay, int64_t t, int64_t seed) {
   const double rate = lr / (1.0 - std::pow(beta1, static_cast<double>(t)));
   const double correction = std::sqrt(1.0 - std::pow(beta2, static_cast<double>(t)));
   const bool still = rate < kSmallestRate;
@@ -143,8 +143,8 @@ int64_t step(uintptr_t p, uintptr_t high, uintptr_t low, uintptr_t g, bool is_bf
                mix(static_cast<uint64_t>(seed)),
                static_cast<uint32_t>(t) * kTime};
   const Arrays a{at<float>(p), at<uint16_t>(high), at<int8_t>(low), at<void>(g), to.q8, to.r8, to.ratio, to.base, to.mantissa};
-  if (low) return is_bf16 ? step_all<true, uint16_t>(a, n, s) : step_all<true, float>(a, n, s);
-  return is_bf16 ? step_all<false, uint16_t>(a, n, s) : step_all<false, float>(a, n, s);
+  if (low) return is_bf16 ? step_all<true, uint16_t>(a, n, begin, s) : step_all<true, float>(a, n, begin, s);
+  return is_bf16 ? step_all<false, uint16_t>(a, n, begin, s) : step_all<false, float>(a, n, begin, s);
 }
 
 // The states as fp32: first moments `m` [n], second moments `v` [n] (squared).

@@ -28,10 +28,10 @@ class Written(torch.Tensor):
 def fuse_the_copy(zero: Any, optimizer: CPUAdamW8bit) -> None:
     """Changes a DeepSpeedZeroOptimizer (stage 1 or 2, optimizer on the host) as the module's docstring says.
 
-    On a GPU the optimizer fills the pinned host buffer, and a group's weights travel once it is finished, on the device's own
-    time: the next group is computed meanwhile, but within a group nothing overlaps (the second group holds biases and norms, so
-    all but the whole copy comes after the computation). On the CPU it writes into the weights themselves, and the buffer's
-    memory is given back.
+    On a GPU the optimizer fills the pinned host buffer, and every stretch of it (optim/adam8bit.py: STRETCH) travels once it is
+    finished, on the device's own time, while the next one is computed: all of the copy but the last stretch's is hidden, as far as
+    the link keeps up (`redheart bench optimizer`: upload). On the CPU the optimizer writes into the weights themselves, and the
+    buffer's memory is given back.
     """
     buffers, targets = zero.param_buffer_of_bit16_for_cpu_offload_groups, []
     for i, buffer in enumerate(buffers):
