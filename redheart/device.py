@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
-OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # torch still reads it
+OLDER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # torch still reads it, and before the other one
 # above so many MiB a page-locked buffer takes what it holds and is given back when it is let go of; below it torch rounds up to a
 # power of two and keeps it for the next. A batch stays below, partitions of a network worth planning lie above
 PINNED_KEPT = "pinned_max_cached_size_mb"
@@ -127,5 +127,6 @@ def settle_allocator() -> None:
 def pinned_bytes(size: int) -> int:
     """What a page-locked buffer of so many bytes takes, as the environment stands: torch's CachingHostAllocator rounds it up to a
     power of two, up to the size that PINNED_KEPT names."""
-    kept = re.search(rf"{PINNED_KEPT}:(\d+)", os.environ.get(ALLOCATOR, ""))
+    settings = os.environ.get(OLDER_ALLOCATOR) or os.environ.get(ALLOCATOR, "")
+    kept = re.search(rf"{PINNED_KEPT}:(\d+)", settings)
     return size if not size or (kept and size > int(kept[1]) * 2**20) else 1 << (size - 1).bit_length()

@@ -110,11 +110,16 @@ def test_torch_takes_our_setting_of_its_allocator():
 
 
 def test_page_locked_buffers_take_a_power_of_two_up_to_a_bound(monkeypatch):
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     mib = 2**20
     assert [device.pinned_bytes(n) for n in (0, 1, 3000, 33 * mib)] == [0, 1, 4096, 64 * mib]
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_cached_size_mb:32")
     assert [device.pinned_bytes(n) for n in (0, 3000, 32 * mib, 32 * mib + 1)] == [0, 4096, 32 * mib, 32 * mib + 1]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "pinned_max_cached_size_mb:1")
+    assert [device.pinned_bytes(n) for n in (3000, 3 * mib)] == [4096, 3 * mib]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert device.pinned_bytes(3 * mib) == 4 * mib
 
 
 def test_only_one_file_asks_whether_there_is_a_gpu():
