@@ -24,7 +24,7 @@ from redheart.config import load_config
 from redheart.console import console
 from redheart.evaluation.page import figure
 from redheart.files import read_json, write_json
-from redheart.memory.activations import measured
+from redheart.memory.activations import MicroStep, measured
 from redheart.memory.plan import GIB, Request, parameters_of, predict
 
 STRATEGIES = ("plain", "zero1", "zero2", "zero2_offload", "zero2_offload_8bit", "zero3", "zero3_offload_8bit")
@@ -82,7 +82,8 @@ def bench_memory(
                 if again
                 else on_ranks(_observed, job, job["ranks"], TIMEOUT_S)
             )
-            case = compared(given | observed, planned(job, observed["base_gib"]))
+            step = MicroStep(**seen_step) if (seen_step := observed.pop("micro_step", None)) else None
+            case = compared(given | observed, planned(job, observed["base_gib"], step))
         cases.append(case)
         told = f"{case['predicted_gib']:.3f} GiB of {case['observed_gib']:.3f} ({case['error']:+.1%})"
         console.print(f"{number} of {len(jobs)}: {told}", highlight=False)
@@ -129,12 +130,12 @@ def picture(cases: Sequence[dict[str, Any]], path: Path) -> None:
     drawn.savefig(path, dpi=120)
 
 
-def planned(job: dict[str, Any], base_gib: float) -> float:
-    """GiB at most, predicted, of all ranks that held `base_gib` together before a network."""
+def planned(job: dict[str, Any], base_gib: float, step: MicroStep | None = None) -> float:
+    """GiB at most, predicted, of all ranks that held `base_gib` together before a network. `step`: where it is known."""
     config, ranks = load_config("local", job["set"]), job["ranks"]
     strategy, micro = config.memory.strategy, config.training.micro_batch_size
     checkpointing, pairs = config.model.activation_checkpointing, round(job["contrasts"] * micro)
-    step = measured(config, micro, job["tokens"], checkpointing, strategy == "plain", pairs)
+    step = step or measured(config, micro, job["tokens"], checkpointing, strategy == "plain", pairs)
     accumulation = config.training.global_batch_size // (micro * ranks)
     request = Request(
         config, strategy, micro, accumulation, checkpointing, step, parameters_of(config), on_cpu=True, gpus_per_node=ranks,
@@ -143,9 +144,13 @@ def planned(job: dict[str, Any], base_gib: float) -> float:
     return predict(request).host_peak / GIB
 
 
-def _observed(job: dict[str, Any]) -> dict[str, float]:
-    """{observed_gib, base_gib} of two steps."""
+def _observed(job: dict[str, Any]) -> dict[str, Any]:
+    """{observed_gib, base_gib, micro_step} of two steps."""
     from redheart.train.measure import measure_step
 
     found = measure_step(load_config("local", job["set"]), job["tokens"], contrasts=job["contrasts"])
-    return {"observed_gib": found["observed"]["host_peak_gib"], "base_gib": found["base_gib"]}
+    return {
+        "observed_gib": found["observed"]["host_peak_gib"],
+        "base_gib": found["base_gib"],
+        "micro_step": found["micro_step"],
+    }

@@ -26,7 +26,7 @@ def test_errors_are_those_of_the_whole_and_of_what_came_after_the_base(tmp_path:
     cases = [{**job, "observed_gib": observed, "base_gib": 1.0} for observed in (2.0, 4.0, 2.0)]
     (tmp_path / "before.json").write_text(json.dumps({"cases": cases}))
     predictions = iter((2.2, 3.0, 2.0))
-    monkeypatch.setattr(memory, "planned", lambda job, base: next(predictions))
+    monkeypatch.setattr(memory, "planned", lambda job, base, step: next(predictions))
     told = memory.bench_memory(1, 0, tmp_path / "out.json", tmp_path / "before.json")
     assert told["configurations"] == 3
     assert told["error"] == pytest.approx({"median": 0.1, "worst": 0.25, "lowest": -0.25})
@@ -45,7 +45,7 @@ def test_a_bench_that_was_interrupted_runs_what_is_left(tmp_path: Path, monkeypa
         return {"observed_gib": 2.0, "base_gib": 1.0}
 
     monkeypatch.setattr(memory, "on_ranks", observed)
-    monkeypatch.setattr(memory, "planned", lambda job, base: 2.0)
+    monkeypatch.setattr(memory, "planned", lambda job, base, step: 2.0)
     with pytest.raises(KeyboardInterrupt):
         memory.bench_memory(4, 0, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["configurations"] == 2
