@@ -33,10 +33,11 @@ WORKSPACE = 40 * MIB  # cuBLAS: 8 MiB a handle and stream (32 MiB on Hopper)
 FRAGMENTATION = 0.05  # of activations and buckets: blocks the allocator cannot reuse
 RESERVE = 64 * MIB  # half-used segments of the allocator
 HOST_BASE_GPU = 2200 * MIB  # resident libraries of a CUDA build, and what the driver keeps on the host
-HOST_BASE_CPU = 732 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
-HOST_ENGINE = 52 * MIB  # what an engine of Accelerate and DeepSpeed keeps beside its tensors once it has started
+HOST_BASE_CPU = 762 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
+# what an engine of Accelerate and DeepSpeed keeps beside its tensors: while it starts, and once it trains
+HOST_STARTING, HOST_ENGINE = 27 * MIB, 82 * MIB
 # what the libraries of matrix products keep: buffers, and where a processor computes in bf16 the code that oneDNN writes for every shape
-HOST_KERNELS, HOST_KERNELS_BF16 = 38 * MIB, 188 * MIB
+HOST_KERNELS, HOST_KERNELS_BF16 = 8 * MIB, 158 * MIB
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,8 @@ def predict(request: Request) -> Candidate:
         host["kernels"] = HOST_KERNELS_BF16 if written else HOST_KERNELS
         both = sum(host.values())
         stepping += both - during
-        host_peak = r.gpus_per_node * max(both, stepping, s.gpu_start + s.host_start + host["base"])
+        starting = host["base"] - (HOST_ENGINE - HOST_STARTING) * (r.base is not None and r.strategy != "plain")
+        host_peak = r.gpus_per_node * max(both, stepping, s.gpu_start + s.host_start + starting)
         gpu, gpu_peak = {}, 0
     else:
         host["base"] = HOST_BASE_GPU if r.base is None else r.base

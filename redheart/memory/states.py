@@ -17,7 +17,7 @@ ZeRO-1 and -2, `DeepSpeedZeroOptimizer`
                     the sum so far (b·p) beside it
   step              no offload: a flat fp32 gradient (4·p); the optimizer makes its states in the first step
 ZeRO-3, `DeepSpeedZeroOptimizer_Stage3`
-  weights b·p, fp32 master 4·p and, with offload, its gradient 4·p; grad_partitions_flat_buffer b·p beside them; one bucket;
+  weights b·p, fp32 master 4·p and, with offload, its gradient 4·p; grad_partitions_flat_buffer b·p beside them; one bucket, kept;
   gathered weights: at most max_live_parameters, the prefetched ones and what stays below param_persistence_threshold
 With split masters (engine/split_master.py: 8-bit states, offload, bf16) master and gradient are 2·p each, the remainders p; there is
 no 16-bit buffer and no accumulation buffer, and on the CPU the masters are the weights.
@@ -205,7 +205,8 @@ def _zero12(
         if (
             on_cpu
         ):  # gloo gathers a group's weights beside them; old ones stay until the masters and their gradients are there
-            gathered = b * most * world_size * (world_size > 1)
+            # when the last group has been stepped and sums of gradients are gone
+            gathered = b * most * world_size * (world_size > 1) - gpu["gradients"]
             return States(gpu, host, gathered, weights + b * most + (2 * m + b) * part, 0, part, part * world_size)
         host["buckets"] = _pinned(b * parameters.largest, pinned)  # temp_grad_buffer_for_cpu_offload
         # pin_memory copies: while a master is pinned, the one it came from is there too
@@ -226,7 +227,8 @@ def _zero12(
         gpu["gradients"] = 4 * part
         return States(gpu, host, 0, start, host_start, part, part * world_size)
     gpu["gradients"] = b * part * (accumulation > 1)
-    flat = 4 * most + b * most * (b == 2)  # the step's flat gradient and its fp32 copy, beside the averaged ones
+    # the step's flat gradient and its fp32 copy, beside the averaged ones, to which the last micro-step's have been added
+    flat = 4 * most + b * most * (b == 2) - gpu["gradients"]
     return States(gpu, host, flat, start, host_start, part, part * world_size, 1 / world_size)
 
 
@@ -265,8 +267,9 @@ def _zero3(
     if t.offload:
         where["gradients"] += sum(_pinned(m * n, pinned) for n in sub_groups)
     where["states"] = adam_bytes([part], t.eight_bit)
-    # a sub-group's gradient, and the fp32 one it is cast to
+    # a sub-group's gradient, and the fp32 one it is cast to; one bucket stays, gathered weights do not
     step = 0 if t.offload else (4 + b * (b == 2)) * max(sub_groups)
+    step += b * min(bucket, parameters.total) - b * max(0, gathered - kept * (world_size > 1))
     host_start = m * part + m * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
     return States(gpu, host, step, 2 * b * part, host_start, part, part)
 

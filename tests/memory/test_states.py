@@ -11,6 +11,7 @@ from redheart.memory.states import (
     GROUP,
     STRATEGIES,
     TRAITS,
+    ZERO3_PERSISTENCE,
     Parameters,
     adam_bytes,
     chunked,
@@ -82,18 +83,16 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     start = 2 * n + max(
         2 * most * ranks, 4 * part + 2 * most
     )  # a group's weights flattened, or its clone and the masters
+    small = sum(n for group in EVEN.groups for n in group if n < ZERO3_PERSISTENCE)
+    let_go = 2 * (n - small) * (ranks > 1)
     for strategy, buckets, step, at_start in (
         ("gpu_8bit", two, 0, start),
         ("zero2", two, 0, start),
         ("zero2_offload", two + 2 * largest, 0, 2 * n + 2 * most * ranks),  # sums are fp32: nothing is cast
         ("zero2_offload_8bit", two + 2 * largest, 0, 2 * n + 2 * most * ranks),
-        (
-            "zero3",
-            2 * 2 * bucket + 4 * largest,
-            (4 + 2) * most,
-            4 * part,
-        ),  # of the larger sub-group, the gradient, cast
-        ("zero3_offload_8bit", 2 * 2 * bucket + 4 * largest, 0, 4 * part),
+        # of the larger sub-group, the gradient, cast; a bucket stays, and of what was gathered the small parameters
+        ("zero3", 2 * 2 * bucket + 4 * largest, (4 + 2) * most + 2 * bucket - let_go, 4 * part),
+        ("zero3_offload_8bit", 2 * 2 * bucket + 4 * largest, 2 * bucket - let_go, 4 * part),
     ):
         s = found[strategy]
         assert (s.gpu["buckets"], s.step, s.gpu_start) == (buckets, step, at_start), strategy
@@ -117,9 +116,12 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     assert found["zero2_offload_8bit"].host_start == max(2 * n, 2 * most + halves, 2 * halves + copies)
     on_cpu = states("zero2_offload", EVEN, ranks, bucket=bucket, on_cpu=True)
     assert (on_cpu.gpu_start, on_cpu.host_start) == (2 * n + 2 * most + 10 * part, 0)
-    assert on_cpu.step == (2 * most * ranks if ranks > 1 else 0)
+    # weights are gathered when the sums are gone
+    assert on_cpu.step == (2 * most * ranks if ranks > 1 else 0) - 4 * part
+    summed = states("zero2", EVEN, ranks, "fp32", bucket=bucket, accumulation=2)
+    assert (summed.gpu["gradients"], summed.step) == (4 * part, 4 * most - 4 * part)
     three = states("zero3", EVEN, ranks, "fp32", bucket=bucket)
-    assert (three.gpu["master"], three.step) == (4 * part, 4 * most)
+    assert (three.gpu["master"], three.step) == (4 * part, 4 * most + 4 * bucket - 2 * let_go)
     gathers, copies_too = (states("zero3", EVEN, ranks, on_cpu=on_cpu).gpu["gathered"] for on_cpu in (False, True))
     assert (gathers, copies_too) == ((0, 0) if ranks == 1 else (2 * n, 4 * n))
     if ranks == 1:
