@@ -202,10 +202,9 @@ def _zero12(
         if accumulation > 1 and not sums_in_fp32 and master != "split":
             sizes = [_pinned(b * n, pinned) for group in parameters.groups for n in group]
             host["accumulation"] = -(-sum(sizes) // world_size)
-        if (
-            on_cpu
-        ):  # gloo gathers a group's weights beside them; old ones stay until the masters and their gradients are there
-            # when the last group has been stepped and sums of gradients are gone
+        if on_cpu:
+            # gloo gathers a group's weights beside them, once all are stepped and sums of gradients are gone; old weights stay until
+            # the masters and their gradients are there
             gathered = b * most * world_size * (world_size > 1) - gpu["gradients"]
             return States(gpu, host, gathered, weights + b * most + (2 * m + b) * part, 0, part, part * world_size)
         host["buckets"] = _pinned(b * parameters.largest, pinned)  # temp_grad_buffer_for_cpu_offload
@@ -218,10 +217,12 @@ def _zero12(
     host_start = 0 if on_cpu else b * parameters.total
     if t.stage == 1:  # all gradients stay until the last backward pass is over, and go through the bucket then
         reduced, first = gpu.pop("buckets"), accumulation == 1
+        # seen on one rank; of several, a rank's own part of the gradients is no copy
+        averaged = b * parameters.total * (first and world_size == 1)
         gpu["gradients"] = 0 if first else b * parameters.total
-        flat = 4 * most + b * most * (b == 2) - b * (parameters.total - part)
+        flat = 4 * most + b * most * (b == 2) - b * (parameters.total - part) + full
         return States(
-            gpu, host, flat, start, host_start, part, part * world_size, float(first), reduced + b * parameters.total * first
+            gpu, host, flat, start, host_start, part, part * world_size, float(first), reduced + averaged
         )  # fmt: skip
     if sums_in_fp32:
         gpu["gradients"] = 4 * part
