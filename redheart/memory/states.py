@@ -217,12 +217,10 @@ def _zero12(
     host_start = 0 if on_cpu else b * parameters.total
     if t.stage == 1:  # all gradients stay until the last backward pass is over, and go through the bucket then
         reduced, first = gpu.pop("buckets"), accumulation == 1
-        # seen on one rank; of several, a rank's own part of the gradients is no copy
-        averaged = b * parameters.total * (first and world_size == 1)
         gpu["gradients"] = 0 if first else b * parameters.total
         flat = 4 * most + b * most * (b == 2) - b * (parameters.total - part) + full
         return States(
-            gpu, host, flat, start, host_start, part, part * world_size, float(first), reduced + averaged
+            gpu, host, flat, start, host_start, part, part * world_size, float(first), reduced
         )  # fmt: skip
     if sums_in_fp32:
         gpu["gradients"] = 4 * part
