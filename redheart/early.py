@@ -126,6 +126,7 @@ def _run(given: dict[str, Any]) -> None:
     from redheart.data.fingerprint import with_encoder
     from redheart.data.gather import gather
     from redheart.data.own import SOURCE, check_answers, meant
+    from redheart.data.shards import INDEX
     from redheart.data.store import Store
     from redheart.origins import origins, shown
 
@@ -134,9 +135,10 @@ def _run(given: dict[str, Any]) -> None:
     )
     config = load_config(preset or "local", overrides)
     if given["show_config"]:
-        on_data = with_encoder(config, Store(data).index["encoder"]) if data and "://" not in data else config
-        values = origins(preset or "local", overrides, on_data)
-        values += _engine(config)
+        on_data = config
+        if data and (Path(data) / INDEX).is_file():
+            on_data = with_encoder(config, Store(data).index["encoder"])
+        values = origins(preset or "local", overrides, on_data) + _engine(config)
         if launched_rank() == 0:
             if not given["json_"]:
                 print(shown(values))
