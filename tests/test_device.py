@@ -105,6 +105,8 @@ def test_the_allocators_are_set_as_torch_and_driver_can_and_where_the_user_has_n
 def test_torch_takes_our_setting_of_its_allocator():
     """A key that torch does not know is an error when CUDA starts, and unread without a GPU: its library has the name."""
     library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if not library.is_file():
+        pytest.skip(f"torch has no {library.name} here")
     known = b"pinned_max_cached_size_mb" in library.read_bytes()
     assert known >= (tuple(int(n) for n in torch.__version__.split(".")[:2]) >= device.KNOWS_PINNED_KEPT)
 

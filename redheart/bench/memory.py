@@ -5,7 +5,8 @@ redheart bench memory --configurations 112 --out FILE.json --json
 Width, depth, tokens, contrasts, micro-batch, accumulation, precision, recomputation, strategy and the number of ranks are drawn. Each
 configuration runs in processes of its own, forked from one that has imported all there is, so that a peak is its own. Compared is
 the peak of resident memory, all ranks together, with what `redheart plan --measure` predicts; `beyond` leaves out of both what the
-processes held before a network. `--again` predicts the cases of an earlier file anew, and runs nothing.
+processes held before a network. `--again` predicts the cases of an earlier file anew, and runs nothing; so are those that are in
+`--out` already.
 """
 
 from __future__ import annotations
@@ -62,28 +63,25 @@ def bench_memory(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Write every case here, and a picture beside it. Cases that it has are not run again."
+            "--out",
+            help="Write every case here, and a picture beside it. Cases that it has are not run again, only predicted.",
         ),
     ] = None,
     again: Annotated[Path | None, typer.Option("--again", help="Predict the cases of this file, and run none.")] = None,
 ) -> dict[str, Any]:
     """Predicted beside observed peaks of drawn configurations."""
-    jobs = read_json(again, "name a file of --out")["cases"] if again else draw(configurations, seed)
-    there = out is not None and not again and out.is_file()
-    seen = read_json(out, "name another --out, or delete it")["cases"] if out and there else []
+    known = again or (out if out and out.is_file() else None)
+    seen = read_json(known, "name a file of --out, or delete it")["cases"] if known else []
+    jobs = seen if again else draw(configurations, seed)
     cases: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     for number, job in enumerate(jobs, 1):
         given = {name: job[name] for name in ("set", "tokens", "contrasts", "ranks")}
-        case = next((c for c in seen if {name: c[name] for name in given} == given), None)
-        if case is None:
-            observed = (
-                {name: job[name] for name in ("observed_gib", "base_gib")}
-                if again
-                else on_ranks(_observed, job, job["ranks"], TIMEOUT_S)
-            )
-            step = MicroStep(**seen_step) if (seen_step := observed.pop("micro_step", None)) else None
-            case = compared(given | observed, planned(job, observed["base_gib"], step))
+        before = job if again else next((c for c in seen if {name: c[name] for name in given} == given), None)
+        found = before or on_ranks(_observed, job, job["ranks"], TIMEOUT_S)
+        step = None if before else MicroStep(**found["micro_step"])
+        observed = {name: found[name] for name in ("observed_gib", "base_gib")}
+        case = compared(given | observed, planned(job, observed["base_gib"], step))
         cases.append(case)
         told = f"{case['predicted_gib']:.3f} GiB of {case['observed_gib']:.3f} ({case['error']:+.1%})"
         console.print(f"{number} of {len(jobs)}: {told}", highlight=False)

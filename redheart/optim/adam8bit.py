@@ -37,9 +37,8 @@ from redheart.optim.state import (
     empty_states,
 )
 
-STRETCH = (
-    2**22
-)  # elements that a step does before it tells of them (`on_written`): 8 MiB in bfloat16, under a ms of PCIe
+# elements that a step does before it tells of them (`on_written`): 8 MiB in bfloat16, under a ms of PCIe
+STRETCH = 2**22
 
 
 @cache

@@ -8,6 +8,8 @@ import pytest
 from redheart.bench import memory
 from redheart.config import load_config
 
+STEP = ("peak", "peak_with_gradients", "peak_rounded", "inputs", "flops", "kernels")  # of a MicroStep
+
 
 def test_the_draw_is_the_seeds_and_every_configuration_is_sound():
     jobs = memory.draw(60, 3)
@@ -42,14 +44,16 @@ def test_a_bench_that_was_interrupted_runs_what_is_left(tmp_path: Path, monkeypa
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(job)
-        return {"observed_gib": 2.0, "base_gib": 1.0}
+        return {"observed_gib": 2.0, "base_gib": 1.0, "micro_step": dict.fromkeys(STEP, len(ran))}
 
+    predicted: list[int] = []  # what a case that ran was predicted from; 0: measured again
     monkeypatch.setattr(memory, "on_ranks", observed)
-    monkeypatch.setattr(memory, "planned", lambda job, base, step: 2.0)
+    monkeypatch.setattr(memory, "planned", lambda job, base, step: predicted.append(step.peak if step else 0) or 2.0)
     with pytest.raises(KeyboardInterrupt):
         memory.bench_memory(4, 0, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["configurations"] == 2
     first, ran[:] = list(ran), []
     memory.bench_memory(4, 0, tmp_path / "out.json")
     assert [*first, *ran] == memory.draw(4, 0)
+    assert predicted == [1, 2, 0, 0, 1, 2]
     assert json.loads((tmp_path / "out.json").read_text())["configurations"] == 4

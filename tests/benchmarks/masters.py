@@ -75,7 +75,7 @@ class Host:
             group["lr"] = rate
         gradients = [weight.grad for weight in self.weights]
         torch._foreach_mul_(gradients, scale)
-        torch._foreach_copy_(self.gradients, gradients)  # type: ignore[arg-type]
+        torch._foreach_copy_(self.gradients, gradients)
         torch._foreach_zero_(gradients)
         for master, gradient in zip(self.masters, self.gradients, strict=True):
             master.grad = gradient.to(master.dtype)
@@ -138,18 +138,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--rate", type=float)
     a = parser.parse_args()
+    if a.seeds < 2:
+        parser.error("--seeds: two at least, for a deviation between them")
     a.work.mkdir(parents=True, exist_ok=True)
     legs: dict[str, dict[str, Any]] = {kept: {} for kept in MASTERS}
-    for seed in range(a.first_seed, a.seeds):
+    for seed in range(a.seeds):
         for kept in MASTERS:
             done = a.work / f"{kept}-{seed}.json"
             if not done.is_file():
                 settings = [f"training.seed={seed}", f"training.max_steps={a.steps}", "memory.strategy=plain"]
                 settings += [f"training.{name}_batch_size={a.batch}" for name in ("global", "micro")]
-                settings += [f"optimizer.learning_rate={a.rate}"] if a.rate else []
                 write_json(done, leg(kept, load_config(a.preset, settings), a.data, f"{kept} {seed}"))
             legs[kept][str(seed)] = found = json.loads(done.read_text())
             console.print(f"{kept}, seed {seed}: dev {found['dev_loss']:.4f}, {found['seconds']:.0f} s")

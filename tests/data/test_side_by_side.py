@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +22,12 @@ from redheart.data import prepare as preparing
 from redheart.data.card import cut_texts, dataset_card
 from redheart.data.dedup import dedup
 from redheart.data.encode import OneEncoder, TextEncoder, side_by_side
-from redheart.data.fingerprint import check_encoder, config_of, mean_state, with_encoder
+from redheart.data.fingerprint import check_encoder, config_of, mean_state
 from redheart.data.prepare import prepare
 from redheart.data.store import Store
 from redheart.data.stream import SampleStream
 from redheart.infer import RedHeartPipeline
 from redheart.model.build import build_model
-from redheart.origins import origins
 from redheart.schema import RedHeartError
 from redheart.train.export import export, load_model, resolve
 from redheart.train.resume import settings
@@ -304,10 +305,12 @@ def test_a_run_that_names_no_encoder_has_the_datas(two: Two, data: Path, run: Pa
     assert leaves(config) == leaves(named)
     mine, theirs = (load_model(resolve(place))[0].state_dict() for place in (tmp_path / "run", run))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    on_data = with_encoder(load_config("local", bare), Store(data).index["encoder"])
-    told = {v.key: (v.value, v.origin) for v in origins("local", bare, on_data)}
-    assert (told["data.encoder.name"], told["data.encoder.device"]) == ((two.first, "data"), ("cpu", "command line"))
-    assert told["model.encoder_width"] == (30, "data")
+    show = [sys.executable, "-m", "redheart", "train", "--data", str(data), "--show-config", "--json"]
+    done = subprocess.run([*show, *(x for one in bare for x in ("--set", one))], text=True, capture_output=True)
+    told = json.loads(done.stdout)
+    assert told["data.encoder.name"] == {"value": two.first, "origin": "data"}
+    assert told["data.encoder.device"] == {"value": "cpu", "origin": "command line"}
+    assert told["model.encoder_width"] == {"value": 30, "origin": "data"}
     for one in (f"data.encoder.name={two.first}", "data.encoder.layers=[2]", "model.encoder_width=768"):
         with pytest.raises(RedHeartError, match=r"--set"):
             train(load_config("local", [*bare, one]), data, tmp_path / "other")

@@ -162,6 +162,12 @@ def test_what_a_cpu_keeps_beside_the_tensors(has_bf16: bool, monkeypatch: pytest
     assert found.host["base"] == 300 * MB + room.HOST_ENGINE
     assert found.host["kernels"] == (room.HOST_KERNELS_BF16 if has_bf16 else room.HOST_KERNELS)
     assert other.host_peak >= 2 * sum(other.host.values())
+    least = MicroStep(1, 1, 1, 0, 1, 1)
+    request = Request(CONFIG, "zero2_offload_8bit", 8, 1, False, least, PARAMETERS, on_cpu=True, base=MB)
+    most = request.states.gpu_start + request.states.host_start
+    assert (
+        predict(request).host_peak == most + MB + room.HOST_STARTING
+    )  # split masters need most while the engine starts
 
 
 def test_a_candidates_times_by_hand():

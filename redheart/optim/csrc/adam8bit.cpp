@@ -125,7 +125,8 @@ bool all_finite(uintptr_t x, int64_t n, bool is_bf16) {
 
 // Updates weights and states in place from the gradient `g` [n] (bfloat16, else fp32), which counts times `scale`. The weights:
 // fp32 `p` [n] with `high` [n] bfloat16 written unless it is 0; or, `low` not 0, split into `high` and `low` [n]. Threads share
-// blocks, so the result does not depend on their number; `begin`: the number of the first block in its parameter. Returns how many blocks were left alone: their gradient is not finite.
+// blocks, so the result does not depend on their number; `begin`: the number of the first block in its parameter. Returns how many
+// blocks were left alone: their gradient is not finite.
 int64_t step(uintptr_t p, uintptr_t high, uintptr_t low, uintptr_t g, bool is_bf16, const States& to, int64_t n, int64_t begin, double scale,
              double lr, double beta1, double beta2, double eps, double decay, int64_t t, int64_t seed) {
   const double rate = lr / (1.0 - std::pow(beta1, static_cast<double>(t)));

@@ -52,11 +52,11 @@ def fuse_the_copy(zero: Any, optimizer: CPUAdamW8bit) -> None:
         (host, weights, copies), groups = targets[i], optimizer.param_groups
 
         def send(start: int, stop: int) -> None:
-            if weights is not host:
-                weights[start:stop].copy_(host[start:stop], non_blocking=True)
+            weights[start:stop].copy_(host[start:stop], non_blocking=True)
 
         optimizer.param_groups = [groups[i]]
-        optimizer.step(copies=copies, on_written=send, check_finite=False)  # ZeRO has looked at the norm
+        # ZeRO has looked at the norm
+        optimizer.step(copies=copies, on_written=None if weights is host else send, check_finite=False)
         optimizer.param_groups = groups
         zero._lazy_init_hp_params_optimizer_state()
 
