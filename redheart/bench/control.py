@@ -32,7 +32,7 @@ from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.data.shards import content_digest
 from redheart.data.stream import SampleStream
-from redheart.device import has_gpu
+from redheart.device import compute_device, has_gpu
 from redheart.evaluation.answers import answers
 from redheart.evaluation.evaluate import Evaluation, evaluate
 from redheart.evaluation.measures import Measured, measure, over_seeds, paired
@@ -89,10 +89,15 @@ def bench_control(
         typer.Option("--name", help="Of the preset's leg: another state of the network, beside the same controls."),
     ] = None,
     controls_only: Annotated[bool, typer.Option("--controls-only", help="Leave out the preset.")] = False,
+    only_seed: Annotated[
+        int | None,
+        typer.Option("--only-seed", min=0, help="Train and judge this seed alone, beside others in other processes."),
+    ] = None,
 ) -> dict[str, Any]:
     """What the network is worth beside a plain transformer: same shards, order, batches, losses and steps, several seeds.
 
-    Results go to OUT/control-SPLIT.json, a picture to control-SPLIT.png.
+    Results go to OUT/control-SPLIT.json, a picture to control-SPLIT.png. Seeds can be trained side by side, by one call with --only-seed
+    for each; a call without it then finds them done.
     """
     if split not in ("dev", "test"):
         raise RedHeartError(f"--split {split}: choose dev or test")
@@ -111,20 +116,22 @@ def bench_control(
         size = num_parameters(bench.encoder_width, width, bench.labels)
         sizes[f"control-{width}"] = {"parameters": size, "width": width}
     found: dict[str, list[dict[str, Any]]] = {leg: [] for leg in legs}
-    for seed in range(seeds):
+    numbers = list(range(seeds)) if only_seed is None else [only_seed]
+    for seed in numbers:
         for leg, trained in legs.items():
             found[leg].append(bench.judged(leg, seed, trained))
     first = next(iter(legs))
     total = config.training.max_steps
     result = {
         "preset": config.preset, "data": Path(data).name, "split": split, "steps": total,
-        "batch": config.training.global_batch_size, "learning_rate": learning_rate, "seeds": list(range(seeds)),
+        "batch": config.training.global_batch_size, "learning_rate": learning_rate, "seeds": numbers,
         "legs": {leg: sizes[leg] | _summary(runs) for leg, runs in found.items()},
         "difference": {leg: _difference(found[first], found[leg]) for leg in legs if leg != first and not controls_only},
         "machine": machine(), "versions": {"redheart": VERSION, **{n: importlib.metadata.version(n) for n in LIBRARIES}},
     }  # fmt: skip
-    write_json(out / f"control-{split}.json", result)
-    _draw(result, out / f"control-{split}.png")
+    place = out / (f"control-{split}" if only_seed is None else f"control-{split}-seed{only_seed}")
+    write_json(place.with_suffix(".json"), result)
+    _draw(result, place.with_suffix(".png"))
     return result
 
 
@@ -211,8 +218,9 @@ class _Bench:
         facts = read_sealed_json(self.out / f"{leg}-seed{seed}.json", AGAIN)
         if path.is_file() and (kept := read_sealed_json(path, AGAIN))["trained"] == facts:
             return facts | kept
-        network = load()
-        dev = evaluate(network, self.streams["dev"], self.config.loss, self.factors, batch_size=JUDGING_BATCH)
+        device = compute_device()
+        network = load().to(device)
+        dev = evaluate(network, self.streams["dev"], self.config.loss, self.factors, device, batch_size=JUDGING_BATCH)
         measured = self._measure(network)
         metrics = {name: {"metric": metric, "value": value} for name, (metric, value) in measured.items()}
         judgement = {"trained": facts, "dev_losses": self._losses(dev), "metrics": metrics}

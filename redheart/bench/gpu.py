@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,9 +23,10 @@ from typing import Annotated, Any
 import typer
 
 from redheart.bench.gpu_worker import WARM_UP
+from redheart.bench.processes import alone
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
-from redheart.files import read_json, read_sealed_json, write_json, write_sealed_json
+from redheart.files import read_sealed_json, write_sealed_json
 from redheart.memory.activations import PAIR_SHARE
 from redheart.memory.budget import gib
 from redheart.memory.plan import GIB, Candidate, Card, Plan, fastest, plan, smallest
@@ -38,7 +36,6 @@ from redheart.schema import RedHeartError
 from redheart.sections import Strategy
 
 TARGET = {"preset": "330m", "tokens": 64, "cap_gib": 8.0, "samples_per_s": 120.0}
-TAIL = 2000  # characters of a failed process's last words that are kept
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def bench_gpu(
     configs = [load_config(preset) for preset in presets or ("330m", "1b3")]
     make_directory(out, "--out")
     console.print("looking at the machine, compiling kernels where that has not been done yet …")
-    machine = _process({"what": "machine"}, None)
+    machine = alone({"what": "machine"}, None)
     if machine.get("error"):
         raise RedHeartError(f"the machine could not be looked at: {machine['error']}\n{machine.get('output', '')}")
     total = machine["gpu_total_gib"]
@@ -166,7 +163,7 @@ def run_case(case: Case, machine: dict[str, Any], steps: int, timeout_s: int) ->
     job = {
         "what": "case", "config": config, "tokens": case.tokens, "steps": steps, "cap_gib": case.cap_gib, "compiled_too": compiled_too,
     }  # fmt: skip
-    measured = _process(job, timeout_s)
+    measured = alone(job, timeout_s)
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result = {"name": case.name, **facts, "when": when, **measured}
     if measured["ended"]:
@@ -293,28 +290,6 @@ def _case(
         config.preset, offered.tokens, cap, c.strategy, c.micro_batch_size, c.gradient_accumulation_steps,
         c.activation_checkpointing, is_chosen, is_reference, offered.flops_per_sample, planned, config,
     )  # fmt: skip
-
-
-def _process(job: dict[str, Any], timeout_s: int | None) -> dict[str, Any]:
-    """A job's result; where its process failed, `ended` False, an `error` and the end of its output."""
-    with tempfile.TemporaryDirectory(prefix="redheart-bench-") as folder:
-        request, answer = Path(folder) / "job.json", Path(folder) / "result.json"
-        write_json(request, job)
-        command = [sys.executable, "-m", "redheart.bench.gpu_worker", str(request), str(answer)]
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            late = {"error": f"not at its end after {timeout_s} s (--timeout)"}
-            if answer.is_file():  # steps were measured: compiled ones were not
-                return {**read_json(answer, "run the bench again"), "compiled": late}
-            return {"ended": False, "observed": None, **late}
-        result = read_json(answer, "run the bench again") if answer.is_file() else {"ended": False, "observed": None}
-        if done.returncode == 0:
-            return result
-        ended = f"the process ended with exit code {done.returncode}"
-        return {"error": ended, **result, "ended": False, "output": done.stdout[-TAIL:]}
 
 
 def _path(out: Path, machine: dict[str, Any], cap: float | None) -> Path:

@@ -4,7 +4,8 @@
 
 JOB is {"what": "machine"} (compiles the kernels, looks at the device, times a matrix product) or {"what": "case", "config",
 "tokens", "steps", "cap_gib", "compiled_too"}: `steps` optimizer steps after WARM_UP others. The engine keeps to the config's
-memory.gpu_memory_gib, which `cap_gib` has become (null: no cap).
+memory.gpu_memory_gib, which `cap_gib` has become (null: no cap). Or a drawn configuration of `redheart bench memory`: {"what":
+"memory", "set", "tokens", "contrasts"}.
 RESULT is what was measured; where a case fails it holds the error and the peaks until then, and the exit code is not 0.
 """
 
@@ -50,8 +51,16 @@ def main() -> None:
     if job["what"] == "machine":
         write_json(result, machine())
         return
+
+    def report(figures: dict[str, Any]) -> None:
+        write_json(result, {"ended": True, **figures})
+
     try:
-        case(job, lambda figures: write_json(result, {"ended": True, **figures}))
+        if job["what"] == "memory":
+            found = measure_step(load_config("local", job["set"]), job["tokens"], contrasts=job["contrasts"])
+            report({name: found[name] for name in ("observed", "micro_step")})
+        else:
+            case(job, report)
         leave()
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -3,8 +3,9 @@
 Every round times one step of each on as many parameters (`num_params` elements, ns per element, medians over the rounds), and
 what goes with it: DeepSpeed's cast of fp32 parameters to bfloat16, which ours writes in its own pass, our pass that looks for
 gradients that are not finite, and a pass over the very arrays of our step, in its order and by as many threads, that does nothing
-to them but flip a bit: how fast memory lets any step be. `upload` is what a link to a GPU would have left to do when a step ends,
-were it given every stretch of 16-bit weights as the step finishes it, at a rate that is assumed and at no cost to the processor.
+to them but flip a bit: how fast memory lets any step be. `upload` is what the link to the GPU has left to do when a step ends which
+gives it every stretch of 16-bit weights once it is finished. Without a GPU the link is one of a rate that is assumed, at no cost to
+the processor.
 DeepSpeed's bf16 kernel keeps weights, gradients and states in bfloat16
 (bf16_optimizer_states), and needs no cast. bitsandbytes is so slow on a CPU that it gets fewer elements.
 
@@ -23,7 +24,7 @@ import torch
 import typer
 
 from redheart.bench.timing import interleaved
-from redheart.device import tell_deepspeed
+from redheart.device import compute_device, has_gpu, tell_deepspeed
 from redheart.memory.budget import PEAKS, forget_peaks, resident_peak
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
@@ -92,15 +93,20 @@ def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
         TORCH: torch.optim.AdamW([p], lr=1e-4, fused=True),
         BITSANDBYTES: AdamW8bit([small], lr=1e-4),
     }
-    sizes, left = {BITSANDBYTES: few}, list[float]()
+    sizes = {BITSANDBYTES: few}
+    link = _Link(copies.get(mine, mine.detach()))
     timed: dict[str, Callable[[], object]] = {
         OURS: lambda: ours.step(copies=copies, check_finite=False),
         "stream": lambda: ours.pass_over(mine, copies.get(mine)),
         **{name: optimizer.step for name, optimizer in others.items()},
         "cast": lambda: copy.copy_(p.detach()),
         "checked": lambda: ours.step(copies=copies),
-        "in_stretches": lambda: left.append(_left_to_upload(ours, copies)),
+        "in_stretches": lambda: link.used_by(
+            lambda send: ours.step(copies=copies, on_written=send, check_finite=False)
+        ),
     }
+    if link.on_gpu:
+        timed["upload"] = link.whole
     seconds = interleaved(timed, rounds)  # the first round makes the states
     per_param = {name: median(taken) / sizes.get(name, n) * 1e9 for name, taken in seconds.items()}
     optimizers: dict[str, torch.optim.Optimizer] = {OURS: ours, **others}
@@ -127,27 +133,52 @@ def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
         "gb_per_s": {name: size / per_param[name] for name, size in moved.items()},
         "stream_gb_per_s": BYTES[master] / per_param["stream"],
         "share_of_bandwidth": {OURS: per_param["stream"] / per_param[OURS]},
-        "upload": {
-            "gb_per_s": LINK / 1e9,
-            "hidden_share": 1 - median(left) / (2 * n / LINK),
-            "step_in_stretches": per_param["in_stretches"] / per_param[OURS],
-        },
+        "upload": link.told(per_param[OURS], median(seconds.get("upload", [2 * n / LINK])), n),
         "relative_error_by_decade": relative_error_by_decade(),
         "bitsandbytes_params": few,
         "rounds": rounds,
     }
 
 
-def _left_to_upload(ours: CPUAdamW8bit, copies: dict[torch.Tensor, torch.Tensor]) -> float:
-    """Seconds that the link needs after a step, for what it was given during it."""
-    free = 0.0
+class _Link:
+    """Between the host and the GPU, or one of rate LINK where there is no GPU: 16-bit weights [n] of the host, page-locked for it."""
 
-    def given(start: int, stop: int) -> None:
-        nonlocal free
-        free = max(free, time.perf_counter()) + 2 * (stop - start) / LINK
+    def __init__(self, weights: torch.Tensor):
+        self.on_gpu = has_gpu()
+        self.steps, self.left = list[float](), list[float]()  # seconds of steps, and of the link after them
+        self._free = 0.0  # when the assumed link will be
+        if self.on_gpu:
+            torch.cuda.cudart().cudaHostRegister(weights.data_ptr(), weights.nbytes, 0)
+            self._host, self._there = weights, torch.empty_like(weights, device=compute_device())
 
-    ours.step(copies=copies, on_written=given, check_finite=False)
-    return max(0.0, free - time.perf_counter())
+    def used_by(self, step: Callable[[Callable[[int, int], None]], object]) -> None:
+        """`step` is given what it has to tell of stretches that are finished."""
+        self._free, started = 0.0, time.perf_counter()
+        step(self._send if self.on_gpu else self._give)
+        ended = time.perf_counter()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.steps.append(ended - started)
+        self.left.append(max(self._free, time.perf_counter() if self.on_gpu else ended) - ended)
+
+    def whole(self) -> None:
+        self._send(0, len(self._host))
+
+    def told(self, step_ns: float, whole_s: float, n: int) -> dict[str, Any]:
+        """Given ns per parameter of a step in one piece and seconds of the whole copy. `hidden_share`: how much of it is over when the
+        step ends."""
+        return {
+            "link": torch.cuda.get_device_name() if self.on_gpu else "assumed",
+            "gb_per_s": 2 * n / whole_s / 1e9,
+            "hidden_share": 1 - median(self.left[1:]) / whole_s,
+            "step_in_stretches": median(self.steps[1:]) / n * 1e9 / step_ns,
+        }
+
+    def _send(self, start: int, stop: int) -> None:
+        self._there[start:stop].copy_(self._host[start:stop], non_blocking=True)
+
+    def _give(self, start: int, stop: int) -> None:
+        self._free = max(self._free, time.perf_counter()) + 2 * (stop - start) / LINK
 
 
 def parameter(n: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:

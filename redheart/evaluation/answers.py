@@ -56,11 +56,12 @@ class Answers:
 def answers(
     model: nn.Module, stream: SampleStream, without: Collection[str] = (), max_rows: int | None = None
 ) -> dict[str, Answers]:
-    """The final answers by task on a split (or `max_rows` rows evenly spread over it), where people labelled them, of a network on
-    the CPU: ours, or one that is called as ours is (evaluate.forward)."""
+    """The final answers by task on a split (or `max_rows` rows evenly spread over it), where people labelled them, of a network
+    wherever it is: ours, or one that is called as ours is (evaluate.forward)."""
+    device = next(model.parameters()).device
 
     def predict(batch: Batch) -> dict[str, torch.Tensor]:
-        return predict_all(forward(model, batch.to("cpu", torch.float32), without))
+        return predict_all(forward(model, batch.to(device, torch.float32), without))
 
     return collect(predict, stream, max_rows)
 

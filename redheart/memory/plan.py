@@ -119,6 +119,15 @@ class Candidate:
     def bound(self) -> str:
         return max(self.times_s, key=lambda name: self.times_s[name])
 
+    def peaks_gib(self) -> dict[str, float]:
+        """As train/measure.py observes them: the host's, and on a GPU what torch's allocator has allocated and reserved at most."""
+        found = {"host_peak_gib": self.host_peak / GIB}
+        if "context" in self.gpu:
+            outside = self.gpu["context"]
+            found["gpu_allocated_gib"] = (self.gpu_peak - outside - self.gpu["allocator"]) / GIB
+            found["gpu_reserved_gib"] = (self.gpu_peak - outside) / GIB
+        return found
+
     def to_json(self) -> dict[str, Any]:
         return {
             "strategy": self.strategy,

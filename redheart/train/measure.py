@@ -21,7 +21,7 @@ from redheart.console import console, table
 from redheart.device import has_gpu
 from redheart.losses.combine import factors
 from redheart.memory.activations import PAIR_SHARE, measured
-from redheart.memory.budget import CONTEXT, resident, resident_peak
+from redheart.memory.budget import resident, resident_peak
 from redheart.memory.plan import GIB, Request, parameters_of, predict
 from redheart.model.build import build_model
 from redheart.model.regional import check_compilation, compile_layers, compiler
@@ -83,10 +83,7 @@ def measure_step(
     engine = make_engine(partial(build_model, config, None), config, accumulation, micro)
     start = peaks()
     steps = run_steps(engine, config, micro, accumulation, tokens, num_steps, pairs)
-    observed, predicted = peaks(), {"host_peak_gib": planned.host_peak / GIB}
-    if on_gpu:
-        allocated = planned.gpu_peak - sum(planned.gpu.get(k, 0) for k in ("allocator", "context"))
-        predicted |= {"gpu_allocated_gib": allocated / GIB, "gpu_reserved_gib": (planned.gpu_peak - CONTEXT) / GIB}
+    observed, predicted = peaks(), planned.peaks_gib()
     result = {
         "preset": config.preset,
         "tokens": tokens,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from redheart.bench import gpu, gpu_worker
+from redheart.bench import gpu, gpu_worker, processes
 from redheart.bench.gpu_worker import matmul, operation
 from redheart.cli import app
 from redheart.config import dump_config, load_config
@@ -76,7 +76,7 @@ def test_it_runs_to_its_end_on_the_cpu(preset: str, tmp_path: Path):
 def fake(preset: str, tmp_path: Path, monkeypatch, answer, **more):
     """The bench with `answer(job)` in place of processes, on a card of 80 GiB."""
     machine = {**MACHINE, "gpu_total_gib": 80.0, "host_free_gib": 64.0}
-    monkeypatch.setattr(gpu, "_process", lambda job, _: machine if job["what"] == "machine" else answer(job))
+    monkeypatch.setattr(gpu, "alone", lambda job, _: machine if job["what"] == "machine" else answer(job))
     return gpu.bench_gpu([preset], [8], out=tmp_path, **more)
 
 
@@ -194,12 +194,12 @@ def test_the_target_counts_cases_inside_its_memory():
 def test_a_process_that_fails_tells_why(preset: str):
     config = load_config(preset).model_dump(mode="json")
     job = {"what": "case", "config": config, "tokens": 8, "steps": 1, "cap_gib": 8.0, "compiled_too": False}
-    seen = gpu._process(job, 400)
+    seen = gpu.alone(job, 400)
     assert not seen["ended"]
     assert seen["error"].startswith("RedHeartError: without a GPU no memory can be capped")
     assert seen["observed"]["host_peak_gib"] > 0
     assert "Traceback" in seen["output"]
-    assert "(--timeout)" in gpu._process(job, 1)["error"]
+    assert "(--timeout)" in gpu.alone(job, 1)["error"]
 
 
 @pytest.mark.parametrize("failing", ["while it compiles", "before"])
@@ -234,8 +234,8 @@ def test_a_case_that_compiles_for_too_long_keeps_what_was_measured(preset: str, 
         Path(command[-1]).write_text('{"ended": true, "samples_per_s": 3.0}', encoding="utf-8")
         raise subprocess.TimeoutExpired(command, 7)
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    told = gpu._process({"what": "case"}, 7)
+    monkeypatch.setattr(processes.subprocess, "run", run)
+    told = gpu.alone({"what": "case"}, 7)
     assert (told["ended"], told["samples_per_s"]) == (True, 3.0)
     assert "after 7 s" in told["compiled"]["error"]
 

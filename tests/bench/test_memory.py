@@ -28,7 +28,7 @@ def test_errors_are_those_of_the_whole_and_of_what_came_after_the_base(tmp_path:
     cases = [{**job, "observed_gib": observed, "base_gib": 1.0} for observed in (2.0, 4.0, 2.0)]
     (tmp_path / "before.json").write_text(json.dumps({"cases": cases}))
     predictions = iter((2.2, 3.0, 2.0))
-    monkeypatch.setattr(memory, "planned", lambda job, base, step: next(predictions))
+    monkeypatch.setattr(memory, "planned", lambda job, base, step: {"host_peak_gib": next(predictions)})
     told = memory.bench_memory(1, 0, tmp_path / "out.json", tmp_path / "before.json")
     assert told["configurations"] == 3
     assert told["error"] == pytest.approx({"median": 0.1, "worst": 0.25, "lowest": -0.25})
@@ -48,7 +48,12 @@ def test_a_bench_that_was_interrupted_runs_what_is_left(tmp_path: Path, monkeypa
 
     predicted: list[int] = []  # what a case that ran was predicted from; 0: measured again
     monkeypatch.setattr(memory, "on_ranks", observed)
-    monkeypatch.setattr(memory, "planned", lambda job, base, step: predicted.append(step.peak if step else 0) or 2.0)
+
+    def planned(job, base, step):
+        predicted.append(step.peak if step else 0)
+        return {"host_peak_gib": 2.0}
+
+    monkeypatch.setattr(memory, "planned", planned)
     with pytest.raises(KeyboardInterrupt):
         memory.bench_memory(4, 0, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["configurations"] == 2
@@ -57,3 +62,50 @@ def test_a_bench_that_was_interrupted_runs_what_is_left(tmp_path: Path, monkeypa
     assert [*first, *ran] == memory.draw(4, 0)
     assert predicted == [1, 2, 0, 0, 1, 2]
     assert json.loads((tmp_path / "out.json").read_text())["configurations"] == 4
+
+
+def test_on_a_gpu_the_allocator_is_judged_and_a_case_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Side by side, in the order of the draw; each in a process of gpu_worker.py, whose answers are stood in for here."""
+    seen = {"host_peak_gib": 3.0, "gpu_allocated_gib": 1.0, "gpu_reserved_gib": 1.25}
+    jobs = memory.draw(6, 0, on_gpu=True)
+
+    def alone(job: dict, timeout_s: int) -> dict:
+        assert job["what"] == "memory"
+        if job["set"] == jobs[2]["set"]:
+            return {"ended": False, "error": "exit code 1", "output": "out of memory"}
+        return {"ended": True, "observed": seen, "micro_step": dict.fromkeys(STEP, 1)}
+
+    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    monkeypatch.setattr(memory, "alone", alone)
+    twice = {name: 2 * value for name, value in seen.items()}
+    monkeypatch.setattr(memory, "planned", lambda job, base, step: twice if base == 0 else {})
+    told = memory.bench_memory(6, 0, tmp_path / "out.json", at_once=3)
+    assert [c["set"] for c in told["cases"]] == [job["set"] for i, job in enumerate(jobs) if i != 2]
+    assert told["configurations"] == 5
+    assert not told["ok"]
+    assert [(f["set"], f["failed"]) for f in told["failed"]] == [(jobs[2]["set"], "exit code 1")]
+    errors = {"median": 1.0, "worst": 1.0, "lowest": 1.0}
+    assert {k: v for k, v in told.items() if k.startswith("error")} == dict.fromkeys(
+        ("error", "error_beyond", "error_of_host_peak_gib", "error_of_gpu_allocated_gib"), errors
+    )
+    ran = [c["set"] for c in json.loads((tmp_path / "out.json").read_text())["cases"]]
+    assert ran == [c["set"] for c in told["cases"]]
+
+
+def test_a_case_of_a_gpu_is_predicted_as_one():
+    job = {"set": ["memory.strategy=plain", "training.global_batch_size=2"], "tokens": 8, "contrasts": 1.0, "ranks": 1}
+    on_cpu = memory.planned(job, 1.0)
+    on_gpu = memory.planned(job | {"others": {}}, 0.0)
+    assert on_cpu.keys() == {"host_peak_gib"}
+    assert on_gpu.keys() == {"host_peak_gib", "gpu_allocated_gib", "gpu_reserved_gib"}
+    assert 0 < on_gpu["gpu_allocated_gib"] < on_gpu["gpu_reserved_gib"] < 1
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_drawn_configuration_can_be_planned(on_gpu: bool):
+    for job in memory.draw(40, 1, on_gpu):
+        config = load_config("local", job["set"])
+        assert job["ranks"] in ((1,) if on_gpu else (1, 2))
+        assert on_gpu or config.memory.strategy != "gpu_8bit"
