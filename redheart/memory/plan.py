@@ -29,10 +29,15 @@ from redheart.sections import Strategy
 
 GIB = 2**30
 MIB = 2**20
-WORKSPACE = 40 * MIB  # cuBLAS: 8 MiB a handle and stream (32 MiB on Hopper)
+# as seen in 22 configurations on an H200, CUDA 13 (tests/benchmarks/results/plan-memory-gpu.json)
+WORKSPACE = 64 * MIB  # cuBLAS: 32 MiB on Hopper, once for the forward pass and once for the backward pass's thread
 FRAGMENTATION = 0.05  # of activations and buckets: blocks the allocator cannot reuse
 RESERVE = 64 * MIB  # half-used segments of the allocator
-HOST_BASE_GPU = 2200 * MIB  # resident libraries of a CUDA build, and what the driver keeps on the host
+CUDA_AUTOCAST = 1.2  # activations beside a CPU's autocast, under which they are measured: CUDA's computes norms and softmaxes in fp32
+# libraries of a CUDA build and what the driver keeps on the host, resident: of any run, of an engine of Accelerate and DeepSpeed, and of
+# kernels for bf16; and what is there of all that while an engine starts
+HOST_BASE_GPU, HOST_ENGINE_GPU, HOST_BF16_GPU = 1980 * MIB, 360 * MIB, 335 * MIB
+HOST_STARTING_GPU = 1060 * MIB
 HOST_BASE_CPU = 762 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
 # what an engine of Accelerate and DeepSpeed keeps beside its tensors: while it starts, and once it trains
 HOST_STARTING, HOST_ENGINE = 27 * MIB, 82 * MIB
@@ -296,9 +301,14 @@ def predict(request: Request) -> Candidate:
     if r.on_cpu:
         gpu["allocator"] = step.heap + int(min(s.growing, 1.0) * (step.heap_with_gradients - step.heap))
     else:
+        largest = r.parameters.largest * (2 if r.config.training.precision == "bf16" and r.strategy != "plain" else 4)
+        if r.strategy == "plain" and r.config.training.precision == "bf16":
+            gpu["activations"] = int(CUDA_AUTOCAST * gpu["activations"])
         gpu["workspace"] = WORKSPACE
-        gpu["allocator"] = max(0, step.peak_rounded - step.peak) + RESERVE
+        gpu["allocator"] = max(0, step.peak_rounded - step.peak) + RESERVE + largest
         gpu["allocator"] += int(FRAGMENTATION * (step.peak + gpu.get("buckets", 0)))
+        if r.strategy == "zero1":  # the buffer of all gradients finds no place among what activations leave
+            gpu["allocator"] += s.after
         gpu["context"] = CONTEXT
     fixed = sum(gpu.get(k, 0) for k in ("workspace", "allocator", "context"))
     during = sum(gpu.values())
@@ -315,8 +325,9 @@ def predict(request: Request) -> Candidate:
         host_peak = r.gpus_per_node * max(both, stepping, s.gpu_start + s.host_start + starting)
         gpu, gpu_peak = {}, 0
     else:
-        host["base"] = HOST_BASE_GPU if r.base is None else r.base
-        host_peak = r.gpus_per_node * max(sum(host.values()), s.host_start + host["base"])
+        host["base"] = HOST_BASE_GPU + HOST_ENGINE_GPU * (r.strategy != "plain")
+        host["base"] += HOST_BF16_GPU * (r.config.training.precision == "bf16")
+        host_peak = r.gpus_per_node * max(sum(host.values()), s.host_start + HOST_STARTING_GPU)
     candidate = Candidate(
         r.strategy, r.micro_batch_size, r.gradient_accumulation_steps, r.activation_checkpointing, step, gpu, host,
         gpu_peak, host_peak, step_times(r), 0.0,

@@ -10,14 +10,17 @@ ZeRO-1 and -2, `DeepSpeedZeroOptimizer`
                     live, then a clone of the own part and its fp32 master (4·p, on the host with offload) with a 16-bit buffer
                     beside it (b·p, offload only)
   initialize_optimizer_states   an fp32 gradient of the own part (4·p, offload only; zeros, which cost memory once written)
-  setup_buckets     the whole reduce_bucket_size per micro-step; allreduce_bucket copies a full one, or one larger gradient
+  setup_buckets     the whole reduce_bucket_size per micro-step; allreduce_bucket copies a full one. A gradient larger than a bucket would
+                    be cloned, and kept until the backward pass is over: a bucket holds the largest one (bucket_of)
   async_accumulate_grad_in_cpu_via_gpu   offload and accumulation > 1: a buffer per parameter on the host (b·p), kept
   _build_compact_grad_partition_buffer   grad_accum_dtype fp32 on bf16: 4·p on the GPU from the first reduction to the step
-  copy_grads_in_partition, independent_gradient_partition_epilogue   no offload: b·p per micro-step, and with accumulation > 1
-                    the sum so far (b·p) beside it
+  copy_grads_in_partition, independent_gradient_partition_epilogue   no offload: b·p per micro-step (in stage 1 once all gradients are
+                    there), made at once, so that on a GPU it counts from the first reduction on, on a CPU as it is written; and with
+                    accumulation > 1 the sum so far (b·p) beside it
   step              no offload: a flat fp32 gradient (4·p); the optimizer makes its states in the first step
 ZeRO-3, `DeepSpeedZeroOptimizer_Stage3`
-  weights b·p, fp32 master 4·p and, with offload, its gradient 4·p; grad_partitions_flat_buffer b·p beside them; one bucket, kept;
+  weights b·p, on a GPU put together on the host; fp32 master 4·p and, with offload, its gradient 4·p; grad_partitions_flat_buffer b·p
+  beside them; one bucket, kept;
   gathered weights: at most max_live_parameters, the prefetched ones and what stays below param_persistence_threshold
 With split masters (engine/split_master.py: 8-bit states, offload, bf16) master and gradient are 2·p each, the remainders p; there is
 no 16-bit buffer and no accumulation buffer, and on the CPU the masters are the weights.
@@ -33,9 +36,7 @@ from typing import get_args
 from redheart.device import pinned_bytes
 from redheart.sections import Strategy
 
-REDUCE_BUCKET = (
-    5_000_000  # elements; DeepSpeed's default of 5e8 is 1 GB in bf16. A larger gradient is reduced where it lies
-)
+REDUCE_BUCKET = 5_000_000  # elements at least (bucket_of); DeepSpeed's default of 5e8 is 1 GB in bf16
 ZERO3_PREFETCH = 20_000_000  # elements gathered ahead
 ZERO3_MAX_LIVE = 200_000_000  # elements gathered at once
 ZERO3_SUB_GROUP = 100_000_000  # elements the optimizer steps at once
@@ -94,6 +95,11 @@ class Parameters:
         return max(n for group in self.groups for n in group)
 
 
+def bucket_of(sizes: Iterable[int], stage: int) -> int:
+    """Elements of a bucket for parameters of so many elements; ZeRO-3 lets go of a larger gradient once it is partitioned."""
+    return max(REDUCE_BUCKET, *sizes) if stage < 3 else REDUCE_BUCKET
+
+
 def chunked(sizes: Sequence[int], most: int = GROUP) -> list[range]:
     """Places of `sizes` in turn, in chunks of at most so many elements in all, or of one that is larger by itself."""
     chunks: list[range] = []
@@ -143,18 +149,20 @@ def states(
     precision: str = "bf16",
     accumulation: int = 1,
     on_cpu: bool = False,
-    bucket: int = REDUCE_BUCKET,
+    bucket: int | None = None,
     eight_bit: bool = False,
     master: str = "split",
 ) -> States:
     """The bytes of one rank. `on_cpu`: the run has no GPU: nothing is pinned, and the 16-bit copy is written in place.
 
-    `eight_bit`: optimizer.name asks for 8-bit states, whatever the strategy; `master`: optimizer.master.
+    `bucket`: elements of it, by default bucket_of the parameters. `eight_bit`: optimizer.name asks for 8-bit states, whatever the
+    strategy; `master`: optimizer.master.
     """
     t = traits_of(strategy, eight_bit)
     if t.stage == 0:
         return _plain(t, parameters, accumulation)
     b = 2 if precision == "bf16" else 4
+    bucket = bucket or bucket_of((n for group in parameters.groups for n in group), t.stage)
     parts = partition_sizes(parameters, world_size, t.stage)
     if not (t.offload and t.eight_bit and b == 2):
         master = "fp32"
@@ -178,8 +186,7 @@ def _zero12(
     weights = b * part * world_size
     sums_in_fp32 = t.fp32_accumulation and b == 2
     full = b * min(bucket, parameters.total)
-    # ranks reduce a copy of their pieces, or of one larger gradient
-    buckets = full + (b * max(min(bucket, parameters.total), parameters.largest) if world_size > 1 else 0)
+    buckets = full * (1 + (world_size > 1))  # ranks reduce a copy of their pieces
     gpu = {"weights": weights, "buckets": buckets}
     host: dict[str, int] = {}
     # a group's weights beside their flat copy, then, group by group, the clone of the own part and its fp32 master
@@ -219,13 +226,16 @@ def _zero12(
         reduced, first = gpu.pop("buckets"), accumulation == 1
         gpu["gradients"] = 0 if first else b * parameters.total
         flat = 4 * most + b * most * (b == 2) - b * (parameters.total - part) + full
-        return States(
-            gpu, host, flat, start, host_start, part, part * world_size, float(first), reduced
-        )  # fmt: skip
+        after = reduced + b * part * (not on_cpu)
+        return States(gpu, host, flat, start, host_start, part, part * world_size, float(first), after)
     if sums_in_fp32:
         gpu["gradients"] = 4 * part
         return States(gpu, host, 0, start, host_start, part, part * world_size)
     gpu["gradients"] = b * part * (accumulation > 1)
+    if not on_cpu:  # the step's flat gradient and its fp32 copy come beside them
+        gpu["gradients"] += b * part
+        flat = 4 * most + b * most * (b == 2)
+        return States(gpu, host, flat, start, host_start, part, part * world_size)
     # the step's flat gradient and its fp32 copy, beside the averaged ones, to which the last micro-step's have been added
     flat = 4 * most + b * most * (b == 2) - gpu["gradients"]
     return States(gpu, host, flat, start, host_start, part, part * world_size, 1 / world_size)
@@ -270,7 +280,8 @@ def _zero3(
     step = 0 if t.offload else (4 + b * (b == 2)) * max(sub_groups)
     step += b * min(bucket, parameters.total) - b * max(0, gathered - kept * (world_size > 1))
     host_start = m * part + m * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
-    return States(gpu, host, step, 2 * b * part, host_start, part, part)
+    start = b * part * (1 + on_cpu) + (0 if t.offload or on_cpu else m * part)
+    return States(gpu, host, step, start, host_start, part, part)
 
 
 def sub_group_sizes(parameters: Parameters, world_size: int) -> list[int]:

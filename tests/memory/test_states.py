@@ -78,8 +78,7 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     n, largest, bucket = EVEN.total, EVEN.largest, 1000
     most, part = sum(EVEN.groups[0]) // ranks, EVEN.total // ranks  # a rank's share of the larger group, and of both
     found = {s: states(s, EVEN, ranks, bucket=bucket) for s in STRATEGIES if s != "plain" or ranks == 1}
-    # a bucket in bf16 and, where ranks reduce together, a copy of the largest gradient
-    two = 2 * bucket + (2 * largest if ranks > 1 else 0)
+    two = 2 * bucket * (1 + (ranks > 1))  # a bucket in bf16 and, where ranks reduce together, a copy of it
     start = 2 * n + max(
         2 * most * ranks, 4 * part + 2 * most
     )  # a group's weights flattened, or its clone and the masters
@@ -91,20 +90,23 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
         ("zero2_offload", two + 2 * largest, 0, 2 * n + 2 * most * ranks),  # sums are fp32: nothing is cast
         ("zero2_offload_8bit", two + 2 * largest, 0, 2 * n + 2 * most * ranks),
         # of the larger sub-group, the gradient, cast; a bucket stays, and of what was gathered the small parameters
-        ("zero3", 2 * 2 * bucket + 4 * largest, (4 + 2) * most + 2 * bucket - let_go, 4 * part),
-        ("zero3_offload_8bit", 2 * 2 * bucket + 4 * largest, 2 * bucket - let_go, 4 * part),
+        ("zero3", 2 * 2 * bucket + 4 * largest, (4 + 2) * most + 2 * bucket - let_go, (2 + 4) * part),
+        ("zero3_offload_8bit", 2 * 2 * bucket + 4 * largest, 2 * bucket - let_go, 2 * part),
     ):
         s = found[strategy]
         assert (s.gpu["buckets"], s.step, s.gpu_start) == (buckets, step, at_start), strategy
         assert (s.partition, s.weights) == (part, part if strategy.startswith("zero3") else n), strategy
         assert (s.growing, s.after) == (0, 0), strategy
     one = found["zero1"]  # keeps every gradient, and takes them through the bucket at the end
-    assert (one.growing, one.after, one.gpu["gradients"]) == (1, two, 0)
+    assert (one.growing, one.after, one.gpu["gradients"]) == (1, two + 2 * part, 0)  # and puts them into one piece
     assert one.step == (4 + 2) * most - 2 * (n - part) + 2 * bucket
     again = states("zero1", EVEN, ranks, bucket=bucket, accumulation=2)
-    assert (again.growing, again.after, again.gpu["gradients"]) == (0, two, 2 * n)
+    assert (again.growing, again.after, again.gpu["gradients"]) == (0, two + 2 * part, 2 * n)
+    assert states("zero1", EVEN, ranks, bucket=bucket, on_cpu=True).after == two  # which takes memory as it is written
     in_fp32 = states("zero2", EVEN, ranks, "fp32", bucket=bucket)
-    assert (in_fp32.growing, in_fp32.gpu["gradients"], in_fp32.step) == (1 / ranks, 0, 4 * most)
+    assert (in_fp32.growing, in_fp32.gpu["gradients"], in_fp32.step) == (0, 4 * part, 4 * most)
+    written = states("zero2", EVEN, ranks, "fp32", bucket=bucket, on_cpu=True)
+    assert (written.growing, written.gpu["gradients"], written.step) == (1 / ranks, 0, 4 * most)
     assert found["zero2"].host_start == found["zero1"].host_start == 2 * n
     masters = (1 << 23) // ranks + 4096 // ranks  # pinned: the next power of two of each group's
     copies = masters // 2
@@ -117,6 +119,8 @@ def test_what_is_passing_is_the_sum_of_its_buffers(ranks):
     # weights are gathered when the sums are gone
     assert on_cpu.step == (2 * most * ranks if ranks > 1 else 0) - 4 * part
     summed = states("zero2", EVEN, ranks, "fp32", bucket=bucket, accumulation=2)
+    assert (summed.gpu["gradients"], summed.step) == (2 * 4 * part, 4 * most)
+    summed = states("zero2", EVEN, ranks, "fp32", bucket=bucket, accumulation=2, on_cpu=True)
     assert (summed.gpu["gradients"], summed.step) == (4 * part, 4 * most - 4 * part)
     three = states("zero3", EVEN, ranks, "fp32", bucket=bucket)
     assert (three.gpu["master"], three.step) == (4 * part, 4 * most + 4 * bucket - 2 * let_go)

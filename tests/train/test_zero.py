@@ -1,6 +1,7 @@
 """ZeRO-2 and ZeRO-3 with 8-bit states: resumed bit by bit, on another number of ranks too."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,14 @@ import pytest
 import torch
 
 from redheart.config import load_config
+from redheart.memory import states
+from redheart.memory.states import REDUCE_BUCKET, bucket_of
 from redheart.model.build import build_model
 from redheart.model.select import MODULES
-from redheart.train.engine import consolidated_weights
+from redheart.train.engine import consolidated_weights, make_engine, zero
+from redheart.train.engine.machinery import settle_sizes
 from redheart.train.engine.zero import place_buffers
+from redheart.train.measure import run_steps
 from tests.runs import distance, forked
 from tests.train.tiny import SETTINGS
 
@@ -25,6 +30,56 @@ def test_buffers_follow_where_the_engine_computes():
     assert {b.device.type for _, b in model.named_buffers()} == {"meta"}
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert model.state_dict().keys() == build_model(load_config("local", SETTINGS), None).state_dict().keys()
+
+
+@pytest.mark.parametrize(("stage", "bucket"), [(1, 20_000_000), (2, 20_000_000), (3, REDUCE_BUCKET)])
+def test_a_bucket_holds_the_largest_gradient(stage: int, bucket: int):
+    """DeepSpeed clones a larger one and keeps it until the backward pass is over; ZeRO-3 does not."""
+    settings = [{"zero_optimization": {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}} for _ in range(2)]
+    settle_sizes(settings, [20_000_000, 300])
+    assert [s["zero_optimization"]["reduce_bucket_size"] for s in settings] == [bucket] * 2
+    settle_sizes(settings, [200, 300])
+    assert [s["zero_optimization"]["reduce_bucket_size"] for s in settings] == [bucket] * 2
+    assert bucket_of([20_000_000, 300], stage) == bucket
+
+
+@pytest.mark.parametrize("is_settled", [True, False])
+def test_an_engine_lets_go_of_every_gradient_while_it_goes_back(is_settled: bool, monkeypatch: pytest.MonkeyPatch):
+    """Bytes of gradients of their own storage when the backward pass of a micro-step is over: none, but with DeepSpeed's small bucket
+    all that are larger than it."""
+    monkeypatch.setattr(states, "REDUCE_BUCKET", 100)
+    whole = zero.deepspeed_config
+
+    def small(*given: Any) -> dict[str, Any]:
+        settings = whole(*given)
+        settings["zero_optimization"]["reduce_bucket_size"] = 100
+        return settings
+
+    monkeypatch.setattr(zero, "deepspeed_config", small)
+    if not is_settled:
+        monkeypatch.setattr(zero, "settle_sizes", lambda settings, sizes: None)
+    config = load_config("local", [*SETTINGS, "memory.strategy=zero2_offload_8bit", "training.precision=fp32"])
+    engine = make_engine(partial(build_model, config, None), config, 2, 2)
+    try:
+        kept: list[int] = []
+        ends = engine._zero._clear_param_grad_only
+
+        def look() -> None:
+            bucket = engine._zero.ipg_buckets[torch.float32].buffer[0].untyped_storage().data_ptr()
+            gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
+            kept.append(sum(g.nbytes for g in gradients if g.untyped_storage().data_ptr() != bucket))
+            ends()
+
+        monkeypatch.setattr(engine._zero, "_release_ipg_buffers", lambda: None)  # so that `look` finds the bucket
+        monkeypatch.setattr(engine._zero, "_clear_param_grad_only", look)
+        run_steps(engine, config, 2, 2, 8, 1)
+        large = sum(p.nbytes for p in engine.model.parameters() if p.numel() > 100)
+        assert kept == [0 if is_settled else large, 0]  # the last micro-step's are gone with their copies on the host
+        assert engine._zero.reduce_bucket_size == (
+            max(p.numel() for p in engine.model.parameters()) if is_settled else 100
+        )
+    finally:
+        engine.close()
 
 
 def run(ranks: int, **wanted: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from redheart.config import RunConfig
 from redheart.device import has_gpu, tell_deepspeed, variables_kept
 from redheart.files import read_json
 from redheart.memory.ds_files import SPLIT
+from redheart.memory.states import bucket_of
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import build_root
 from redheart.ranks import is_launched, leave
@@ -184,11 +185,13 @@ def mixed_precision(config: RunConfig) -> str:
     return "bf16" if config.training.precision == "bf16" else "no"
 
 
-def settle_reuse(settings: Sequence[dict[str, Any]], num_parameters: int) -> None:
-    """In a small network ZeRO-3 does not look ahead (SMALL)."""
-    for one in settings:
-        if one["zero_optimization"]["stage"] == 3 and num_parameters < SMALL:
-            one["zero_optimization"]["stage3_max_reuse_distance"] = 0
+def settle_sizes(settings: Sequence[dict[str, Any]], sizes: Sequence[int]) -> None:
+    """What depends on the elements of every parameter: a bucket holds the largest (memory/states.py), and in a small network ZeRO-3
+    does not look ahead (SMALL)."""
+    for zero in (one["zero_optimization"] for one in settings):
+        zero["reduce_bucket_size"] = max(zero["reduce_bucket_size"], bucket_of(sizes, zero["stage"]))
+        if zero["stage"] == 3 and sum(sizes) < SMALL:
+            zero["stage3_max_reuse_distance"] = 0
 
 
 def ds_config_path(strategy: str) -> Path:

@@ -19,7 +19,6 @@ from redheart.config import RunConfig
 from redheart.device import variables_kept
 from redheart.files import read_json
 from redheart.model.build import build_model
-from redheart.model.redheart import parameter_counts
 from redheart.origins import Value
 from redheart.ranks import launched_world_size
 from redheart.train.engine.machinery import (
@@ -28,7 +27,7 @@ from redheart.train.engine.machinery import (
     ds_config_path,
     import_machinery,
     plugin_of,
-    settle_reuse,
+    settle_sizes,
 )
 
 READ_AS = {"zero_optimization": "zero_config", "bf16": "bfloat16_config", "fp16": "float16_config"}  # DeepSpeed's names
@@ -49,7 +48,7 @@ def engine_values(config: RunConfig, micro_batch_size: int, accumulation: int) -
         path = ds_config_path(config.memory.strategy)
         ours = deepspeed_config(config, accumulation, micro_batch_size, launched_world_size())
         plugin = plugin_of(accelerate, ours, accumulation, config)
-        settle_reuse([ours, plugin.deepspeed_config], sum(parameter_counts(build_model(config, None)).values()))
+        settle_sizes([ours, plugin.deepspeed_config], [p.numel() for p in build_model(config, None).parameters()])
         read = object.__new__(DeepSpeedConfig)  # its own __init__ asks the process group how many there are
         read._initialize_params(dict(plugin.deepspeed_config))
         stages = {

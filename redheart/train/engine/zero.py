@@ -45,7 +45,7 @@ from redheart.train.engine.machinery import (
     mixed_precision,
     plugin_of,
     settle_groups,
-    settle_reuse,
+    settle_sizes,
     tensors_only,
 )
 from redheart.train.engine.moments import Piece, Read, adopt, partitions
@@ -87,10 +87,10 @@ class DeepSpeedEngine(Engine):
         if on_cpu:
             map_pieces(None)
         model = build(self._place())
-        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves empty ones
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]  # ZeRO-3 leaves empty ones
         if on_cpu:
-            map_pieces(num_parameters)
-        settle_reuse([settings, plugin.deepspeed_config], num_parameters)
+            map_pieces(sum(sizes))
+        settle_sizes([settings, plugin.deepspeed_config], sizes)
         place_buffers(model, self.device)
         self._names = {id(p): n for n, p in model.named_parameters()}
         optimizer = self._optimizer(model, config)
