@@ -55,35 +55,42 @@ def _link(one: dict[str, str]) -> str:
 
 
 def control() -> str:
-    picture = "\n![metrics of both, test](results/control-local.png)\n"
-    return "\n".join(map(_control, ("control-local-test.json", "control-local.json"))) + picture
+    """`local` on a CPU, then `base` on a GPU: the preset beside each plain transformer of the file."""
+    every = "GoEmotions, EmoBank, ETHICS and Amazon's counterfactuals, all of them"
+    options = "--no-equal-size --steps 2150 --batch 64 --learning-rate 1e-3 --set optimizer.learning_rate=1e-3"
+    how = "one pass, highest rate 1e-3 for both", "two CPU cores, one thread", f"bash tests/benchmarks/quality.sh OUT {options}"
+    parts = [_control(f"control-local{split}.json", every, *how) for split in ("-test", "")]
+    parts.append("![metrics of both, test](results/control-local.png)\n")
+    fewer = "GoEmotions, EmoBank, ETHICS' utilitarian pairs and Amazon's counterfactuals, 75,970 training rows (MiniLM's weights in fp16)"
+    passes = "1.7 passes, highest rate 7e-4, of the plain ones 1e-3"
+    options = "--steps 1000 --batch 128 --evaluations 6 --learning-rate 1e-3 --set optimizer.learning_rate=7e-4"
+    command = f"redheart bench control --preset base --data DATA --out OUT {options} --set memory.strategy=plain"
+    parts.append(_control("control-base-test.json", fewer, passes, "three seeds at once on an H200", command))
+    return "\n".join([*parts, "![metrics of all, test](results/control-base.png)\n"])
 
 
-def _control(file: str) -> str:
+def _control(file: str, corpora: str, how: str, where: str, command: str) -> str:
     told = read(file)
-    (ours, other), ahead = list(told["legs"]), next(iter(told["difference"].values()))
+    ours, *others = told["legs"]
     spread = lambda leg, name: "{mean:.3f} ± {sd:.3f}".format(**told["legs"][leg]["metrics"][name])  # noqa: E731
     rows = [
         (
             name,
-            told["legs"][ours]["metrics"][name]["metric"],
-            spread(ours, name),
-            spread(other, name),
-            "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**gap),
+            of["metric"],
+            *(spread(leg, name) for leg in told["legs"]),
+            *("{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**told["difference"][leg][name]) for leg in others),
         )
-        for name, gap in ahead.items()
+        for name, of in told["legs"][ours]["metrics"].items()
     ]
-    sizes = " and ".join(f"{told['legs'][leg]['parameters']:,}" for leg in (ours, other))
+    million = {leg: f"{told['legs'][leg]['parameters'] / 1e6:.3g}M" for leg in told["legs"]}
     head = (
-        f"## `{ours}` beside a plain transformer, {told['split']}\n\n"
-        "GoEmotions, EmoBank, ETHICS and Amazon's counterfactuals, all of them, "
-        f"{told['steps']} steps of {told['batch']} (one pass), highest rate 1e-3 for both, {told['split']}, "
-        f"{len(told['seeds'])} seeds: mean ± standard deviation, and "
-        f"the 95 % interval of the paired difference. Parameters: {sizes}; two CPU cores, one thread, 2026-11-27. "
-        "`bash tests/benchmarks/quality.sh OUT --no-equal-size --steps 2150 --batch 64 --learning-rate 1e-3 "
-        "--set optimizer.learning_rate=1e-3 --split " + f"{told['split']}`\n\n"
+        f"## `{ours}` beside {'a plain transformer' if len(others) == 1 else 'plain transformers'}, {told['split']}\n\n"
+        f"{corpora}, {told['steps']} steps of {told['batch']} ({how}), {told['split']}, "
+        f"{len(told['seeds'])} seeds: mean ± standard deviation, and the 95 % interval of the paired difference. "
+        f"{where}, 2026-11-27. `{command} --split {told['split']}`\n\n"
     )
-    return head + table(("answer", "metric", ours, "plain transformer", "ahead"), rows)
+    names = [f"{ours}, {million[ours]}", *(f"plain, {million[leg]}" for leg in others)]
+    return head + table(("answer", "metric", *names, *(f"ahead of {million[leg]}" for leg in others)), rows)
 
 
 def optimizers() -> str:
@@ -147,7 +154,8 @@ def card() -> str:
         for what in one["predicted"]
     ]
     head = f"## Peaks on an {told['card']}, GiB\n\n`330m`, 64 tokens, micro-batch 16, {told['date']}.\n\n"
-    return head + table(("strategy", "what", "predicted", "observed"), rows)
+    picture = "\n![errors of drawn configurations on an H200](results/plan-memory-gpu.png)\n"
+    return head + table(("strategy", "what", "predicted", "observed"), rows) + picture
 
 
 def ablation() -> str:
