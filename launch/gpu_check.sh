@@ -6,21 +6,22 @@
 #   setup  the wheels of --wheels into a folder of its own (no network is asked), a GPU looked for, the kernels compiled
 #   tests  tests/gpu: a step per strategy beside the CPU's, the planner's peak, the promise of 8 GB, swap, resuming, answers
 #   bench  330m with 64 tokens inside 8 GiB: every strategy that fits, and the reference on the whole card
+#   memory configurations drawn by a seed, each planned and run for two steps, six side by side
 #   more   the plan's own choices for 330m and 1b3, 64 and 128 tokens, 8 and 4 GiB
 #
-# --out DIR      for the results: gpu_check.json, tests.json, gpu-CARD-CAP.json, gpu_check.log [default: $OUT, else runs/gpu-check]
+# --out DIR      for the results: gpu_check.json, tests.json, gpu-CARD-CAP.json, memory.json, gpu_check.log [default: $OUT, else runs/gpu-check]
 # --minutes N    for all of it [default: 8]; what is left of it when a part's turn comes bounds the part
 # --wheels DIR   Python packages that this machine lacks [default: .whl, where there is one]
 # --device cpu   the same on a machine without a GPU: the CPU stands in, and the bench runs preset `local` in little
 # PYTHON names the interpreter [default: red_heart_env's, where it is and no wheels are; else python3].
 set -euo pipefail
 
-usage() { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 wrong() { echo "gpu_check: $*" >&2; usage >&2; exit 2; }
 say() { echo "gpu_check: $*" | tee -a "$log" >&2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-parts=(setup tests bench more)
+parts=(setup tests bench memory more)
 out=${OUT:-$root/runs/gpu-check} minutes=8 wheels="" device=gpu skipped=" "
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -83,6 +84,11 @@ bench() {
     "$python" -m redheart bench gpu --presets 330m --tokens 64 --caps 8GiB --timeout 120 --seconds "$seconds" --out "$out"
   fi
 }
+memory() {
+  local many=(--configurations 100 --at-once 6)
+  if [ "$device" = cpu ]; then many=(--configurations 1); fi
+  OMP_NUM_THREADS=1 "$python" -m redheart bench memory "${many[@]}" --seconds "$seconds" --out "$out/memory.json"
+}
 more() {
   if [ "$device" = cpu ]; then
     "$python" -m redheart bench gpu --presets local --tokens 8 --steps 1 --chosen-only --seconds "$seconds" --out "$out"
@@ -90,10 +96,10 @@ more() {
     "$python" -m redheart bench gpu --presets 330m --presets 1b3 --timeout 120 --chosen-only --seconds "$seconds" --out "$out"
   fi
 }
-export -f setup tests bench more
+export -f setup tests bench memory more
 export python device out site wheels seconds
 
-declare -A share=([setup]=150 [tests]=240 [bench]=300 [more]=480) # seconds of eight minutes that a part may take at most
+declare -A share=([setup]=150 [tests]=240 [bench]=240 [memory]=120 [more]=480) # seconds of eight minutes that a part may take at most
 records=() failed=no end=$((SECONDS + 60 * minutes))
 finish() {
   local joined

@@ -16,8 +16,10 @@ beside it.
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,16 +84,24 @@ def bench_memory(
     at_once: Annotated[
         int, typer.Option("--at-once", min=1, help="Configurations that run side by side, where the machine has room.")
     ] = 1,
+    seconds: Annotated[
+        int | None,
+        typer.Option("--seconds", min=1, help="For all of it: none starts after that; the rest is left out."),
+    ] = None,
 ) -> dict[str, Any]:
     """Predicted beside observed peaks of drawn configurations: resident memory on the CPU; on a GPU what its allocator reserved."""
     known = again or (out if out and out.is_file() else None)
     seen = read_json(known, "name a file of --out, or delete it")["cases"] if known else []
     jobs = seen if again else draw(configurations, seed, has_gpu())
+    end = math.inf if seconds is None else time.monotonic() + seconds
 
-    def found(job: dict[str, Any]) -> tuple[dict[str, Any], MicroStep | None]:
-        """A case without its prediction, and what a micro-step takes where that was measured along with it; or why it failed."""
+    def found(job: dict[str, Any]) -> tuple[dict[str, Any], MicroStep | None] | None:
+        """A case without its prediction, and what a micro-step takes where that was measured along with it; or why it failed. None:
+        no time was left for it."""
         given = {name: job[name] for name in ("set", "tokens", "contrasts", "ranks")}
         before = job if again else next((c for c in seen if {name: c[name] for name in given} == given), None)
+        if before is None and time.monotonic() > end:
+            return None
         told = before or (_on_gpu(job) if has_gpu() else on_ranks(_observed, job, job["ranks"], TIMEOUT_S))
         if "failed" in told:
             return {**given, **told}, None
@@ -100,9 +110,18 @@ def bench_memory(
 
     cases: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
-    result: dict[str, Any] = {}
+    left_out = 0
+
+    def result() -> dict[str, Any]:
+        told = {"seed": seed, "configurations": len(cases), "left_out": left_out, "ok": not failed, "failed": failed}
+        return {**told, **(summary(cases) if cases else {}), "cases": cases}
+
     with ThreadPoolExecutor(at_once) as pool:
-        for case, step in map(found, jobs) if at_once == 1 else pool.map(found, jobs):
+        for one in map(found, jobs) if at_once == 1 else pool.map(found, jobs):
+            if one is None:
+                left_out += 1
+                continue
+            case, step = one
             if "failed" in case:
                 failed.append(case)
                 console.print(f"failed: {case['failed']}", highlight=False)
@@ -110,13 +129,15 @@ def bench_memory(
             case = compared(case, planned(case, case["base_gib"], step))
             cases.append(case)
             told = f"{case['predicted_gib']:.3f} GiB of {case['observed_gib']:.3f} ({case['error']:+.1%})"
-            console.print(f"{len(cases)} of {len(jobs) - len(failed)}: {told}", highlight=False)
-            result = {"seed": seed, **summary(cases), "ok": not failed, "failed": failed, "cases": cases}
+            console.print(f"{len(cases) + len(failed)} of {len(jobs)}: {told}", highlight=False)
             if out:
-                write_json(out, result)
+                write_json(out, result())
+    if left_out:
+        console.print(f"{left_out} of {len(jobs)} configurations were left out: {seconds} s were over (--seconds)")
     if out:
+        write_json(out, result())
         picture(cases, out.with_suffix(".png"))
-    return result
+    return result()
 
 
 def compared(case: dict[str, Any], predicted: dict[str, float]) -> dict[str, Any]:
@@ -146,7 +167,7 @@ def summary(cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found = {name: [case[name] for case in cases] for name in ("error", "error_beyond")}
     for name in cases[0].get("others", {}):
         found[f"error_of_{name}"] = [case["others"][name]["error"] for case in cases]
-    told: dict[str, Any] = {"configurations": len(cases)}
+    told: dict[str, Any] = {}
     for name, errors in found.items():
         sizes = [abs(e) for e in errors]
         told[name] = {"median": statistics.median(sizes), "worst": max(sizes), "lowest": min(errors)}

@@ -109,3 +109,21 @@ def test_a_drawn_configuration_can_be_planned(on_gpu: bool):
         config = load_config("local", job["set"])
         assert job["ranks"] in ((1,) if on_gpu else (1, 2))
         assert on_gpu or config.memory.strategy != "gpu_8bit"
+
+
+def test_no_configuration_starts_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = iter((0.0, 3.0, 6.0, 11.0, 12.0))  # the end is set at the first
+    monkeypatch.setattr(memory.time, "monotonic", lambda: next(clock))
+    told = {"observed_gib": 2.0, "base_gib": 1.0, "micro_step": dict.fromkeys(STEP, 1)}
+    monkeypatch.setattr(memory, "on_ranks", lambda work, job, ranks, timeout_s: told)
+    monkeypatch.setattr(memory, "planned", lambda job, base, step: {"host_peak_gib": 2.0})
+    found = memory.bench_memory(4, 0, tmp_path / "out.json", seconds=10)
+    assert (found["configurations"], found["left_out"], found["ok"]) == (2, 2, True)
+
+
+def test_where_every_configuration_fails_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    monkeypatch.setattr(memory, "alone", lambda job, timeout_s: {"ended": False, "error": "exit code 1"})
+    found = memory.bench_memory(2, 0, tmp_path / "out.json")
+    assert (found["configurations"], len(found["failed"]), found["ok"]) == (0, 2, False)
+    assert json.loads((tmp_path / "out.json").read_text()) == found

@@ -58,7 +58,11 @@ def control() -> str:
     """`local` on a CPU, then `base` on a GPU: the preset beside each plain transformer of the file."""
     every = "GoEmotions, EmoBank, ETHICS and Amazon's counterfactuals, all of them"
     options = "--no-equal-size --steps 2150 --batch 64 --learning-rate 1e-3 --set optimizer.learning_rate=1e-3"
-    how = "one pass, highest rate 1e-3 for both", "two CPU cores, one thread", f"bash tests/benchmarks/quality.sh OUT {options}"
+    how = (
+        "one pass, highest rate 1e-3 for both",
+        "two CPU cores, one thread",
+        f"bash tests/benchmarks/quality.sh OUT {options}",
+    )
     parts = [_control(f"control-local{split}.json", every, *how) for split in ("-test", "")]
     parts.append("![metrics of both, test](results/control-local.png)\n")
     fewer = "GoEmotions, EmoBank, ETHICS' utilitarian pairs and Amazon's counterfactuals, 75,970 training rows (MiniLM's weights in fp16)"

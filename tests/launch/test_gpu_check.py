@@ -13,7 +13,7 @@ import pytest
 from tests.runs import BIN, ROOT
 
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
-PARTS = ["setup", "tests", "bench", "more"]
+PARTS = ["setup", "tests", "bench", "memory", "more"]
 
 
 def check(*words: str, timeout: int = 60, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +40,7 @@ case "$*" in
   -\\ *) eval "${{STUB_setup:-true}}" ;;
   *"-m pytest "*) eval "${{STUB_tests:-true}}" ;;
   *chosen-only*) eval "${{STUB_more:-true}}" ;;
+  *"bench memory"*) eval "${{STUB_memory:-true}}" ;;
   *"redheart bench "*) eval "${{STUB_bench:-true}}" ;;
   *'import xdist'*) exit 1 ;;
 esac
@@ -52,7 +53,7 @@ esac
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--skip", "lunch"], "setup tests bench more"),
+        (["--skip", "lunch"], "setup tests bench memory more"),
         (["--skip"], "--skip needs"),
         (["--minutes", "0"], "positive whole number"),
         (["--minutes", "eight"], "positive whole number"),
@@ -83,7 +84,13 @@ def test_every_part_runs_in_order_and_is_written_down(python: str, tmp_path: Pat
     assert [(p["part"], p["outcome"]) for p in told["parts"]] == [(p, "ok") for p in PARTS]
     assert told["device"] == "gpu"
     asked = (tmp_path / "asked").read_text()
-    for words in ("- gpu", "tests/gpu", "bench gpu --presets 330m --tokens 64 --caps 8GiB", "--presets 1b3"):
+    for words in (
+        "- gpu",
+        "tests/gpu",
+        "bench gpu --presets 330m --tokens 64 --caps 8GiB",
+        "--at-once 6",
+        "--presets 1b3",
+    ):
         assert words in asked
 
 
@@ -91,7 +98,7 @@ def test_results_go_where_out_says(python: str, tmp_path: Path):
     skip = [word for part in PARTS[1:] for word in ("--skip", part)]
     assert check(*skip, PYTHON=python, OUT=str(tmp_path / "given")).returncode == 0
     told = results(tmp_path / "given")
-    assert [p["outcome"] for p in told["parts"]] == ["ok", "skipped", "skipped", "skipped"]
+    assert [p["outcome"] for p in told["parts"]] == ["ok", *["skipped"] * 4]
     assert "pytest" not in (tmp_path / "asked").read_text()
 
 
@@ -99,7 +106,7 @@ def test_a_part_that_fails_leaves_the_others_their_turn(python: str, tmp_path: P
     done = check("--out", str(tmp_path / "out"), PYTHON=python, STUB_tests="echo broken; exit 3")
     assert done.returncode == 1
     outcomes = {p["part"]: p["outcome"] for p in results(tmp_path / "out")["parts"]}
-    assert outcomes == {"setup": "ok", "tests": "failed with exit code 3", "bench": "ok", "more": "ok"}
+    assert outcomes == dict.fromkeys(PARTS, "ok") | {"tests": "failed with exit code 3"}
     assert "broken" in (tmp_path / "out" / "gpu_check.log").read_text()
 
 
@@ -144,7 +151,7 @@ def test_all_of_it_with_the_cpu_as_the_gpu(tmp_path: Path):
         PYTHON=sys.executable, PATH=f"{BIN}:{os.environ['PATH']}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + (tmp_path / "gpu_check.log").read_text()[-5000:]
-    assert [p["outcome"] for p in results(tmp_path)["parts"]] == ["ok"] * 4
+    assert [p["outcome"] for p in results(tmp_path)["parts"]] == ["ok"] * 5
     tests = json.loads((tmp_path / "tests.json").read_text())
     assert tests["stand_in"]
     others = {t["test"]: t["outcome"] for t in tests["tests"] if t["outcome"] != "passed"}
