@@ -210,6 +210,21 @@ def test_a_whole_bench_and_what_is_kept_of_it(data: Path, tmp_path: Path):
         bench_control(str(data), out, **only, controls_only=True, equal_size=False)
 
 
+def test_seeds_side_by_side_are_those_of_one_call(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = {"data": str(data), "widths": [16], "equal_size": False, "controls_only": True, "steps": 2, "batch": 16}
+    one = bench_control(**asked, out=tmp_path / "one", seeds=2)
+    for seed in (1, 0):
+        alone = bench_control(**asked, out=tmp_path / "apart", only_seed=seed)
+        assert alone["seeds"] == [seed]
+        assert json.loads((tmp_path / "apart" / f"control-dev-seed{seed}.json").read_text()) == alone
+    assert not (tmp_path / "apart" / "control-dev.json").exists()
+    monkeypatch.setattr("redheart.bench.control.train_control", None)  # nothing is trained again
+    apart = bench_control(**asked, out=tmp_path / "apart", seeds=2)
+    metrics = lambda told: told["legs"]["control-16"]["metrics"]  # noqa: E731
+    assert metrics(apart) == metrics(one)
+    assert apart["seeds"] == [0, 1]
+
+
 def test_a_control_reads_what_the_network_reads(data: Path, tmp_path: Path, monkeypatch):
     read: list[list[str]] = []
     window = SampleStream.window

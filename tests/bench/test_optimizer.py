@@ -6,7 +6,8 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from redheart.bench.optimizer import _nearest, relative_error_by_decade
+from redheart.bench import optimizer
+from redheart.bench.optimizer import LINK, _Link, _nearest, relative_error_by_decade
 from redheart.cli import app
 
 NAMES = {"cpu_adamw_8bit", "deepspeed_cpu_adam", "deepspeed_cpu_adam_bf16", "torch_fused_adamw", "bitsandbytes_cpu"}
@@ -51,3 +52,27 @@ def test_nearest_is_nearest():
 
     code = torch.tensor([0.5, -1.0, 0.0])
     assert _nearest(torch.tensor([-0.6, -0.4, 0.2, 0.3, 9.0]), code).tolist() == [-1.0, 0.0, 0.0, 0.5, 0.5]
+
+
+def test_what_an_assumed_link_has_left_when_a_step_ends(monkeypatch: pytest.MonkeyPatch):
+    """A step of four seconds that finishes halves of 1.5 seconds of the link after one second and after four: the second is left."""
+    now = [0.0]
+    monkeypatch.setattr(optimizer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(optimizer, "has_gpu", lambda: False)
+    half = int(1.5 * LINK / 2)
+
+    def step(given) -> None:
+        began = now[0]
+        now[0] = began + 1.0
+        given(0, half)
+        now[0] = began + 4.0
+        given(half, 2 * half)
+
+    link = _Link(None)
+    for _ in range(3):  # the first warms up
+        link.used_by(step)
+    told = link.told(step_ns=3.5e9 / (2 * half), whole_s=3.0, n=2 * half)
+    assert told["link"] == "assumed"
+    assert told["hidden_share"] == pytest.approx(0.5)
+    assert told["gb_per_s"] == pytest.approx(12)
+    assert told["step_in_stretches"] == pytest.approx(4 / 3.5)
