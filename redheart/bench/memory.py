@@ -200,7 +200,7 @@ def planned(job: dict[str, Any], base_gib: float, step: MicroStep | None = None)
     accumulation = config.training.global_batch_size // (micro * ranks)
     request = Request(
         config, strategy, micro, accumulation, checkpointing, step, parameters_of(config), on_cpu=on_cpu, gpus_per_node=ranks,
-        base=int(base_gib / ranks * GIB) if on_cpu else None,
+        base=int(base_gib / ranks * GIB),
     )  # fmt: skip
     return predict(request).peaks_gib()
 

@@ -45,6 +45,12 @@ def resident_peak() -> int:
     return status_bytes("VmHWM")
 
 
+def shards_in_memory() -> int:
+    """Bytes of this process's resident memory that are pages of shards, which are mapped and never written to."""
+    maps = psutil.Process().memory_maps(grouped=True)
+    return sum(one.rss for one in maps if one.path.removesuffix(" (deleted)").endswith(".arrow"))
+
+
 def forget_peaks() -> None:
     """The present size is the peak from here on, on the host and in torch's GPU allocator; on a system without /proc nothing happens."""
     if PEAKS.exists():
@@ -145,11 +151,15 @@ def limit_gpu(config: RunConfig) -> None:
 def over_host_memory(config: RunConfig, step: int) -> str | None:
     """Why a run has to end before `step`: its processes of a node hold more than memory.host_memory_gib. None: they keep the promise.
 
-    Looked at on logging steps; collective. Pages that processes share count for each of them, as in `redheart plan`.
+    Looked at on logging steps; collective. Pages that processes share count for each of them, as in `redheart plan`; those of shards,
+    which the system takes back when it needs them, for none.
     """
     if step % config.training.log_every:
         return None
-    held = sum_over_ranks([float(resident())])[0] / 2**30 * local_world_size() / world_size()
+    share = local_world_size() / world_size() / 2**30
+    held = sum_over_ranks([float(resident())])[0] * share
+    if held > config.memory.host_memory_gib:  # on all ranks alike; looking at every mapping takes a while
+        held -= sum_over_ranks([float(shards_in_memory())])[0] * share
     if held <= config.memory.host_memory_gib:
         return None
     return (

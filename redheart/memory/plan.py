@@ -38,6 +38,9 @@ CUDA_AUTOCAST = 1.2  # activations beside a CPU's autocast, under which they are
 # kernels for bf16; and what is there of all that while an engine starts
 HOST_BASE_GPU, HOST_ENGINE_GPU, HOST_BF16_GPU = 1980 * MIB, 360 * MIB, 335 * MIB
 HOST_STARTING_GPU = 1060 * MIB
+HOST_DATA = (
+    390 * MIB
+)  # data sets and boards, which a training reads and `--measure` does not: of a CPU's 762, 375 are there without
 HOST_BASE_CPU = 762 * MIB  # the interpreter and the libraries of a CPU run, DeepSpeed and data sets included
 # what an engine of Accelerate and DeepSpeed keeps beside its tensors: while it starts, and once it trains
 HOST_STARTING, HOST_ENGINE = 27 * MIB, 82 * MIB
@@ -79,7 +82,9 @@ class Request:
     on_cpu: bool = False
     nodes: int = 1
     gpus_per_node: int = 1
-    base: int | None = None  # bytes of the process before a network; None: the constants above
+    base: int | None = (
+        None  # bytes of the process before a network, on a GPU one that reads no data; None: the constants above
+    )
 
     @property
     def ranks(self) -> int:
@@ -325,9 +330,10 @@ def predict(request: Request) -> Candidate:
         host_peak = r.gpus_per_node * max(both, stepping, s.gpu_start + s.host_start + starting)
         gpu, gpu_peak = {}, 0
     else:
-        host["base"] = HOST_BASE_GPU + HOST_ENGINE_GPU * (r.strategy != "plain")
+        data = HOST_DATA * (r.base is None)
+        host["base"] = HOST_BASE_GPU + data + HOST_ENGINE_GPU * (r.strategy != "plain")
         host["base"] += HOST_BF16_GPU * (r.config.training.precision == "bf16")
-        host_peak = r.gpus_per_node * max(sum(host.values()), s.host_start + HOST_STARTING_GPU)
+        host_peak = r.gpus_per_node * max(sum(host.values()), s.host_start + HOST_STARTING_GPU + data)
     candidate = Candidate(
         r.strategy, r.micro_batch_size, r.gradient_accumulation_steps, r.activation_checkpointing, step, gpu, host,
         gpu_peak, host_peak, step_times(r), 0.0,

@@ -74,7 +74,7 @@ def measure_step(
     base = resident()
     request = Request(
         config, strategy, micro, accumulation, checkpointing, step, parameters_of(config),
-        on_cpu=not on_gpu, gpus_per_node=launched_world_size(), base=None if on_gpu else base,
+        on_cpu=not on_gpu, gpus_per_node=launched_world_size(), base=base,
     )  # fmt: skip
     planned = predict(request)
     if on_gpu:

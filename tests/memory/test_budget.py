@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,7 +16,7 @@ from redheart.cli import app
 from redheart.config import load_config
 from redheart.memory import budget, refuse
 from redheart.memory.activations import Activations, MicroStep
-from redheart.memory.budget import CONTEXT, Bound, budget_of, limit_gpu, over_host_memory
+from redheart.memory.budget import CONTEXT, Bound, budget_of, limit_gpu, over_host_memory, shards_in_memory
 from redheart.memory.plan import Card, Request, predict
 from redheart.memory.states import Parameters
 from redheart.schema import RedHeartError
@@ -170,6 +172,23 @@ def test_the_host_is_looked_at_on_logging_steps(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "holds 3.00 GiB" in over_host_memory(config, 5)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert over_host_memory(config, 5) is None
+
+
+def test_pages_of_shards_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The system takes them back when it needs them. Two files of 24 MiB are mapped and read, one of them a shard."""
+    before = shards_in_memory()
+    maps = []
+    for name in ("train-00000.arrow", "other.bin"):
+        (tmp_path / name).write_bytes(bytes(24 * 2**20))
+        maps.append(np.memmap(tmp_path / name, mode="r"))
+        assert maps[-1].sum() == 0
+    assert shards_in_memory() - before == 24 * 2**20
+    config = load_config("local", ["memory.host_memory_gib=2", "training.log_every=5"])
+    monkeypatch.setattr(budget, "resident", lambda: int(2.02 * GIB))
+    monkeypatch.setattr(budget, "shards_in_memory", lambda: int(0.01 * GIB))
+    assert "holds 2.01 GiB" in over_host_memory(config, 5)
+    monkeypatch.setattr(budget, "shards_in_memory", lambda: int(0.03 * GIB))
     assert over_host_memory(config, 5) is None
 
 

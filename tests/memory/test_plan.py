@@ -139,9 +139,12 @@ def test_a_candidates_bytes_and_peaks_by_hand():
     terms = sum(found.gpu.values())
     stepping = terms - 1007 * MB - s.gpu["buckets"] + s.step
     assert found.gpu_peak == max(terms, stepping, s.gpu_start + 64 * 2**20 + allocator + CONTEXT)
-    base = room.HOST_BASE_GPU + room.HOST_ENGINE_GPU + room.HOST_BF16_GPU
+    measured = room.HOST_BASE_GPU + room.HOST_ENGINE_GPU + room.HOST_BF16_GPU
+    assert predicted("zero2", 8, base=1).host == {**s.host, "base": measured}
+    base = measured + room.HOST_DATA  # what a training has, and one step alone has not
     assert found.host == {**s.host, "base": base}
-    assert predicted("zero2", 8, gpus_per_node=4).host_peak == 4 * max(base, s.host_start + room.HOST_STARTING_GPU)
+    starting = s.host_start + room.HOST_STARTING_GPU + room.HOST_DATA
+    assert predicted("zero2", 8, gpus_per_node=4).host_peak == 4 * max(base, starting)
     once = predicted("plain", 1)  # gradients grow while activations shrink: together as measured
     assert once.gpu["gradients"] == 660 * MB
     assert once.gpu["activations"] == int(room.CUDA_AUTOCAST * 940 * MB)
