@@ -136,6 +136,7 @@ def bench_memory(
         console.print(f"{left_out} of {len(jobs)} configurations were left out: {seconds} s were over (--seconds)")
     if out:
         write_json(out, result())
+    if out and cases:
         picture(cases, out.with_suffix(".png"))
     return result()
 

@@ -127,3 +127,4 @@ def test_where_every_configuration_fails_it_says_so(tmp_path: Path, monkeypatch:
     found = memory.bench_memory(2, 0, tmp_path / "out.json")
     assert (found["configurations"], len(found["failed"]), found["ok"]) == (0, 2, False)
     assert json.loads((tmp_path / "out.json").read_text()) == found
+    assert not (tmp_path / "out.png").exists()
