@@ -25,7 +25,7 @@ from redheart.schema import LABELS, RedHeartError
 from redheart.train.stages import steps_of
 
 LARGE = 2000  # rows from which on the network of 330M parameters has something to learn from
-SAMPLES_PER_S = {"local": 88, "330m": 257}  # on two CPU cores; on an H200 (README, figures)
+SAMPLES_PER_S = {"local": 88, "330m": 43}  # on two CPU cores; with its own strategy on an H100 (figures)
 MULTILINGUAL = {"name": "intfloat/multilingual-e5-small", "layers": [8, 12]}  # 384 wide, as the default; a download
 
 

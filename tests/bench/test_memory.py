@@ -1,6 +1,7 @@
 """The draw is the seed's, a case says how far a prediction lies off, and a small run is observed and predicted by the command's own way."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,27 @@ def test_a_drawn_configuration_can_be_planned(on_gpu: bool):
         config = load_config("local", job["set"])
         assert job["ranks"] in ((1,) if on_gpu else (1, 2))
         assert on_gpu or config.memory.strategy != "gpu_8bit"
+
+
+def test_nothing_more_begins_when_somebody_interrupts(monkeypatch: pytest.MonkeyPatch):
+    begun, go = [], threading.Event()
+
+    def alone(job: dict, timeout_s: int) -> dict:
+        begun.append(job)
+        if len(begun) > 1:
+            go.wait(60)
+        return {"ended": True, "observed": {"gpu_reserved_gib": 1.0}, "micro_step": dict.fromkeys(STEP, 1)}
+
+    def planned(job, base, step):
+        threading.Timer(0.2, go.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "has_gpu", lambda: True)
+    monkeypatch.setattr(memory, "alone", alone)
+    monkeypatch.setattr(memory, "planned", planned)
+    with pytest.raises(KeyboardInterrupt):
+        memory.bench_memory(40, 0, at_once=2)
+    assert 2 <= len(begun) <= 4  # the first, and those that took their turn before the interrupt
 
 
 def test_no_configuration_starts_when_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
