@@ -116,8 +116,7 @@ def bench_memory(
         told = {"seed": seed, "configurations": len(cases), "left_out": left_out, "ok": not failed, "failed": failed}
         return {**told, **(summary(cases) if cases else {}), "cases": cases}
 
-    pool = ThreadPoolExecutor(at_once)
-    try:
+    with ThreadPoolExecutor(at_once) as pool:
         for one in map(found, jobs) if at_once == 1 else pool.map(found, jobs):
             if one is None:
                 left_out += 1
@@ -133,8 +132,6 @@ def bench_memory(
             console.print(f"{len(cases) + len(failed)} of {len(jobs)}: {told}", highlight=False)
             if out:
                 write_json(out, result())
-    finally:
-        pool.shutdown(cancel_futures=True)  # what has begun ends, and nothing else begins
     if left_out:
         console.print(f"{left_out} of {len(jobs)} configurations were left out: {seconds} s were over (--seconds)")
     if out:
