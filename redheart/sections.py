@@ -30,6 +30,19 @@ class BesideConfig(Section):
     name: str = Field(description="as of data.encoder.name")
     layers: tuple[int, ...] = Field(min_length=1, description="its hidden layers concatenated")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_package(cls, value: Any) -> Any:
+        return with_layers(value)
+
+
+def with_layers(encoder: Any) -> Any:
+    """A packaged encoder named without layers, with the layers that are best of it."""
+    known = (
+        PACKAGED.get(encoder["name"]) if isinstance(encoder, dict) and isinstance(encoder.get("name"), str) else None
+    )
+    return {"layers": known.layers, **encoder} if known else encoder
+
 
 def as_section(encoder: Any) -> Any:
     """`data.encoder` as a list of encoders in the form of a section: the first, with the others `beside` it."""
@@ -42,11 +55,17 @@ class EncoderConfig(Section):
     """The frozen encoder whose token states are the network's input, or several of them: then also written as a list."""
 
     name: str = Field("package:minilm", description=f"{', '.join(PACKAGED)}, a directory, or a hub id")
-    layers: tuple[int, ...] = Field((4, 6), min_length=1, description=f"hidden layers concatenated; {GOOD_LAYERS}")
+    layers: tuple[int, ...] = Field(
+        (4, 6),
+        min_length=1,
+        description=f"hidden layers concatenated; of a package that is named without them, the best by dev: {GOOD_LAYERS}",
+    )
     max_tokens: int = Field(64, ge=4, le=MAX_POSITIONS, description="longer texts are cut here; prepare says how many")
     batch_size: int = Field(32, gt=0, description="texts the encoder reads at once")
     device: str = Field("auto", description="where it computes: `auto` (a GPU where there is one), cpu, cuda or cuda:1")
-    languages: tuple[str, ...] = Field(("en",), description="languages the encoder was made for; others are refused")
+    languages: tuple[str, ...] | None = Field(
+        None, description="languages it was made for; others are refused; null: those a package is known for, else en"
+    )
     beside: tuple[BesideConfig, ...] = Field(
         (),
         description="encoders beside it, a list of {name, layers}; data.encoder may be the list of all: "
@@ -56,7 +75,7 @@ class EncoderConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _list(cls, value: Any) -> Any:
-        return as_section(value)
+        return with_layers(as_section(value))
 
     @model_validator(mode="after")
     def _fits(self) -> EncoderConfig:
@@ -71,6 +90,14 @@ class EncoderConfig(Section):
         """Every encoder as one of its own, in order."""
         alone = self.model_copy(update={"beside": ()})
         return (alone, *(alone.model_copy(update={"name": b.name, "layers": b.layers}) for b in self.beside))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The languages that all of them read; a text that names none is taken to be in the first."""
+        if self.languages is not None:
+            return self.languages
+        first, *others = (PACKAGED[e.name].languages if e.name in PACKAGED else ("en",) for e in self.each)
+        return tuple(language for language in first if all(language in other for other in others))
 
     @property
     def names(self) -> str:

@@ -31,7 +31,7 @@ PRESETS = ("330m", "base", "local")
 DEFAULTS = {
     "model": {"encoder_width": 768, "layers": 6, "num_experts": 8, "dropout": 0.1, "ablate": (), "activation_checkpointing": False},
     "data.encoder": {"name": "package:minilm", "layers": (4, 6), "max_tokens": 64, "batch_size": 32, "device": "auto",
-                     "languages": ("en",)},
+                     "languages": None},
     "data.labeler": {"name": "package:smollm2", "quantization": "nf4", "weight": 0.3, "max_texts": None, "batch_size": 8,
                      "unpack": True, "min_mass": 0.05, "min_spread": 0.01, "min_agreement": 0.55},
     "data.augment": {"kind": None, "max_texts": None, "min_similarity": 0.8, "max_shift": 0.05, "min_gain": 0.05},

@@ -22,7 +22,7 @@ from redheart.console import console, emit, table
 BENCHES = {
     "loader": "Samples per second into padded batches, beside `datasets` streaming.",
     "trainer": "Samples per second of `train`, beside a bare torch loop and Transformers' Trainer.",
-    "encoder": "The packaged encoders under linear probes on dev splits.",
+    "encoder": "Encoders and their layers under linear probes on dev splits.",
     "label": "Texts per second that the LLM scores, beside generating JSON and parsing it.",
     "model": "Seconds and FLOPs of a training step, module by module.",
     "step": "Operations, parameter tensors and waits of a training step, counted.",

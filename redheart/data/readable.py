@@ -87,16 +87,16 @@ def unreadable(records: Sequence[Mapping[str, Any]], config: EncoderConfig) -> d
         for record, reading in zip(rows, reader([r[field] for r in rows]), strict=True):
             if reading.reason:
                 reasons[record["id"]] = reading.reason
-    known = ", ".join(config.languages)
+    known = _known(config)
     for record in records:
-        if record["lang"] not in config.languages:
+        if record["lang"] not in config.reads:
             reasons[record["id"]] = f"its language is {record['lang']!r}, and data.encoder.languages names {known}"
     return reasons
 
 
 def check_languages(records: Sequence[Mapping[str, Any]], config: EncoderConfig, sample: int = 1000) -> None:
     """Raises if records are in a language that the encoder was not made for; says how badly its tokenizer reads them."""
-    foreign = Counter(r["lang"] for r in records if r["lang"] not in config.languages)
+    foreign = Counter(r["lang"] for r in records if r["lang"] not in config.reads)
     if not foreign:
         return
     lang, count = foreign.most_common(1)[0]
@@ -105,10 +105,15 @@ def check_languages(records: Sequence[Mapping[str, Any]], config: EncoderConfig,
     pieces = [i for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids]
     unknown = sum(i == tokenizer.unk_token_id for i in pieces) / max(len(pieces), 1)
     raise RedHeartError(
-        f"{count} records are in {lang!r}, which encoder {config.name} was not made for (data.encoder.languages = "
-        f"{list(config.languages)}): {unknown:.1%} of their pieces are unknown to it, {len(pieces) / len(texts):.0f} pieces a "
-        "text. Choose a multilingual encoder (--set data.encoder.name=…), or add the language there if it really reads it"
+        f"{count} records are in {lang!r}, which encoder {config.name} was not made for (data.encoder.languages: "
+        f"{_known(config)}): {unknown:.1%} of their pieces are unknown to it, {len(pieces) / len(texts):.0f} pieces a "
+        "text. Choose a multilingual encoder (--set data.encoder.name=package:e5-small-ko), or add the language there if it really reads it"
     )
+
+
+def _known(config: EncoderConfig) -> str:
+    few = config.reads[:8]
+    return ", ".join(few) + (f" and {len(config.reads) - len(few)} more" if len(config.reads) > len(few) else "")
 
 
 def _tokenizer(config: EncoderConfig) -> Any:

@@ -17,6 +17,7 @@ from redheart.config import DataConfig, load_config, parse_section
 from redheart.console import console
 from redheart.data.gather import Gathered, gather
 from redheart.data.own import SOURCE, columns_of
+from redheart.data.pretrained import OPTIONAL
 from redheart.data.sources.tabular import header
 from redheart.files import write_text
 from redheart.memory.budget import gib
@@ -26,7 +27,7 @@ from redheart.train.stages import steps_of
 
 LARGE = 2000  # rows from which on the network of 330M parameters has something to learn from
 SAMPLES_PER_S = {"local": 88, "330m": 43}  # on two CPU cores; with its own strategy on an H100 (figures)
-MULTILINGUAL = {"name": "intfloat/multilingual-e5-small", "layers": [8, 12]}  # 384 wide, as the default; a download
+MULTILINGUAL = "package:e5-small-ko"  # as wide as the default
 
 
 def init(
@@ -64,11 +65,11 @@ def init(
     memory = None if card.casefold() == "none" else gib(card, "--gpu-memory")
     minutes = minutes or _minutes(_ask("How many minutes may training take", "--minutes", "10"))
     language = language or _ask("Language of the texts (en, ko, de …)", "--language", "en")
-    encoder = {} if language == "en" else {"encoder": {**MULTILINGUAL, "languages": [language]}}
+    encoder = {} if language == "en" else {"encoder": {"name": MULTILINGUAL, "languages": [language]}}
     if encoder:
         console.print(
-            f"the default encoder reads English alone: for {language!r} it is {MULTILINGUAL['name']}, which reads many languages and "
-            "is downloaded when training starts (data.encoder)",
+            f"the default encoder reads English alone: for {language!r} it is {MULTILINGUAL}, which reads many languages; "
+            f"`{OPTIONAL[MULTILINGUAL]}` adds it to the environment (data.encoder)",
             markup=False,
         )
     values = {"file": data, "columns": {SOURCE: {text: "text", **columns}}, **encoder}
@@ -98,7 +99,7 @@ def _written(data: dict[str, Any], gathered: Gathered, memory: float | None, min
         ),
     ]
     if "encoder" in data:
-        lines.append("  encoder:  # reads many languages; downloaded at the first use")
+        lines.append(f"  encoder:  # reads many languages; {OPTIONAL[MULTILINGUAL]} installs it")
         lines += [
             "  " + line for line in _indented(yaml.safe_dump(data["encoder"], default_flow_style=None, sort_keys=False))
         ]

