@@ -1,6 +1,6 @@
 """Does every module earn its place? The table of evaluation/ablation.py for a run, and for runs trained without a module.
 
-redheart bench ablation --checkpoint RUN [--retrained RUN_WITHOUT …] --json
+redheart bench ablation --checkpoint RUN [--checkpoint ANOTHER_SEED …] [--retrained RUN_WITHOUT …] --json
 """
 
 from __future__ import annotations
@@ -14,45 +14,82 @@ from torch import nn
 
 from redheart.console import console, progress, table
 from redheart.data.stream import SampleStream
-from redheart.evaluation.ablation import Effect, effects
+from redheart.evaluation.ablation import Effect, effects, over_seeds
 from redheart.evaluation.answers import Answers, answers
 from redheart.model.moe import inert
 from redheart.model.redheart import RedHeartModel
-from redheart.options import Checkpoint, ItsData
+from redheart.options import ItsData
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import Trained, load_model, resolve
 
 
 def bench_ablation(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        list[Path],
+        typer.Option(
+            "--checkpoint",
+            help="An export, a checkpoint, or a run directory (its best one). May be repeated: networks of several seeds, judged together.",
+        ),
+    ],
     retrained: Annotated[
         list[Path] | None,
         typer.Option("--retrained", metavar="RUN", help="A run trained with model.ablate; may be repeated."),
     ] = None,
     single_expert: Annotated[
-        Path | None, typer.Option("--single-expert", metavar="RUN", help="A run trained with model.num_experts=1.")
+        list[Path] | None,
+        typer.Option("--single-expert", metavar="RUN", help="A run trained with model.num_experts=1; may be repeated."),
     ] = None,
     data: ItsData = None,
     split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
     rows: Annotated[int | None, typer.Option("--rows", min=100, help="Only N rows, evenly spread.")] = None,
 ) -> dict[str, Any]:
-    """What each module is worth: held-out metrics without it, with bootstrap intervals.
+    """What each module is worth: held-out metrics without it, with bootstrap intervals, or over several seeds with Student's.
 
-    Removes every head, analyzer and auxiliary module in turn, makes the gates even, and compares with runs trained without a module.
-    Answers without a label in the training split are left out: nobody taught them, and what moves them is chance.
+    Removes every head, analyzer and auxiliary module in turn, makes the gates even, and compares with runs trained without a module
+    (of several networks: with those of the same training.seed). Answers without a label in the training split are left out: nobody
+    taught them, and what moves them is chance.
     """
-    whole = load_model(resolve(checkpoint))
+    wholes = [load_model(resolve(path)) for path in checkpoint]
+    others = {path: _without(path) for path in retrained or ()} | {path: _single(path) for path in single_expert or ()}
+    seeds = [whole.config.training.seed for whole in wholes]
+    if len(set(seeds)) < len(seeds):
+        raise RedHeartError(f"two of --checkpoint were trained with the same training.seed {seeds}: name one of each")
+    for path, (_, other) in others.items():
+        _check_seed(path, other, seeds)
+    each = [_of_one(whole, others, data, split, rows, len(wholes) > 1) for whole in wholes]
+    lines = over_seeds(each) if len(each) > 1 else each[0]
+    return {
+        "checkpoint": str(checkpoint[0]) if len(checkpoint) == 1 else [str(path) for path in checkpoint],
+        "split": split,
+        "step": wholes[0].progress.step if len(wholes) == 1 else [whole.progress.step for whole in wholes],
+        "seeds": seeds,
+        "effects": [asdict(line) | {"verdict": line.verdict} for line in lines],
+        **({"each": [[asdict(line) for line in one] for one in each]} if len(each) > 1 else {}),
+    }
+
+
+def _of_one(
+    whole: Trained,
+    others: dict[Path, tuple[str, Trained]],
+    data: str | None,
+    split: str,
+    rows: int | None,
+    by_seed: bool,
+) -> list[Effect]:
+    """The effects of one network, beside those of `others` that it is compared with."""
     train, *streams = [
         SampleStream(data or whole.progress.data, s, whole.config.data.remote) for s in ("train", "dev", split)
     ]
     taught = {name for name, weight in train.label_sample()[1].items() if weight.sum() > 0}
     modules = [m for m in whole.model.built if m != "backbone"]
-    others = [_checked(path, whole) for path in retrained or ()]
+    seed = whole.config.training.seed
+    others = {path: other for path, other in others.items() if not by_seed or other[1].config.training.seed == seed}
+    for path, (_, other) in others.items():
+        _check_alike(path, other, whole)
     lines: list[Effect] = []
     gates = _gate_modules(whole.model)
-    steps = 1 + len(modules) + len(gates) + len(others) + bool(single_expert)
-    with progress("ablation", steps, 0) as (bar, task):
+    with progress(f"ablation, seed {seed}", 1 + len(modules) + len(gates) + len(others), 0) as (bar, task):
 
         def answered(by: Trained, without: tuple[str, ...] = ()) -> tuple[dict[str, Answers], ...]:
             return tuple(answers(by.model, s, without, rows) for s in streams)
@@ -69,19 +106,9 @@ def bench_ablation(
         for name, gate in gates.items():
             with inert(gate):
                 lines += compared(name, "made even", answered(whole))
-        for name, other in others:
+        for name, other in others.values():
             lines += compared(name, "retrained", answered(other))
-        if single_expert:
-            single = load_model(resolve(single_expert))
-            if single.model.config.num_experts != 1:
-                raise RedHeartError(f"{single_expert} has {single.model.config.num_experts} experts, not one")
-            lines += compared("mixture of experts", "retrained", answered(single))
-    return {
-        "checkpoint": str(checkpoint),
-        "split": split,
-        "step": whole.progress.step,
-        "effects": [asdict(line) | {"verdict": line.verdict} for line in lines],
-    }
+    return lines
 
 
 def show(result: dict[str, Any]) -> None:
@@ -95,7 +122,10 @@ def show(result: dict[str, Any]) -> None:
         for module, how in dict.fromkeys(k[:2] for k in lines)
     ]
     console.print(table(f"what each module is worth on {result['split']}: metric with it minus without", columns, rows))
-    console.print("+ helps, - hurts, both beyond the 95 % interval; a gate made even weighs all its experts alike")
+    over = f" over {len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else ""
+    console.print(
+        f"+ helps, - hurts, both beyond the 95 % interval{over}; a gate made even weighs all its experts alike"
+    )
 
 
 def _cell(line: dict[str, Any] | None) -> str:
@@ -105,17 +135,33 @@ def _cell(line: dict[str, Any] | None) -> str:
     return f"{line['difference']:+.3f} [{line['low']:+.3f} {line['high']:+.3f}] {mark}"
 
 
-def _checked(path: Path, whole: Trained) -> tuple[str, Trained]:
+def _without(path: Path) -> tuple[str, Trained]:
     """A run trained without modules, and their names."""
     other = load_model(resolve(path))
     if not other.model.config.ablate:
         raise RedHeartError(f"{path} was trained with every module: train it with --set model.ablate=[MODULE]")
+    return " + ".join(other.model.config.ablate), other
+
+
+def _single(path: Path) -> tuple[str, Trained]:
+    single = load_model(resolve(path))
+    if single.model.config.num_experts != 1:
+        raise RedHeartError(f"{path} has {single.model.config.num_experts} experts, not one")
+    return "mixture of experts", single
+
+
+def _check_seed(path: Path, other: Trained, seeds: list[int]) -> None:
+    seed = other.config.training.seed
+    if len(seeds) > 1 and seed not in seeds:
+        raise RedHeartError(f"{path} was trained with training.seed={seed}, and no --checkpoint was ({seeds})")
+
+
+def _check_alike(path: Path, other: Trained, whole: Trained) -> None:
     if other.progress.step != whole.progress.step or other.progress.encoder != whole.progress.encoder:
         raise RedHeartError(
             f"{path} stands at step {other.progress.step} and the whole network at {whole.progress.step}, or they read "
             "other features: train both alike"
         )
-    return " + ".join(other.model.config.ablate), other
 
 
 def _gate_modules(model: RedHeartModel) -> dict[str, nn.Linear]:

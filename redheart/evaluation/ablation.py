@@ -4,13 +4,18 @@ Removal asks how much the trained network leans on a module; retraining asks whe
 difference is metric(with) - metric(without) on the same rows, its interval the 2.5th to 97.5th percentile of the paired
 bootstrap over rows (Efron and Tibshirani 1993, ch. 13). Labels of people alone judge. Emotions are said to be there above
 the threshold that is best on dev (on the other half of it, where dev is judged), chosen anew for every variant.
+
+Of networks of several seeds the differences are averaged, and the interval is Student's over the seeds: what one network leans on by
+chance, another does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from redheart.evaluation.answers import Answers, cuts, resampled, sums
 from redheart.tasks import TASKS
@@ -36,6 +41,27 @@ class Effect:
     @property
     def verdict(self) -> str:
         return "helps" if self.low > 0 else "hurts" if self.high < 0 else "–"
+
+
+def over_seeds(each: Sequence[Sequence[Effect]]) -> list[Effect]:
+    """The effects of networks of at least two seeds as one: means, and Student's 95 % interval of the mean difference.
+
+    A line that not every network has is left out: an answer that one of them could not be judged by is no answer of all.
+    """
+    lines = [{(e.module, e.how, e.task): e for e in effects} for effects in each]
+    found = []
+    for key, first in lines[0].items():
+        if not all(key in line for line in lines):
+            continue
+        same = [line[key] for line in lines]
+        whole, without, differences = (
+            np.array([getattr(e, name) for e in same]) for name in ("whole", "without", "difference")
+        )
+        half = student.ppf(0.975, len(same) - 1) * differences.std(ddof=1) / np.sqrt(len(same))
+        mean = float(differences.mean())
+        figures = (float(whole.mean()), float(without.mean()), mean, mean - float(half), mean + float(half))
+        found.append(Effect(*key, first.metric, first.rows, *figures))
+    return found
 
 
 def effects(

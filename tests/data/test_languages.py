@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,3 +184,22 @@ def test_a_few_of_a_published_corpus_are_left_out_aloud_and_many_are_refused():
         set_aside(gathered, records, many, False, "e")
     with pytest.raises(RedHeartError, match="1 of 200"):
         set_aside(replace(gathered, published=frozenset()), records, {"7": "spelled"}, False, "e")
+
+
+def test_a_syllable_of_hangul_is_more_than_a_letter():
+    """What is written in words that a vocabulary knows by syllables is read; the same in the letters of its syllables is spelled."""
+    text = "핵노잼 진심 실망 돈아까워"
+    by_syllable = pieces_of([*dict.fromkeys(text.replace(" ", ""))], None)
+    by_letter = pieces_of([*dict.fromkeys(unicodedata.normalize("NFD", text).replace(" ", ""))], normalizers.NFD())
+    assert Reader(by_syllable)([text])[0].reason == ""
+    assert "spelled rather than read" in Reader(by_letter)([text])[0].reason
+
+
+def pieces_of(characters: list[str], normalizer: normalizers.Normalizer | None) -> PreTrainedTokenizerFast:
+    """A tokenizer of these pieces and of two English words, as which PLAIN is no test of it."""
+    vocabulary = {p: n for n, p in enumerate(["[UNK]", "something", "wonderful", "happened", *characters])}
+    vocabulary |= {f"##{p}": len(vocabulary) + n for n, p in enumerate(characters)}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")

@@ -1,11 +1,13 @@
 """The ablation's arithmetic against scikit-learn and scipy, and its verdicts on known effects."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, ttest_1samp
 from sklearn.metrics import accuracy_score, f1_score
 
-from redheart.evaluation.ablation import effects
+from redheart.evaluation.ablation import Effect, effects, over_seeds
 from redheart.evaluation.answers import Answers, cuts, metric, sums, thresholds, tuned_macro_f1
 
 RNG = np.random.default_rng(0)
@@ -104,3 +106,23 @@ def test_emotions_that_nobody_has_are_left_out():
     given = made(0.5)
     none = Answers(given.prediction, np.zeros_like(given.target), given.known)
     assert effects("x", "removed", ({"emotion": none},) * 2, ({"emotion": none},) * 2) == []
+
+
+def test_over_seeds_the_interval_is_students():
+    """Three seeds of known differences: scipy's t-test of one sample says the same. A line that one seed lacks is left out."""
+    lines = [
+        [Effect("m", "removed", "vad", "pearson", 100, whole, whole - d, d, d - 0.01, d + 0.01), *extra]
+        for whole, d, extra in (
+            (0.5, 0.02, [Effect("m", "removed", "regret", "pearson", 9, 0.1, 0.0, 0.1, 0.05, 0.2)]),
+            (0.4, 0.03, []),
+            (0.6, 0.025, []),
+        )
+    ]
+    (line,) = over_seeds(lines)
+    expected = ttest_1samp([0.02, 0.03, 0.025], 0).confidence_interval(0.95)
+    assert (line.low, line.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert (line.whole, line.difference, line.verdict) == (pytest.approx(0.5), pytest.approx(0.025), "helps")
+    turned = [
+        [replace(one, difference=one.difference * sign)] for (one, *_), sign in zip(lines, (1, -1, 1), strict=True)
+    ]
+    assert over_seeds(turned)[0].verdict == "–"  # each seed alone is sure, and they disagree
