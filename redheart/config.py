@@ -251,7 +251,17 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     values = _resolved([shipped, said], overrides)
     if isinstance(data := values.get("data"), dict) and data.get("file"):
         values = _resolved([OWN_UNDER, shipped, OWN, said], overrides)
-    return parse_config(values)
+    return _as_wide_as_its_encoder(parse_config(values))
+
+
+def _as_wide_as_its_encoder(config: RunConfig) -> RunConfig:
+    """With the width of the encoder's features where that is known and model.encoder_width was not given. It stays one that nobody
+    stated, which data may change."""
+    if "encoder_width" in config.model.model_fields_set or config.data.encoder.width is None:
+        return config
+    model = config.model.model_copy(update={"encoder_width": config.data.encoder.width})
+    model.model_fields_set.discard("encoder_width")
+    return config.model_copy(update={"model": model})
 
 
 def _resolved(layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:

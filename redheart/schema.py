@@ -86,18 +86,20 @@ E5_LANGUAGES = ("ko", *_OTHERS.split())
 
 
 class Packaged(NamedTuple):
-    """An encoder that comes as Python packages: the hidden layers that dev splits chose of it, its weights' licence, what it reads."""
+    """An encoder that comes as Python packages: the width of its states, the hidden layers that dev splits chose of it, its weights'
+    licence, the languages it reads."""
 
+    width: int
     layers: tuple[int, ...]
     licence: str
     languages: tuple[str, ...] = ("en",)
 
 
 PACKAGED = {  # found by data/pretrained.py
-    "package:minilm": Packaged((4, 6), "Apache-2.0"),
-    "package:smollm2": Packaged((20,), "Apache-2.0"),
-    "package:mpnet": Packaged((6, 9), "Apache-2.0"),
-    "package:e5-small-ko": Packaged((8, 12), "MIT", E5_LANGUAGES),
+    "package:minilm": Packaged(384, (4, 6), "Apache-2.0"),
+    "package:smollm2": Packaged(576, (20,), "Apache-2.0"),
+    "package:mpnet": Packaged(768, (6, 9), "Apache-2.0"),
+    "package:e5-small-ko": Packaged(384, (8, 12), "MIT", E5_LANGUAGES),
 }
 GOOD_LAYERS = ", ".join(f"{name} {list(packaged.layers)}" for name, packaged in PACKAGED.items())  # 0 is the embedding
 

