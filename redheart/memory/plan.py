@@ -118,6 +118,7 @@ class Candidate:
     host_peak: int
     times_s: dict[str, float]
     samples_per_s: float
+    host_pinned: int = 0  # of the host's bytes: page-locked
     fits: bool = False
 
     @property
@@ -153,6 +154,7 @@ class Candidate:
         terms = {"gpu": self.gpu, "host": self.host}
         return {
             **self.to_json(),
+            "host_pinned_gib": round(self.host_pinned / GIB, 3),
             "fits": self.fits,
             "step_s": round(self.step_s, 4),
             "bound": self.bound,
@@ -336,7 +338,7 @@ def predict(request: Request) -> Candidate:
         host_peak = r.gpus_per_node * max(sum(host.values()), s.host_start + HOST_STARTING_GPU + data)
     candidate = Candidate(
         r.strategy, r.micro_batch_size, r.gradient_accumulation_steps, r.activation_checkpointing, step, gpu, host,
-        gpu_peak, host_peak, step_times(r), 0.0,
+        gpu_peak, host_peak, step_times(r), 0.0, r.gpus_per_node * s.pinned,
     )  # fmt: skip
     return replace(candidate, samples_per_s=r.config.training.global_batch_size / candidate.step_s)
 

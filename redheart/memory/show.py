@@ -103,6 +103,10 @@ def show_memory(candidate: Candidate, gpu_memory: int | None, host_memory: int) 
     if gpu_memory is not None:
         console.print(_bar("GPU ", candidate.gpu, candidate.gpu_peak, gpu_memory))
     console.print(_bar("host", candidate.host, candidate.host_peak, host_memory))
+    if candidate.host_pinned:
+        console.print(
+            f"     {candidate.host_pinned / GIB:.2f} GiB of it page-locked, which the system can neither swap nor move"
+        )
 
 
 def _bar(name: str, terms: dict[str, int], peak: int, budget: int) -> Text:

@@ -131,6 +131,7 @@ class States:
     weights: int  # elements of weights that one rank keeps
     growing: float = 0.0
     after: int = 0
+    pinned: int = 0  # of `host`: page-locked, which the system can neither swap nor move
 
 
 def partition_sizes(parameters: Parameters, world_size: int, stage: int) -> list[int]:
@@ -218,7 +219,9 @@ def _zero12(
         # pin_memory copies: while a master is pinned, the one it came from is there too
         copies = sum(_pinned(b * size, pinned) for size in parts)
         host_start = max(b * parameters.total, m * most + masters, 2 * masters + copies)
-        return States(gpu, host, 0, weights + b * most * world_size, host_start, part, part * world_size)
+        kept = sum(host.get(k, 0) for k in ("gradients", "copies", "accumulation", "buckets")) + masters
+        start = weights + b * most * world_size
+        return States(gpu, host, 0, start, host_start, part, part * world_size, pinned=kept * pinned)
     gpu["master"] = 4 * part
     gpu["states"] = adam_bytes(parts, t.eight_bit)
     host_start = 0 if on_cpu else b * parameters.total
@@ -281,7 +284,7 @@ def _zero3(
     step += b * min(bucket, parameters.total) - b * max(0, gathered - kept * (world_size > 1))
     host_start = m * part + m * max(sub_groups) if t.offload else 0  # masters, and the cast the last one is cloned from
     start = b * part * (1 + on_cpu) + (0 if t.offload or on_cpu else m * part)
-    return States(gpu, host, step, start, host_start, part, part)
+    return States(gpu, host, step, start, host_start, part, part, pinned=host.get("gradients", 0) * pinned)
 
 
 def sub_group_sizes(parameters: Parameters, world_size: int) -> list[int]:

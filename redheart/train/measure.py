@@ -97,6 +97,7 @@ def measure_step(
         "resident_gib": steps.resident_gib,
         "step_seconds": steps.seconds,
         "losses": steps.losses,
+        "pinned": dict(torch.cuda.host_memory_stats()) if on_gpu else {},  # beside `host_pinned_gib`
         "compiled": None,
         "micro_step": asdict(step),
     }

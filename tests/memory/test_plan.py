@@ -282,7 +282,24 @@ def test_the_command_prints_json(tmp_path):
         "gpu_peak_gib", "host_peak_gib", "samples_per_s",
     }  # fmt: skip
     assert told["chosen"]["gpu_peak_gib"] < 8
-    assert {"breakdown_gib", "bound", "fits"} <= set(told["candidates"][0])
+    assert {"breakdown_gib", "bound", "fits", "host_pinned_gib"} <= set(told["candidates"][0])
+
+
+def test_what_is_page_locked_is_the_offloaded_strategies_and_within_the_host():
+    """Gradients, masters and copies of what is offloaded to a host with a GPU; never 8-bit states or a master's remainder."""
+    parameters = Parameters(((3 * 2**20, 2**20), (1024,)))
+    n = parameters.total
+    for strategy, traits in TRAITS.items():
+        for master in ("split", "fp32"):
+            found = states(strategy, parameters, master=master)
+            assert (found.pinned > 0) == traits.offload
+            assert states(strategy, parameters, master=master, on_cpu=True).pinned == 0
+            movable = sum(found.host.values()) - found.pinned
+            assert movable >= (2 * n if traits.offload else 0)  # two bytes of states at least
+    split = states("zero2_offload_8bit", parameters)
+    assert (
+        sum(split.host.values()) - split.pinned == split.host["states"] + n
+    )  # the rest can be moved: states, remainders
 
 
 def test_the_command_draws_a_table_and_bars(capfd):
