@@ -118,8 +118,8 @@ class Candidate:
     host_peak: int
     times_s: dict[str, float]
     samples_per_s: float
-    host_pinned: int = 0  # of the host's bytes: page-locked
     fits: bool = False
+    host_pinned: int = 0  # of the host's bytes: page-locked
 
     @property
     def step_s(self) -> float:
@@ -338,7 +338,7 @@ def predict(request: Request) -> Candidate:
         host_peak = r.gpus_per_node * max(sum(host.values()), s.host_start + HOST_STARTING_GPU + data)
     candidate = Candidate(
         r.strategy, r.micro_batch_size, r.gradient_accumulation_steps, r.activation_checkpointing, step, gpu, host,
-        gpu_peak, host_peak, step_times(r), 0.0, r.gpus_per_node * s.pinned,
+        gpu_peak, host_peak, step_times(r), 0.0, host_pinned=r.gpus_per_node * s.pinned,
     )  # fmt: skip
     return replace(candidate, samples_per_s=r.config.training.global_batch_size / candidate.step_s)
 
