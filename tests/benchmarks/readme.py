@@ -165,7 +165,11 @@ def card() -> str:
 def ablation() -> str:
     """What an interval of 95 % tells from chance; the first version of the network beneath the one that stands."""
     parts = ["## What each module is worth\n"]
-    for file, when in (("ablation-local.json", "as it is"), ("ablation-local-before.json", "in its first version")):
+    for file, when in (
+        ("ablation-local-seeds.json", "over three seeds"),
+        ("ablation-local.json", "of one seed, beside networks trained without a module"),
+        ("ablation-local-before.json", "in its first version"),
+    ):
         told = read(file)
         rows = [
             (
