@@ -101,7 +101,7 @@ PACKAGED = {  # found by data/pretrained.py
     "package:mpnet": Packaged(768, (6, 9), "Apache-2.0"),
     "package:e5-small-ko": Packaged(384, (8, 12), "MIT", E5_LANGUAGES),
 }
-GOOD_LAYERS = ", ".join(f"{name} {list(packaged.layers)}" for name, packaged in PACKAGED.items())  # 0 is the embedding
+GOOD_LAYERS = ", ".join(f"{name} {list(packaged.layers)}" for name, packaged in PACKAGED.items())
 
 MAX_POSITIONS = 512  # most tokens of a text
 

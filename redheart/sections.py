@@ -58,7 +58,7 @@ class EncoderConfig(Section):
     layers: tuple[int, ...] = Field(
         (4, 6),
         min_length=1,
-        description=f"hidden layers concatenated; of a package that is named without them, the best by dev: {GOOD_LAYERS}",
+        description=f"hidden layers concatenated, 0 is the embedding; of a package named without them the best by dev: {GOOD_LAYERS}",
     )
     max_tokens: int = Field(64, ge=4, le=MAX_POSITIONS, description="longer texts are cut here; prepare says how many")
     batch_size: int = Field(32, gt=0, description="texts the encoder reads at once")

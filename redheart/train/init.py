@@ -22,7 +22,7 @@ from redheart.data.sources.tabular import header
 from redheart.files import write_text
 from redheart.memory.budget import gib
 from redheart.owned import check_can_make
-from redheart.schema import LABELS, RedHeartError
+from redheart.schema import LABELS, PACKAGED, RedHeartError
 from redheart.train.stages import steps_of
 
 LARGE = 2000  # rows from which on the network of 330M parameters has something to learn from
@@ -65,6 +65,11 @@ def init(
     memory = None if card.casefold() == "none" else gib(card, "--gpu-memory")
     minutes = minutes or _minutes(_ask("How many minutes may training take", "--minutes", "10"))
     language = language or _ask("Language of the texts (en, ko, de …)", "--language", "en")
+    if language not in (known := PACKAGED[MULTILINGUAL].languages):
+        raise RedHeartError(
+            f"--language {language!r}: {MULTILINGUAL} reads {', '.join(sorted(known))}; for another, take the file made with "
+            "--language en and name an encoder that reads it (data.encoder.name, data.encoder.languages)"
+        )
     encoder = {} if language == "en" else {"encoder": {"name": MULTILINGUAL, "languages": [language]}}
     if encoder:
         console.print(

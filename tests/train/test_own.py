@@ -162,6 +162,9 @@ def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatc
     assert told.training.epochs == options.training.epochs
     with pytest.raises(RedHeartError, match="exists already"):
         init(*given, "none", 1, "en", Path("a.yaml"))
+    with pytest.raises(RedHeartError, match=r"'korean': package:e5-small-ko reads af, .*data\.encoder\.name"):
+        init(*given, "none", 1, "korean", Path("c.yaml"))
+    assert not Path("c.yaml").exists()
 
 
 def answered(directory: Path, answers: dict[str, str], *arguments: str) -> str:
