@@ -206,7 +206,7 @@ def after_main(action: Callable[[], str]) -> str:
         return action()
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    _join_for_a_moment()
     said: list[str | None] = [None, None]  # result, error
     try:
         if dist.get_rank() == 0:
@@ -221,6 +221,24 @@ def after_main(action: Callable[[], str]) -> str:
     if said[0] is None:
         raise RedHeartError(said[1] or "the first process of this launch failed")
     return said[0]
+
+
+_stores: list[Any] = []  # of groups that were only for a moment
+
+
+def _join_for_a_moment() -> None:
+    """A process group whose addresses stand in the launch's store under names of their own.
+
+    A launcher's store outlives a group, and torch writes every first group of a process under the same names: those of this one would
+    answer for the next, which an engine makes, wherever a rank asks before the other has written anew. The store itself is kept: where
+    rank 0 holds it, the next group finds it there.
+    """
+    import torch.distributed as dist
+
+    store, rank, size = next(dist.rendezvous("env://"))
+    _stores.append(store)
+    mine = dist.PrefixStore(f"redheart/{len(_stores)}", store)
+    dist.init_process_group("gloo", store=mine, rank=rank, world_size=size)
 
 
 def launched_world_size() -> int:
