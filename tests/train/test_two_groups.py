@@ -22,7 +22,7 @@ def test_they_find_each_other_again_where_the_launcher_keeps_the_store():
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["3.0", "3.0"]
+    assert sorted(done.stdout) == sorted("3.0\n" * 2)  # two processes write to one pipe, and lines may meet
 
 
 def test_they_find_each_other_again_where_rank_0_keeps_it():
