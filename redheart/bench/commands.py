@@ -32,7 +32,7 @@ BENCHES = {
     "ablation": "What each module is worth: held-out metrics without it.",
     "parity": "Dev loss after the same steps with fp32 and with 8-bit optimizer states.",
     "control": "What the network is worth beside a plain transformer.",
-    "transfer": "Does growth pay? Steps to a dev loss: grown, and from scratch.",
+    "transfer": "Does growth pay? Dev loss over FLOPs: grown, and from scratch.",
     "scaling": "A step of two processes over gloo, beside what `plan` predicts.",
 }
 MOST_COLUMNS = 8  # of a table that a terminal shows

@@ -1,11 +1,18 @@
-"""Does growth pay? A small network is trained, grown and trained on; beside it the large one from scratch and the small one trained on.
+"""Does growth pay? A small network is trained, grown and trained on; beside it the large one from scratch, for as many FLOPs.
 
 redheart bench transfer --data DIR --out DIR --json
 
-Per seed: `source` (small, from scratch), then with one order of samples and one number of steps `grown` (large, from the source's best
-checkpoint), `moments` (the same with the optimizer's moments), `scratch` (large) and `control` (small, from that checkpoint). Equal
-tuning: with the first seed every arm runs at every learning rate, and goes on with the one that gave it the lowest dev loss. All other
-settings are the large preset's. A run that is finished is not repeated, so that an interrupted bench goes on where it was.
+Per seed: `source` (small, from scratch), then with one order of samples, from the source's best checkpoint:
+    grown       the same function, symmetric noise, the optimizer starts anew
+    moments     the same with the optimizer's moments
+    asymmetric  copies with unequal shares; moments for the old channels alone
+    padded      shrink and pad, which changes the function (bench/padding.py)
+    control     the small network trained on
+and `scratch`, the large one, for as many steps more as the source cost. All steps are told in steps of the large network: a small one
+counts as its share of the FLOPs. Every run warms its learning rate up and lets it fall along a cosine to its end.
+
+Equal tuning: with the first seed every arm runs at every learning rate, and goes on with the one that gave it the lowest dev loss. All
+other settings are the large preset's. A run that is finished is not repeated: an interrupted bench goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,13 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from redheart.bench.padding import shrink_and_pad
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
+from redheart.data.stream import SampleStream
 from redheart.evaluation.curves import TOTAL, Line, dev_losses, draw
 from redheart.files import read_sealed_json, write_json, write_sealed_json
-from redheart.memory.plan import parameters_of
+from redheart.memory.activations import measure
+from redheart.model.growth import Split
 from redheart.options import Data, Set
 from redheart.owned import make_directory, own
 from redheart.schema import RedHeartError
@@ -28,8 +39,10 @@ from redheart.train.checkpoint import committed
 from redheart.train.grow import grow
 from redheart.train.start import train
 
-ARMS = ("grown", "moments", "scratch", "control")
+AFTER_SOURCE = ("grown", "moments", "asymmetric", "padded")  # what the source's cost is counted for
+ARMS = (*AFTER_SOURCE, "scratch", "control")
 GROWN_DATA_SEED = 1000  # what follows the source sees the samples in another order than the source did
+FLOPS_ROWS = 8  # texts of the micro-step in which FLOPs are counted
 Curve = list[list[float]]  # [[step, dev loss], …] in order
 
 
@@ -43,7 +56,7 @@ def bench_transfer(
         str, typer.Option("--large", help="Preset it grows to; its settings are those of all runs.")
     ] = "base",
     source_steps: Annotated[int, typer.Option("--source-steps", min=1)] = 400,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of every run after the source.")] = 400,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of every run from the source on.")] = 400,
     evaluate_every: Annotated[int, typer.Option("--evaluate-every", min=1)] = 20,
     seed: Annotated[list[int] | None, typer.Option("--seed", help="May be repeated. [default: 0, 1, 2]")] = None,
     learning_rate: Annotated[
@@ -51,7 +64,7 @@ def bench_transfer(
     ] = None,
     set_: Set = None,
 ) -> dict[str, Any]:
-    """Does growth pay? Steps to a dev loss: grown, from scratch, and the small network trained on."""
+    """Does growth pay? Dev loss over FLOPs: grown in several ways, from scratch, and the small network trained on."""
     make_directory(out, "--out")
     bench = _Bench(data, out, small, large, source_steps, steps, evaluate_every, set_ or ())
     seeds, learning_rates = seed or (0, 1, 2), learning_rate or (1e-4, 3e-4, 1e-3)
@@ -63,39 +76,36 @@ def bench_transfer(
         curves = {"source": bench.curve("source", number, rate["source"], None)}
         origin = bench.path("source", number, rate["source"])
         curves |= {arm: bench.curve(arm, number, rate[arm], origin) for arm in ARMS}
-        lines.append({"seed": number, "curves": curves, **compare(curves, bench.share)})
+        lines.append({"seed": number, "curves": curves, **compare(curves, bench.share, source_steps)})
     result = {
-        "small": small, "large": large, "source_steps": source_steps, "steps": steps, "cost_of_a_small_step": bench.share,
-        "learning_rates": rate, "tuning": bench.tuning, "seeds": lines,
+        "small": small, "large": large, "source_steps": source_steps, "steps": steps, "scratch_steps": bench.scratch_steps,
+        "flops_per_sample": bench.flops, "cost_of_a_small_step": bench.share, "learning_rates": rate, "tuning": bench.tuning,
+        "seeds": lines,
     }  # fmt: skip
     write_json(out / "transfer.json", result)
     _draw(result, out / "transfer.png")
     return result
 
 
-def compare(curves: dict[str, Curve], share: float) -> dict[str, Any]:
-    """Steps at which each arm first reaches (a) the source's best dev loss and (b) the best of `scratch`; None: never.
+def compare(curves: dict[str, Curve], share: float, source_steps: int) -> dict[str, Any]:
+    """Of one seed, in steps of the large network, a small one counted as `share` of one and the source with all its steps.
 
-    `grown_with_source`: the grown arm's steps and the source's, up to its best, each small step counted as `share` of a large one.
-    A ratio is scratch's steps over grown's, above 1 where growth is faster; None where one of them is 0 or was not reached.
+    best: lowest dev loss of every arm. compute: when each arm first has the best of `scratch`, None: never. saved: the part of
+    scratch's compute to its best that an arm did without; negative where it took more, None where it never got there.
     """
-    source = min(curves["source"], key=lambda point: point[1])
-    targets = {"source_best": source[1], "scratch_best": min(loss for _, loss in curves["scratch"])}
-    compared: dict[str, Any] = {}
-    for name, target in targets.items():
-        reached: dict[str, float | None] = {arm: steps_to(curves[arm], target) for arm in ARMS}
-        grown = reached["grown"]
-        reached["grown_with_source"] = None if grown is None else grown + share * source[0]
-        ratios = {
-            f"ratio_{arm}": _ratio(reached["scratch"], reached[arm])
-            for arm in ("grown", "moments", "grown_with_source")
-        }
-        compared[name] = {"dev_loss": target, "steps": reached, **ratios}
-    return compared | {"best": {arm: min(loss for _, loss in curve) for arm, curve in curves.items()}}
-
-
-def _ratio(scratch: float | None, grown: float | None) -> float | None:
-    return scratch / grown if scratch and grown else None
+    cost = share * source_steps
+    best = {arm: min(loss for _, loss in curve) for arm, curve in curves.items()}
+    target, compute = best["scratch"], {}
+    for arm in ARMS:
+        reached = steps_to(curves[arm], target)
+        if reached is not None and arm != "scratch":
+            reached = cost + reached * (share if arm == "control" else 1.0)
+        compute[arm] = reached
+    whole = compute["scratch"]
+    saved = {
+        arm: 1 - at / whole if whole and at is not None else None for arm, at in compute.items() if arm != "scratch"
+    }
+    return {"best": best, "scratch_best": target, "compute": compute, "saved": saved}
 
 
 def steps_to(curve: Curve, loss: float) -> float | None:
@@ -104,28 +114,36 @@ def steps_to(curve: Curve, loss: float) -> float | None:
 
 
 def show(result: dict[str, Any]) -> None:
-    for name in ("source_best", "scratch_best"):
-        seeds = result["seeds"]
-        rows: list[tuple[str, ...]] = [("dev loss", *(f"{line[name]['dev_loss']:.4f}" for line in seeds))]
-        for arm in ("scratch", "grown", "moments", "grown_with_source", "control"):
-            rows.append((f"steps: {arm}", *(_number(line[name]["steps"][arm]) for line in seeds)))
-        for arm in ("grown", "moments", "grown_with_source"):
-            rows.append((f"scratch / {arm}", *(_number(line[name][f"ratio_{arm}"]) for line in seeds)))
-        columns = ("", *(f"seed {line['seed']}" for line in seeds))
-        console.print(table(f"steps to the dev loss of {name}", columns, rows))
+    seeds = result["seeds"]
+    columns = ("", *(f"seed {line['seed']}" for line in seeds))
+    for title, key in (
+        ("lowest dev loss", "best"),
+        (f"compute to the best of scratch, in steps of {result['large']}", "compute"),
+        ("of scratch's compute saved", "saved"),
+    ):
+        rows = [(arm, *(_number(line[key][arm]) for line in seeds)) for arm in seeds[0][key]]
+        console.print(table(title, columns, rows))
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    """Every arm in a colour of its own, a line per seed; dotted: what the sources reached."""
-    seeds = result["seeds"]
-    lines = [
-        Line(dict(line["curves"][arm]), f"C{colour}", arm if line is seeds[0] else None)
-        for line in seeds
-        for colour, arm in enumerate(ARMS)
-    ]
-    marks = [line["source_best"]["dev_loss"] for line in seeds]
-    title = f"{result['small']} grown to {result['large']}"
-    draw(lines, path, marks, ylabel="dev loss", yscale="log", title=title)
+    """Every arm in a colour of its own, a line per seed, the source before what came of it."""
+    seeds, share = result["seeds"], result["cost_of_a_small_step"]
+    cost = share * result["source_steps"]
+    lines = []
+    for line in seeds:
+        for colour, arm in enumerate(("source", *ARMS)):
+            begins = cost if arm in (*AFTER_SOURCE, "control") else 0.0
+            scale = share if arm in ("source", "control") else 1.0
+            points = {begins + scale * step: loss for step, loss in line["curves"][arm]}
+            lines.append(Line(points, f"C{colour}", arm if line is seeds[0] else None))
+    draw(
+        lines,
+        path,
+        xlabel=f"compute, in steps of {result['large']}",
+        ylabel="dev loss",
+        yscale="log",
+        title=f"{result['small']} grown to {result['large']}",
+    )
 
 
 def _number(value: float | None) -> str:
@@ -143,7 +161,17 @@ class _Bench:
         self.large = load_config(large, settings)
         self.model_of_small = load_config(small).model
         self.tuning: list[dict[str, Any]] = []
-        self.share = parameters_of(self._config("source", 0, 1e-4)).total / parameters_of(self.large).total
+        self.scratch_steps = steps
+        self.flops = {small: self._flops("source"), large: self._flops("scratch")}
+        self.share = self.flops[small] / self.flops[large]
+        self.scratch_steps = steps + round(self.share * source_steps)
+
+    def _flops(self, arm: str) -> int:
+        """Forward and backward of a text of mean length, counted."""
+        split = SampleStream(self.data, "train").index["splits"]["train"]
+        tokens = max(1, round(split["tokens"] / split["rows"]))
+        step = measure(self._config(arm, 0, 1e-4), FLOPS_ROWS, tokens, False, torch.float32, contrasts=0)
+        return step.flops // FLOPS_ROWS
 
     def path(self, arm: str, seed: int, learning_rate: float) -> Path:
         return self.out / f"{arm}-seed{seed}-lr{learning_rate:g}"
@@ -167,11 +195,14 @@ class _Bench:
         console.print(f"{arm}, seed {seed}, learning rate {learning_rate:g}")
         config = self._config(arm, seed, learning_rate)
         init = origin if arm == "control" else None
-        if arm in ("grown", "moments"):
+        if arm in AFTER_SOURCE:
             assert origin is not None
             init = self.out / f"{arm}-seed{seed}"
-            if not init.exists():
-                grow(origin, self.large, init, seed=seed, moments=arm == "moments")
+            if not init.exists() and arm == "padded":
+                shrink_and_pad(origin, self.large, init, seed)
+            elif not init.exists():
+                split: Split = "asymmetric" if arm == "asymmetric" else "symmetric"
+                grow(origin, self.large, init, seed=seed, moments=arm != "grown", split=split)
         resume = "last" if committed(run) else None
         done = train(config, self.data, run, resume, overwrite=resume is None, init=None if resume else init)
         if done.signal:
@@ -183,7 +214,7 @@ class _Bench:
 
     def _config(self, arm: str, seed: int, learning_rate: float) -> RunConfig:
         large = self.large
-        steps = self.source_steps if arm == "source" else self.steps
+        steps = {"source": self.source_steps, "scratch": self.scratch_steps}.get(arm, self.steps)
         order = seed if arm == "source" else seed + GROWN_DATA_SEED
         changes: dict[str, Any] = {
             "training": large.training.model_copy(update={"max_steps": steps, "seed": order}),

@@ -6,6 +6,9 @@ that axis, and noise that sums to zero over the copies is added there: for r = 2
 inputs, so the noise cancels; their gradients differ, so they part. Positions are repeated, not computed anew. Every module declares
 what happens along each axis of its parameters and buffers (model/axes.py).
 
+Copies need not have equal shares: with split "asymmetric" the first one keeps three quarters, and the others what remains. Moments of
+the optimizer are then carried for the first copies alone, and what reads or makes another one starts with none.
+
 Depth: a new encoder layer is a copy of the one beneath it whose two output projections keep only that noise (nothing, for r = 1), so
 it adds zero to the residual stream.
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -27,12 +30,21 @@ from redheart.model.redheart import RedHeartConfig, RedHeartModel, RedHeartOutpu
 from redheart.schema import RedHeartError
 
 Sizes = RedHeartConfig | ModelConfig | RunConfig
+Split = Literal["symmetric", "asymmetric"]
+FIRST_SHARE = 0.75  # of the first copy, where a split is asymmetric
 
 
-def grow(model: RedHeartModel, target_config: Sizes, noise_snr_db: float = 10.0, seed: int = 0) -> RedHeartModel:
+def grow(
+    model: RedHeartModel,
+    target_config: Sizes,
+    noise_snr_db: float = 10.0,
+    seed: int = 0,
+    split: Split = "symmetric",
+) -> RedHeartModel:
     """A network of the target's size with `model`'s function, in its dtype, mode (training or not) and place; `model` stays as it is.
 
     `noise_snr_db`: how far the noise lies beneath the weights it is added to, in rms; infinite: none, and copies stay copies.
+    `split`: whether the copies of a vector have equal shares in what reads them.
     Raises RedHeartError where growth cannot reach the target.
     """
     source = model.config
@@ -41,7 +53,7 @@ def grow(model: RedHeartModel, target_config: Sizes, noise_snr_db: float = 10.0,
     with torch.device("meta"):
         grown = RedHeartModel(target)
     state = model.state_dict()
-    grown.load_state_dict(dict(grown_tensors(state.__getitem__, source, grown, noise_snr_db, seed)), assign=True)
+    grown.load_state_dict(dict(grown_tensors(state.__getitem__, source, grown, noise_snr_db, seed, split)), assign=True)
     return grown.train(model.training)
 
 
@@ -85,6 +97,7 @@ def grown_tensors(
     empty: RedHeartModel,
     noise_snr_db: float = 10.0,
     seed: int = 0,
+    split: Split = "symmetric",
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer of the target, one at a time, from `read(name)` of the source; in the target's order.
 
@@ -99,7 +112,7 @@ def grown_tensors(
     shapes, plans = {name: x.shape for name, x in empty.state_dict().items()}, growth_plans(source, empty)
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        yield name, grow_tensor(read(name), shape, plans[name], noise_snr_db, generator)
+        yield name, grow_tensor(read(name), shape, plans[name], noise_snr_db, generator, split)
 
 
 class Plan(NamedTuple):
@@ -132,23 +145,40 @@ def origins(old_layers: int, new_layers: int) -> list[tuple[int, bool]]:
     return [(number, place > 0 and numbers[place - 1] == number) for place, number in enumerate(numbers)]
 
 
+def shares_of(ratio: int, split: Split) -> list[float]:
+    """What each of the `ratio` copies of a vector contributes to what is summed against it; together 1."""
+    if split == "symmetric" or ratio == 1:
+        return [1 / ratio] * ratio
+    return [FIRST_SHARE, *[(1 - FIRST_SHARE) / (ratio - 1)] * (ratio - 1)]
+
+
 def grow_tensor(
-    tensor: torch.Tensor, shape: torch.Size, plan: Plan, noise_snr_db: float, generator: torch.Generator
+    tensor: torch.Tensor,
+    shape: torch.Size,
+    plan: Plan,
+    noise_snr_db: float,
+    generator: torch.Generator,
+    split: Split = "symmetric",
 ) -> torch.Tensor:
     """`tensor` grown to `shape`."""
     axes, segments = plan
     if axes and axes[0].kind in ("depth", "adds"):
         inner = Plan(axes[1:], segments[1:])
         layers = [
-            _widen(tensor[number], inner, noise_snr_db, generator, silent=is_new and axes[0].kind == "adds")
+            _widen(tensor[number], inner, noise_snr_db, generator, split, silent=is_new and axes[0].kind == "adds")
             for number, is_new in origins(len(tensor), shape[0])
         ]
         return torch.stack(layers)
-    return _widen(tensor, plan, noise_snr_db, generator)
+    return _widen(tensor, plan, noise_snr_db, generator, split)
 
 
 def _widen(
-    tensor: torch.Tensor, plan: Plan, noise_snr_db: float, generator: torch.Generator, silent: bool = False
+    tensor: torch.Tensor,
+    plan: Plan,
+    noise_snr_db: float,
+    generator: torch.Generator,
+    split: Split,
+    silent: bool = False,
 ) -> torch.Tensor:
     """`silent`: only the noise that cancels, 0 where there is none."""
     kinds = [axis.kind for axis in plan.axes]
@@ -157,35 +187,51 @@ def _widen(
     for i, (kind, segments) in enumerate(zip(kinds, plan.segments, strict=True)):
         ratios = {_ratio(old, new, kind) for old, new in segments}
         if i != noisy and (ratio := ratios.pop()) > 1:
-            tensor = torch.cat([tensor * ratio**-0.5 if kind == "match" else tensor] * ratio, i)
+            factors = [share * ratio**0.5 for share in shares_of(ratio, split)] if kind == "match" else [1.0] * ratio
+            tensor = torch.cat([tensor * factor for factor in factors], i)
     if noisy is None:
         return torch.zeros_like(tensor) if silent else tensor.clone()
-    power = -0.5 if kinds[noisy] == "match" else -1.0
     grown = []
     pieces = tensor.split([old for old, _ in plan.segments[noisy]], noisy)
     for segment, (old, new) in zip(pieces, plan.segments[noisy], strict=True):
         ratio = _ratio(old, new, kinds[noisy])
-        part = segment * ratio**power
-        noise = _cancelling_noise(part, ratio, noise_snr_db, generator)
-        grown += [n if silent else part + n for n in noise]
+        scale = ratio**0.5 if kinds[noisy] == "match" else 1.0
+        noise = _cancelling_noise(segment * (scale / ratio), ratio, noise_snr_db, generator)
+        for share, part in zip(shares_of(ratio, split), noise, strict=True):
+            grown.append(part if silent else segment * (share * scale) + part)
     return torch.cat(grown, noisy)
 
 
-def grow_moment(tensor: torch.Tensor, shape: torch.Size, plan: Plan, power: int) -> torch.Tensor:
+def grow_moment(
+    tensor: torch.Tensor, shape: torch.Size, plan: Plan, power: int, split: Split = "symmetric"
+) -> torch.Tensor:
     """The first (`power` 1) or second (2) moment of a parameter's gradient, grown to `shape` as the parameter is.
 
-    A copy of a unit has the share 1/r of its gradient (r^-1/2 where axes say match), a weight that reads copies all of it: m / r and
-    v / r² along what is copied. Noise is left out of account. A new layer gets the moments of the one it copies.
+    A copy of a unit has its share s (1/r; r^-1/2 where axes say match) of the gradient, a weight that reads copies all of it: m·s and
+    v·s² along what is copied. Noise is left out of account. A new layer gets the moments of the one it copies. Asymmetric: what is new
+    gets none, and a share is nearly s: LayerNorm's centring shares a gradient out evenly.
     """
+    kept = split == "symmetric"
     for i, (axis, sizes) in enumerate(zip(plan.axes, plan.segments, strict=True)):
         if axis.kind in ("depth", "adds"):
-            tensor = tensor[[number for number, _ in origins(tensor.shape[i], shape[i])]]
+            tensor = torch.stack(
+                [
+                    tensor.select(i, number) * (1.0 if kept or not is_new else 0.0)
+                    for number, is_new in origins(tensor.shape[i], shape[i])
+                ],
+                i,
+            )
             continue
-        segments = tensor.split([old for old, _ in sizes], i)
-        ratios = [_ratio(old, new, axis.kind) for old, new in sizes]
-        tensor = torch.cat([x for segment, ratio in zip(segments, ratios, strict=True) for x in [segment] * ratio], i)
-        if axis.kind in ("copy", "match"):
-            tensor = tensor * ratios[0] ** (power * (-1.0 if axis.kind == "copy" else -0.5))
+        grown = []
+        for segment, (old, new) in zip(tensor.split([old for old, _ in sizes], i), sizes, strict=True):
+            ratio = _ratio(old, new, axis.kind)
+            shares = (
+                shares_of(ratio, split)
+                if axis.kind == "copy"
+                else [ratio**-0.5 if axis.kind == "match" else 1.0] * ratio
+            )
+            grown += [segment * (share**power if kept or c == 0 else 0.0) for c, share in enumerate(shares)]
+        tensor = torch.cat(grown, i)
     return tensor
 
 

@@ -21,7 +21,7 @@ from redheart.files import committed_directory, write_json
 from redheart.losses.combine import factors
 from redheart.memory.budget import resident_peak
 from redheart.memory.plan import GIB
-from redheart.model.growth import grown_tensors, reachable, relative_differences, tensors_of
+from redheart.model.growth import Split, grown_tensors, reachable, relative_differences, tensors_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.model.select import ExecutionMode
 from redheart.owned import check_new
@@ -68,6 +68,7 @@ def grow(
     seed: int = 0,
     verify: bool = False,
     moments: bool = False,
+    split: Split = "symmetric",
 ) -> GrowReport:
     """Writes the grown network to `out`, an export from which `train --init` goes on. With `verify` only if nothing changed.
 
@@ -80,21 +81,16 @@ def grow(
     sizes = reachable(source.sizes, target)
     stream = _samples(source, data) if verify else None
     before = _look(source, stream) if stream else None
-    # what the weights were trained on, and by which losses they are judged, stays
-    config = target.model_copy(update={"data": source.config.data, "loss": source.config.loss})
-    progress = Progress(
-        scales=source.progress.scales, data=source.progress.data, encoder=source.progress.encoder, sources=source.progress.sources,
-        labels=source.progress.labels, label_counts=source.progress.label_counts,
-    )  # fmt: skip
+    config, progress = handed_on(source, target)
     difference = loss_before = loss_after = None
     with committed_directory(out) as temporary:
         console.print(f"growing {source.config.preset} to {config.preset} …")
         with torch.device("meta"):
             empty = RedHeartModel(sizes)
-        files = _write_weights(source, empty, temporary, noise_snr_db, seed)
+        files = _write_weights(source, empty, temporary, noise_snr_db, seed, split)
         if moments:
             with open_moments(source) as found:
-                write_grown(found, source, empty, files, temporary)
+                write_grown(found, source, empty, files, temporary, split)
         empty.config.architectures, empty.config.dtype = [type(empty).__name__], torch.float32
         empty.config.save_pretrained(temporary)
         write_card(temporary, empty, config, progress)
@@ -115,19 +111,29 @@ def grow(
     return GrowReport(_count(source.sizes), _count(sizes), difference, loss_before, loss_after, resident_peak() / GIB)
 
 
+def handed_on(source: Stored, target: RunConfig) -> tuple[RunConfig, Progress]:
+    """Of a network made from `source`: what its weights were trained on, and by which losses they are judged, stays."""
+    config = target.model_copy(update={"data": source.config.data, "loss": source.config.loss})
+    progress = Progress(
+        scales=source.progress.scales, data=source.progress.data, encoder=source.progress.encoder, sources=source.progress.sources,
+        labels=source.progress.labels, label_counts=source.progress.label_counts,
+    )  # fmt: skip
+    return config, progress
+
+
 def _count(sizes: RedHeartConfig) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in RedHeartModel(sizes).parameters())
 
 
 def _write_weights(
-    source: Stored, empty: RedHeartModel, directory: Path, noise_snr_db: float, seed: int
+    source: Stored, empty: RedHeartModel, directory: Path, noise_snr_db: float, seed: int, split: Split
 ) -> dict[str, list[str]]:
     """Safetensors files in Transformers' layout, each written as soon as its last tensor is grown; what is in which."""
     pattern = SINGLE.replace(".safetensors", "{suffix}.safetensors")
     plan = split_torch_state_dict_into_shards(empty.state_dict(), filename_pattern=pattern, max_shard_size=SHARD_SIZE)
     waiting: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in grown_tensors(source.read, source.sizes, empty, noise_snr_db, seed):
+    for name, tensor in grown_tensors(source.read, source.sizes, empty, noise_snr_db, seed, split):
         file = plan.tensor_to_filename[name]
         waiting.setdefault(file, {})[name] = tensor
         if len(waiting[file]) == len(plan.filename_to_tensors[file]):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from redheart.files import below, read_json, write_json
-from redheart.model.growth import grow_moment, growth_plans
+from redheart.model.growth import Split, grow_moment, growth_plans
 from redheart.model.loading import read_tensor
 from redheart.model.redheart import RedHeartModel
 from redheart.optim.adam8bit import expand_states
@@ -59,7 +59,12 @@ def open_moments(stored: Stored) -> Iterator[Moments]:
 
 
 def write_grown(
-    moments: Moments, stored: Stored, empty: RedHeartModel, files: Mapping[str, list[str]], out: Path
+    moments: Moments,
+    stored: Stored,
+    empty: RedHeartModel,
+    files: Mapping[str, list[str]],
+    out: Path,
+    split: Split = "symmetric",
 ) -> None:
     """The moments of a grown network, file by file. `empty`: of the grown size; `files`: its weights' files and what is in them."""
     shapes, plans = {name: p.shape for name, p in empty.named_parameters()}, growth_plans(stored.sizes, empty)
@@ -68,7 +73,7 @@ def write_grown(
         content = {}
         for name in filter(shapes.__contains__, names):
             for power, (kind, moment) in enumerate(zip((FIRST, SECOND), moments.read(name), strict=True), 1):
-                content[f"{name}.{kind}"] = grow_moment(moment, shapes[name], plans[name], power).contiguous()
+                content[f"{name}.{kind}"] = grow_moment(moment, shapes[name], plans[name], power, split).contiguous()
             places[name] = file.replace("model", "moments")
         if content:
             save_file(content, out / file.replace("model", "moments"), metadata={"format": "pt"})

@@ -4,8 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from redheart.bench.padding import corner
 from redheart.bench.transfer import compare, steps_to
+from redheart.model.growth import grow_moment, growth_plans
+from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from tests.model.test_growth import BOTH
+from tests.model.test_model import SMALL
 from tests.runs import redheart
 from tests.train.conftest import data  # noqa: F401 (fixture)
 
@@ -15,30 +21,46 @@ def test_steps_are_counted_to_the_first_that_is_good_enough():
     assert [steps_to(curve, loss) for loss in (9.0, 3.0, 2.9, 1.9)] == [0, 10, 30, None]
 
 
-def test_ratios_count_the_source_where_they_say_so():
+def test_compute_counts_all_of_the_source():
     curves = {
         "source": [[0, 9.0], [40, 4.0], [80, 4.5]],
-        "scratch": [[0, 9.0], [20, 6.0], [40, 4.0], [60, 3.0]],
+        "scratch": [[0, 9.0], [20, 6.0], [40, 4.0], [80, 3.0]],
         "grown": [[0, 4.0], [20, 3.0], [40, 2.0]],
-        "moments": [[0, 4.0], [20, 2.5], [40, 2.4]],
-        "control": [[0, 4.0], [20, 3.5], [40, 3.4]],
+        "moments": [[0, 4.0], [20, 3.1], [60, 2.4]],
+        "asymmetric": [[0, 2.9], [20, 2.5]],
+        "padded": [[0, 8.0], [60, 3.5]],
+        "control": [[0, 4.0], [40, 2.9]],
     }
-    found = compare(curves, share=0.25)
-    assert found["source_best"]["dev_loss"] == 4.0
-    assert found["source_best"]["steps"] == {
-        "grown": 0,
-        "moments": 0,
-        "scratch": 40,
-        "control": 0,
-        "grown_with_source": 10.0,
+    found = compare(curves, share=0.25, source_steps=80)  # the source: 20 steps of the large network
+    assert found["scratch_best"] == 3.0
+    assert found["compute"] == {
+        "grown": 40.0,
+        "moments": 80.0,
+        "asymmetric": 20.0,
+        "padded": None,
+        "scratch": 80,
+        "control": 30.0,
     }
-    assert found["source_best"]["ratio_grown"] is None  # it starts there
-    assert found["source_best"]["ratio_grown_with_source"] == 4.0
-    reached = {"grown": 20, "moments": 20, "scratch": 60, "control": None, "grown_with_source": 30.0}
-    assert found["scratch_best"]["steps"] == reached
-    assert found["scratch_best"]["ratio_grown"] == 3.0
-    assert found["scratch_best"]["ratio_grown_with_source"] == 2.0
-    assert found["best"] == {"source": 4.0, "scratch": 3.0, "grown": 2.0, "moments": 2.4, "control": 3.4}
+    assert found["saved"] == {"grown": 0.5, "moments": 0.0, "asymmetric": 0.75, "padded": None, "control": 0.625}
+    assert found["best"]["moments"] == 2.4
+
+
+def test_shrink_and_pad_puts_the_small_network_into_a_corner():
+    """Without shrinking and padding, what the corner holds is the old tensor; every old entry has one place, within its segment."""
+    source = RedHeartConfig(**SMALL)
+    with torch.device("meta"):
+        small, large = RedHeartModel(source), RedHeartModel(RedHeartConfig(**BOTH))
+    plans, seen = growth_plans(source, large), set()
+    for name, tensor in large.state_dict().items():
+        old = small.state_dict()[name]
+        index = torch.arange(old.numel()).view(old.shape)
+        held = torch.full(tensor.shape, -1)
+        held[corner(old.shape, tensor.shape, plans[name])] = index
+        assert torch.equal(held[held >= 0].sort().values, index.flatten()), name
+        grown = grow_moment(index.double(), tensor.shape, plans[name], 0)  # to the power of 0: repeated and not scaled
+        assert torch.equal(held[held >= 0].double(), grown[held >= 0]), name  # where growth has the first copy of it
+        seen |= {axis.kind for axis in plans[name].axes}
+    assert {"fixed", "copy", "read", "match", "depth", "adds"} == seen
 
 
 def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  # noqa: F811
@@ -59,11 +81,12 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  #
     told = json.loads(first.stdout)
     curves = told["seeds"][0]["curves"]
     assert [step for step, _ in curves["grown"]] == [0, 1, 2]
+    assert 2 < told["scratch_steps"] == curves["scratch"][-1][0] < 6
     best = min(loss for _, loss in curves["source"])
-    assert curves["grown"][0][1] == pytest.approx(best, abs=1e-4)
-    assert curves["moments"][0][1] == pytest.approx(best, abs=1e-4)
-    assert curves["moments"][-1][1] != curves["grown"][-1][1]
-    assert curves["control"][0][1] == pytest.approx(best, abs=1e-4)
+    for same in ("grown", "moments", "asymmetric", "control"):
+        assert curves[same][0][1] == pytest.approx(best, abs=1e-4)
+    assert abs(curves["padded"][0][1] - best) > 1e-3  # another function
+    assert len({curves[arm][-1][1] for arm in ("grown", "moments", "asymmetric", "padded")}) == 4
     assert json.loads((out / "transfer.json").read_text())["seeds"] == told["seeds"]
     assert (out / "transfer.png").stat().st_size > 10_000
     again = redheart(*arguments)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 
 import pytest
 import torch
@@ -49,9 +50,10 @@ def moved(model: RedHeartModel) -> RedHeartModel:
 
 
 @pytest.mark.parametrize("target", [WIDE, OFTEN, DEEP, BOTH], ids=["wide", "ratios 3 and 2", "deep", "both"])
-def test_the_grown_network_is_the_same_function(target):
+@pytest.mark.parametrize("split", ["symmetric", "asymmetric"])
+def test_the_grown_network_is_the_same_function(target, split):
     model = moved(small())
-    differences = relative_differences(outputs_of(model), outputs_of(grow(model, sizes(target))))
+    differences = relative_differences(outputs_of(model), outputs_of(grow(model, sizes(target), split=split)))
     assert len(differences) == 41
     assert {"readings.preference.analyzers.bentham", "trajectory", "task_features", "utility_difference"} <= set(
         differences
@@ -144,6 +146,28 @@ def test_gradients_of_a_network_grown_without_noise_are_the_grown_gradients(targ
             found = grow_moment(old**power, p.shape, plans[name], power)
             scale = (p.grad**power).abs().max().clamp(min=1e-12)
             assert (found - p.grad**power).abs().max() / scale < 1e-7, (name, power)
+
+
+@pytest.mark.parametrize("target", [WIDE, OFTEN, BOTH], ids=["wide", "ratios 3 and 2", "both"])
+def test_asymmetric_moments_are_the_old_channels_and_nothing_else(target):
+    """Nearly the gradient of the grown network: LayerNorm's centring shares out evenly what the copies take unevenly."""
+    model = moved(small(0.0)).train()
+    grown = grow(model, sizes(target, dropout=0.0), math.inf, split="asymmetric").train()
+    for network in (model, grown):
+        loss_of(network, *inputs(), slice(0, 8)).backward()
+    plans, silent, alike = growth_plans(model.config, grown), 0, {}
+    for name, p in grown.named_parameters():
+        old = model.get_parameter(name).grad
+        kept = grow_moment(torch.ones_like(old), p.shape, plans[name], 2, "asymmetric") > 0
+        silent += int(not kept.all())
+        for power in (1, 2):
+            found = grow_moment(old**power, p.shape, plans[name], power, "asymmetric")
+            assert not found[~kept].any()
+            real = (p.grad**power)[kept]
+            alike[name, power] = (found[kept] @ real / (found[kept].norm() * real.norm()).clamp(min=1e-30)).item()
+    assert silent > 200
+    assert statistics.median(alike.values()) > 1 - 1e-6
+    assert min(alike.values()) > 0.8
 
 
 def _grown_axes(model: RedHeartModel) -> list[str]:
