@@ -1,0 +1,35 @@
+"""The recipes are what their figures were measured with."""
+
+import re
+
+import pytest
+
+from redheart.config import load_config
+from redheart.files import read_json
+from tests.runs import ROOT
+
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("preset", ["local", "base"])
+def test_a_recipe_trains_as_its_result_says(preset):
+    path = ROOT / "launch" / "recipes" / f"{preset}.yaml"
+    config, told = load_config(str(path)), read_json(RESULTS / f"control-{preset}-test.json", "")
+    assert config.model == load_config(preset).model
+    assert (config.training.max_steps, config.training.global_batch_size) == (told["steps"], told["batch"])
+    row = next(
+        line for line in (ROOT / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
+        if f"{told['steps']} steps of {told['batch']}" in line and "--split test" in line
+    )  # fmt: skip
+    assert f"optimizer.learning_rate={config.optimizer.learning_rate:.0e}".replace("e-0", "e-") in row
+    metrics = told["legs"][preset]["metrics"]
+    text = path.read_text(encoding="utf-8")
+    for name, entry in (
+        ("7 emotions", "emotion"),
+        ("28 emotions", "emotion_fine"),
+        ("valence", "vad.valence"),
+        ("utilitarian pairs", "preference"),
+    ):
+        said = re.search(rf"{name} (0\.\d\d)", re.sub(r"\n# *", " ", text))
+        assert said is not None, name
+        assert float(said[1]) == round(metrics[entry]["mean"], 2), name
