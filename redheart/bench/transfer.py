@@ -7,7 +7,7 @@ Per seed: `source` (small, from scratch), then with one order of samples, from t
     moments     the same with the optimizer's moments
     asymmetric  copies with unequal shares; moments for the old channels alone
     padded      shrink and pad, which changes the function (bench/padding.py)
-    control     the small network trained on
+    control     the small network trained on, for as many FLOPs as the grown ones
 and `scratch`, the large one, for as many steps more as the source cost. All steps are told in steps of the large network: a small one
 counts as its share of the FLOPs. Every run warms its learning rate up and lets it fall along a cosine to its end.
 
@@ -56,7 +56,7 @@ def bench_transfer(
         str, typer.Option("--large", help="Preset it grows to; its settings are those of all runs.")
     ] = "base",
     source_steps: Annotated[int, typer.Option("--source-steps", min=1)] = 400,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of every run from the source on.")] = 400,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of every grown run.")] = 400,
     evaluate_every: Annotated[int, typer.Option("--evaluate-every", min=1)] = 20,
     seed: Annotated[list[int] | None, typer.Option("--seed", help="May be repeated. [default: 0, 1, 2]")] = None,
     learning_rate: Annotated[
@@ -79,8 +79,8 @@ def bench_transfer(
         lines.append({"seed": number, "curves": curves, **compare(curves, bench.share, source_steps)})
     result = {
         "small": small, "large": large, "source_steps": source_steps, "steps": steps, "scratch_steps": bench.scratch_steps,
-        "flops_per_sample": bench.flops, "cost_of_a_small_step": bench.share, "learning_rates": rate, "tuning": bench.tuning,
-        "seeds": lines,
+        "control_steps": bench.control_steps, "flops_per_sample": bench.flops, "cost_of_a_small_step": bench.share,
+        "learning_rates": rate, "tuning": bench.tuning, "seeds": lines,
     }  # fmt: skip
     write_json(out / "transfer.json", result)
     _draw(result, out / "transfer.png")
@@ -161,10 +161,11 @@ class _Bench:
         self.large = load_config(large, settings)
         self.model_of_small = load_config(small).model
         self.tuning: list[dict[str, Any]] = []
-        self.scratch_steps = steps
+        self.scratch_steps = self.control_steps = steps
         self.flops = {small: self._flops("source"), large: self._flops("scratch")}
         self.share = self.flops[small] / self.flops[large]
         self.scratch_steps = steps + round(self.share * source_steps)
+        self.control_steps = max(1, round(steps / self.share))
 
     def _flops(self, arm: str) -> int:
         """Forward and backward of a text of mean length, counted."""
@@ -214,7 +215,8 @@ class _Bench:
 
     def _config(self, arm: str, seed: int, learning_rate: float) -> RunConfig:
         large = self.large
-        steps = {"source": self.source_steps, "scratch": self.scratch_steps}.get(arm, self.steps)
+        lengths = {"source": self.source_steps, "scratch": self.scratch_steps, "control": self.control_steps}
+        steps = lengths.get(arm, self.steps)
         order = seed if arm == "source" else seed + GROWN_DATA_SEED
         changes: dict[str, Any] = {
             "training": large.training.model_copy(update={"max_steps": steps, "seed": order}),

@@ -82,6 +82,7 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  #
     curves = told["seeds"][0]["curves"]
     assert [step for step, _ in curves["grown"]] == [0, 1, 2]
     assert 2 < told["scratch_steps"] == curves["scratch"][-1][0] < 6
+    assert curves["control"][-1][0] == told["control_steps"] == round(2 / told["cost_of_a_small_step"]) > 2
     best = min(loss for _, loss in curves["source"])
     for same in ("grown", "moments", "asymmetric", "control"):
         assert curves[same][0][1] == pytest.approx(best, abs=1e-4)
