@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema
 
 from redheart import plain_yaml
 from redheart.files import read_text, seal, unseal, write_text
+from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 from redheart.sections import (
     BesideConfig,
@@ -233,6 +234,7 @@ def preset_names() -> list[str]:
 # of a run on a table of one's own, beneath what a file or --set says: its labels are the task
 OWN: dict[str, Any] = {"data": {"labeler": {"max_texts": 0}}, "training": {"evaluate_every": 0}}
 OWN_UNDER = {"memory": {"strategy": "plain"}}  # beneath the preset: one process on one's own machine needs no DeepSpeed
+OWN_KEYS = frozenset({"data.labeler.max_texts", "training.evaluate_every", "memory.strategy"})  # of the two
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -250,7 +252,8 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     said.setdefault("preset", Path(preset).stem)
     values = _resolved([shipped, said], overrides)
     if isinstance(data := values.get("data"), dict) and data.get("file"):
-        values = _resolved([OWN_UNDER, shipped, OWN, said], overrides)
+        under = OWN_UNDER if launched_world_size() == 1 else {}
+        values = _resolved([under, shipped, OWN, said], overrides)
     return _as_wide_as_its_encoder(parse_config(values))
 
 

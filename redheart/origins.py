@@ -1,4 +1,5 @@
-"""Where each value of a configuration comes from: the program's default, the preset or file, the command line, or the data."""
+"""Where each value of a configuration comes from: the program's default, the preset or file, the command line, that there is a table of
+one's own, or the data."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from redheart.config import RunConfig, config_keys, leaves, load_config
+from redheart.config import OWN_KEYS, RunConfig, config_keys, leaves, load_config
 
 
 class Value(NamedTuple):
     key: str
     value: Any
-    origin: str  # `default`, `preset NAME`, `file PATH`, `command line` or `data`
+    origin: str  # `default`, `preset NAME`, `file PATH`, `command line`, `own table` or `data`
 
 
 def origins(preset: str, overrides: Sequence[str], on_data: RunConfig | None = None) -> list[Value]:
@@ -25,9 +26,12 @@ def origins(preset: str, overrides: Sequence[str], on_data: RunConfig | None = N
     given, stated = _stated(config), _stated(base)
     before, values = leaves(base), leaves(config)
     named = {text.partition("=")[0] for text in overrides}
+    of_table = OWN_KEYS if config.data.file and not base.data.file else frozenset()
     source = f"file {preset}" if preset.endswith((".yaml", ".yml")) else f"preset {preset}"
 
     def origin(key: str) -> str:
+        if key in of_table and key not in named and values[key] != before[key]:
+            return "own table"
         if key in named or values[key] != before[key] or (key in given and key not in stated):
             return "command line"
         return source if key in stated else "default"

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from redheart.config import config_keys
+import pytest
+
+from redheart.config import OWN, OWN_KEYS, OWN_UNDER, config_keys, load_config
 from redheart.origins import origins, shown
 
 
@@ -27,3 +29,28 @@ def test_every_value_says_whether_it_is_the_defaults_the_presets_or_the_command_
     lines = shown(list(found.values())).splitlines()
     assert len(lines) == len(found)
     assert any(line.startswith("training.epochs = 3") and line.endswith("# command line") for line in lines)
+
+
+def test_what_comes_with_a_table_of_ones_own_says_so(tmp_path: Path):
+    table = [f"data.file={tmp_path / 'texts.csv'}"]
+    found = {v.key: v.origin for v in origins("local", table)}
+    assert found["memory.strategy"] == found["data.labeler.max_texts"] == "own table"
+    assert found["data.file"] == "command line"
+    named = {v.key: v.origin for v in origins("local", [*table, "memory.strategy=plain"])}
+    assert named["memory.strategy"] == "command line"
+    assert set(_paths(OWN)) | set(_paths(OWN_UNDER)) == OWN_KEYS
+
+
+def _paths(values: dict, path: str = ""):
+    for key, value in values.items():
+        yield from _paths(value, f"{path}{key}.") if isinstance(value, dict) else [path + key]
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [("1", "plain"), ("2", "zero2_offload")])
+def test_a_table_of_ones_own_is_plain_on_one_process_alone(processes, strategy, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert load_config("local", ["data.file=texts.csv"]).memory.strategy == strategy
+    assert load_config("local", ["data.file=texts.csv", "memory.strategy=zero1"]).memory.strategy == "zero1"

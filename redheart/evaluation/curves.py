@@ -53,14 +53,12 @@ def dev_losses(run: Path) -> dict[str, dict[int, float]]:
     return {name: found[place] for name, place in names.items() if place in found}
 
 
-def draw(lines: Iterable[Line], path: Path, marks: Iterable[float] = (), **settings: Any) -> None:
-    """Lines over optimizer steps, or what `settings` of the axes (xlabel, yscale …) say; `marks`: losses as dotted lines across."""
+def draw(lines: Iterable[Line], path: Path, **settings: Any) -> None:
+    """Lines over optimizer steps, or what `settings` of the axes (xlabel, yscale …) say."""
     picture = figure(7, 4.5)
     axes = picture.subplots()
     for line in lines:
         axes.plot(line.points.keys(), line.points.values(), line.style, lw=1.2, label=line.label)
-    for mark in marks:
-        axes.axhline(mark, color="grey", lw=0.8, ls=":")
     axes.set(**{"xlabel": "optimizer step"} | settings)
     axes.legend(fontsize=8)
     picture.savefig(path, dpi=120)

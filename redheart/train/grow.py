@@ -73,6 +73,7 @@ def grow(
     """Writes the grown network to `out`, an export from which `train --init` goes on. With `verify` only if nothing changed.
 
     `moments`: the export carries the optimizer's moments too, and training goes on with them instead of with none.
+    `split`: as of model/growth.py's `grow`; asymmetric, only the old channels have moments.
 
     `data` defaults to what the checkpoint was trained on. Raises RedHeartError where growth cannot reach the target.
     """

@@ -64,7 +64,7 @@ def write_grown(
     empty: RedHeartModel,
     files: Mapping[str, list[str]],
     out: Path,
-    split: Split = "symmetric",
+    split: Split,
 ) -> None:
     """The moments of a grown network, file by file. `empty`: of the grown size; `files`: its weights' files and what is in them."""
     shapes, plans = {name: p.shape for name, p in empty.named_parameters()}, growth_plans(stored.sizes, empty)
