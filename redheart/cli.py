@@ -316,7 +316,7 @@ def grow(
     from redheart.train.grow import grow as run
 
     report = run(checkpoint, load_config(to, set_ or ()), out, data, noise_snr_db, seed, verify, moments)
-    console.print(f"{report.summary(out)}\ntrain it with: redheart train --preset {to} --init {out} --data DIR")
+    console.print(f"{report.summary(out)}\ntrain it with: {report.training(out, to, set_ or ())}")
     emit(asdict(report), json_)
 
 

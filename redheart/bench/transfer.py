@@ -27,6 +27,7 @@ import typer
 from redheart.bench.padding import shrink_and_pad
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
+from redheart.data.fingerprint import with_encoder
 from redheart.data.stream import SampleStream
 from redheart.evaluation.curves import TOTAL, Line, dev_losses, draw
 from redheart.files import read_sealed_json, write_json, write_sealed_json
@@ -158,8 +159,9 @@ class _Bench:
     ):  # fmt: skip
         settings = [*overrides, f"training.evaluate_every={evaluate_every}", "checkpoint.keep_last=1"]
         self.data, self.out, self.small, self.steps, self.source_steps = data, out, small, steps, source_steps
-        self.large = load_config(large, settings)
-        self.model_of_small = load_config(small).model
+        features = SampleStream(data, "train").encoder
+        self.large = with_encoder(load_config(large, settings), features)
+        self.model_of_small = with_encoder(load_config(small), features).model
         self.tuning: list[dict[str, Any]] = []
         self.scratch_steps = self.control_steps = steps
         self.flops = {small: self._flops("source"), large: self._flops("scratch")}

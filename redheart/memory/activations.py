@@ -1,9 +1,9 @@
-"""What one micro-step keeps beside the weights, and what it computes, measured on fake tensors: no memory, no GPU, no guess.
+"""What one micro-step keeps beside the weights, and what it computes, measured on tensors without memory: no GPU, no guess.
 
     measure(config, micro_batch_size, tokens, checkpointing, dtype) -> MicroStep (bytes, FLOPs, kernels)
     activations(config, tokens, …) -> Activations, a line through two measured micro-batch sizes, cached on disk
 
-The real network (model/build.py) runs forward, losses (tasks.py) and backward under torch's FakeTensorMode on the CPU while a
+The real network (model/build.py) runs forward, losses (tasks.py) and backward on shapes alone (memory/shapes.py) while a
 dispatch mode counts the bytes of every live storage. It does what torch.distributed._tools.mem_tracker.MemTracker does (a
 test compares the two) without that one's books per module, whose cost is operations × modules: minutes for this network.
 Every sample has every label, and one in `PAIR_SHARE` has a contrast text of full length, as a preference corpus gives them.
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -34,6 +33,7 @@ from redheart.caches import cache_directory, writable
 from redheart.config import RunConfig
 from redheart.files import read_sealed_json, write_sealed_json
 from redheart.losses.combine import combine
+from redheart.memory.shapes import Shapes
 from redheart.model.build import build_model
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import LABELS
@@ -44,7 +44,7 @@ PAIR_SHARE = 1.0  # contrast texts per sample: a batch of a preference corpus ha
 MEASURED_AT = (4, 12)  # micro-batch sizes the line goes through
 CUDA_BLOCK = 512  # bytes to which CUDA's caching allocator rounds an allocation
 PIECE = 2**20  # bytes from which on a CPU gives freed memory back (memory/malloc.py)
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ def measure(
     autocast: bool = False,
     contrasts: int | None = None,
 ) -> MicroStep:
-    """One micro-step of the real network under fake tensors. `dtype`: of weights and features; `autocast`: to bf16, as `plain` does."""
+    """One micro-step of the real network on shapes. `dtype`: of weights and features; `autocast`: to bf16, as `plain` does."""
     pairs = round(micro_batch_size * PAIR_SHARE) if contrasts is None else contrasts
-    with FakeTensorMode(), torch_form():  # as a GPU computes the recursions: their kernels on a CPU take and keep less
-        model = _fake_model(config, dtype, checkpointing)
+    with Shapes(), torch_form():  # as a GPU computes the recursions: their kernels on a CPU take and keep less
+        model = _model_of_shapes(config, dtype, checkpointing)
         step, inputs = _step(model, config, micro_batch_size, pairs, tokens, dtype, autocast)
         watch = Watch()
         watch.know([*model.parameters(), *model.buffers(), *inputs])
@@ -228,8 +228,8 @@ def code_digest() -> str:
     return hashlib.sha256(b"\0".join(p.read_bytes() for p in files)).hexdigest()
 
 
-def _fake_model(config: RunConfig, dtype: torch.dtype, checkpointing: bool) -> RedHeartModel:
-    """The network with fake weights; call it under a FakeTensorMode. Built on `meta`, so that nothing is initialised."""
+def _model_of_shapes(config: RunConfig, dtype: torch.dtype, checkpointing: bool) -> RedHeartModel:
+    """The network with weights that have no memory; call it under Shapes(). Built on `meta`, so that nothing is initialised."""
     with torch.device("meta"):
         model = build_model(config, None)
     model.checkpoint_activations(checkpointing)

@@ -1,7 +1,7 @@
 """What the host tells a GPU, and waits for, beside a micro-step's own operations: the books that an engine keeps of every tensor.
 
 Operations that are no views, counted for one parameter tensor by a dispatch mode around DeepSpeed 0.19.8 (tests/memory/launches_run.py).
-A micro-step itself waits for nothing: it runs on fake tensors (activations.py), of which nobody can read a number.
+A micro-step itself waits for nothing: it runs on shapes (activations.py), of which nobody can read a number.
 
 ZeRO-1 and -2   reduce_independent_p_g_buckets_and_remove_grads, copy_grads_in_partition: into the bucket and out of it, or a cast and a
                 sum in fp32; norms of all gradients are one operation (train/engine/one_norm.py)

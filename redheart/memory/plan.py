@@ -3,7 +3,7 @@
     plan(config, gpu_memory_gib, host_memory_gib, nodes, gpus_per_node, tokens) -> Plan
     plan(config, None, host_memory_gib)    a run on the CPU, where the device's memory is the host's
 
-Bytes come from states.py (arithmetic) and activations.py (measured on fake tensors), times from the constants below: they rank
+Bytes come from states.py (arithmetic) and activations.py (measured on shapes), times from the constants below: they rank
 candidates, and are stated with every plan. Host figures of several ranks are those of a whole node.
 """
 

@@ -6,8 +6,12 @@ network and the new one, one after the other and module by module, on real sampl
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -21,7 +25,7 @@ from redheart.files import committed_directory, write_json
 from redheart.losses.combine import factors
 from redheart.memory.budget import resident_peak
 from redheart.memory.plan import GIB
-from redheart.model.growth import Split, grown_tensors, reachable, relative_differences, tensors_of
+from redheart.model.growth import UNCHANGED, Split, grown_tensors, reachable, relative_differences, tensors_of
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.model.select import ExecutionMode
 from redheart.owned import check_new
@@ -44,6 +48,7 @@ class GrowReport:
 
     params_before: int
     params_after: int
+    kept: dict[str, object]  # what the target's settings do not name and the network has: `model.KEY` by its value
     max_abs_difference: float | None  # None without verification, as the losses
     loss_before: float | None
     loss_after: float | None
@@ -57,6 +62,12 @@ class GrowReport:
             f"{said}\nlargest difference {self.max_abs_difference:.1e} of an output's scale; "
             f"dev loss {self.loss_before:.6f} before, {self.loss_after:.6f} after"
         )
+
+    def training(self, out: Path, preset: str, overrides: Sequence[str]) -> str:
+        """The command that trains it."""
+        inherited = [f"{key}={json.dumps(value)}" for key, value in self.kept.items()]
+        settings = [word for setting in (*overrides, *inherited) for word in ("--set", setting)]
+        return shlex.join(["redheart", "train", "--preset", preset, *settings, "--init", str(out), "--data", "DIR"])
 
 
 def grow(
@@ -79,6 +90,8 @@ def grow(
     """
     check_new(out)
     source = open_stored(checkpoint)
+    kept = _kept(source.sizes, target)
+    target = target.model_copy(update={"model": target.model.model_copy(update=kept)})
     sizes = reachable(source.sizes, target)
     stream = _samples(source, data) if verify else None
     before = _look(source, stream) if stream else None
@@ -109,7 +122,17 @@ def grow(
                     "nothing was written. An answer of a network that was hardly trained can be as small as its rounding: "
                     "train it further, or grow without --verify"
                 )
-    return GrowReport(_count(source.sizes), _count(sizes), difference, loss_before, loss_after, resident_peak() / GIB)
+    named = {f"model.{key}": value for key, value in kept.items()}
+    return GrowReport(
+        _count(source.sizes), _count(sizes), named, difference, loss_before, loss_after, resident_peak() / GIB
+    )
+
+
+def _kept(source: RedHeartConfig, target: RunConfig) -> dict[str, Any]:
+    """What growth cannot change, where the target's settings name it not and the network has it otherwise."""
+    unnamed = set(UNCHANGED) - target.model.model_fields_set
+    theirs = {key: type(getattr(target.model, key))(getattr(source, key)) for key in UNCHANGED if key in unnamed}
+    return {key: value for key, value in theirs.items() if value != getattr(target.model, key)}
 
 
 def handed_on(source: Stored, target: RunConfig) -> tuple[RunConfig, Progress]:

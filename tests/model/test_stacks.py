@@ -51,7 +51,7 @@ def test_whoever_recomputes_learns_the_same():
         assert a is None or torch.equal(a, b)
 
 
-@pytest.mark.slow  # two micro-steps on fake tensors
+@pytest.mark.slow  # two micro-steps
 def test_whoever_recomputes_holds_less():
     config = load_config("local")
     kept, recomputed = (measure(config, 8, 32, wanted, torch.float32) for wanted in (False, True))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import weakref
 from pathlib import Path
@@ -72,6 +73,31 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(export: Path, tm
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "config.json").write_text("{}")
     assert list(tmp_path.iterdir()) == [tmp_path / "none"]
+
+
+def test_what_the_target_does_not_name_stays_and_the_command_that_trains_it_says_so(tmp_path: Path):
+    """Another encoder's width, other experts and a module left out: growth cannot change them, so nobody has to repeat them."""
+    torch.manual_seed(0)
+    features = {"name": "some", "width": 40}
+    own = {"encoder_width": 40, "num_experts": 2, "ablate": ("aux.dsp",)}
+    model = RedHeartModel(RedHeartConfig(**sizes(**own), encoder=features))
+    small, out = tmp_path / "small", tmp_path / "grown"
+    model.save_pretrained(small)
+    write_card(small, model, run_config(**sizes(**own)), Progress(encoder=features))
+    wanted = ["model.width=48", "model.heads=4", "model.task_width=32", "model.task_heads=4", "model.layers=3"]
+    named = [word for setting in wanted for word in ("--set", setting)]
+    done = redheart("grow", "--checkpoint", small, "--to", "local", *named, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    kept = {"model.encoder_width": 40, "model.num_experts": 2, "model.ablate": ["aux.dsp"]}
+    assert json.loads(done.stdout)["kept"] == kept
+    said = " ".join(done.stderr.split()).partition("train it with: ")[2]
+    words = shlex.split(said.partition(" --data")[0])
+    settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert settings[: len(wanted)] == wanted
+    config = load_config(words[words.index("--preset") + 1], settings)
+    fitting(RedHeartConfig(**config.model.model_dump(exclude={"activation_checkpointing"}), encoder=features), out)
+    with pytest.raises(RedHeartError, match="num_experts"):  # what is named is meant
+        door.grow(small, load_config("local", [*wanted, "model.num_experts=4"]), tmp_path / "other")
 
 
 def initialise(model: RedHeartModel, path: Path) -> None:
