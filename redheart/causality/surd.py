@@ -24,13 +24,15 @@ MAX_AGENTS = 4
 
 @dataclass(frozen=True)
 class SurdResult:
-    """Bits per set of agents (numbered from 1); `leak` = H(T|A) / H(T) in [0, 1]; `mutual_information` = I(T; A)."""
+    """Bits per set of agents (numbered from 1); `leak` = H(T|A) / H(T) in [0, 1], 0 where H(T) is; `mutual_information` = I(T; A);
+    `entropy` = H(T)."""
 
     redundant: dict[tuple[int, ...], float]
     unique: dict[int, float]
     synergistic: dict[tuple[int, ...], float]
     leak: float
     mutual_information: float
+    entropy: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def surd(pmf: torch.Tensor) -> SurdResult:
     h_t = _entropy(p_t)
     h_t_given_a = _entropy(pmf) - _entropy(pmf.sum(0))
     leak = h_t_given_a / h_t if h_t > 0 else 0.0
-    return SurdResult(redundant, unique, synergistic, min(max(leak, 0.0), 1.0), max(h_t - h_t_given_a, 0.0))
+    return SurdResult(redundant, unique, synergistic, min(max(leak, 0.0), 1.0), max(h_t - h_t_given_a, 0.0), h_t)
 
 
 def surd_from_samples(target: torch.Tensor, agents: torch.Tensor, bins: int) -> SurdResult:
@@ -110,7 +112,7 @@ def ladder(pmf: torch.Tensor, t: int) -> Iterator[Rung]:
     for size in range(1, num_agents + 1):
         told = [(_specific_information(p_at, p_a, c), c) for c in combinations(range(num_agents), size)]
         order += [(bits, c) for bits, c in sorted(told) if size == 1 or bits >= largest_smaller]
-        largest_smaller = max(bits for bits, _ in told)
+        largest_smaller = max(largest_smaller, *(bits for bits, _ in told))  # of every smaller size: sizes differ by rounding, too
     order.sort(key=lambda entry: entry[0])
     known, remaining = 0.0, list(range(num_agents))
     for bits, subset in order:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 
 from redheart.causality.levels import LEVELS, level_edges, level_of
-from redheart.causality.null import deviations, surd_above_null
+from redheart.causality.null import above_null, deviations
 from redheart.finite import check_finite
 
 
@@ -67,7 +68,7 @@ def informing(
     resamples: int = 0,
 ) -> Informing:
     """SURD above chance of `values` [n] given one to four agents [n] each, each cut into levels (causality/levels.py) by its own values;
-    with the intervals of so many resamples of the rows.
+    with the intervals of so many resamples of the rows (null.deviations).
 
     ValueError where the lengths differ, RedHeartError that names the quantity where a value is not finite.
     """
@@ -76,7 +77,7 @@ def informing(
     names = list(agents)
     check_finite({target: values, **agents})
     codes = torch.stack([level_of(v, level_edges(v)) for v in (values, *agents.values())])
-    result = surd_above_null(codes[0].double(), codes[1:].double(), LEVELS, repeats, seed)
+    result, excess = above_null(codes[0].double(), codes[1:].double(), LEVELS, repeats, seed)
     name = lambda key: tuple(names[i - 1] for i in key)  # noqa: E731 (agents are numbered from 1)
     told = Informing(
         target,
@@ -88,12 +89,9 @@ def informing(
     )
     if not resamples:
         return told
-    high, low = deviations(codes, [LEVELS] * len(codes), resamples, seed)
-    terms = [*told.terms(), ("", "", told.mutual_information)]
-    between = {
-        (kind, agents): (max(bits - h, 0.0), max(bits - d, 0.0))
-        for (kind, agents, bits), h, d in zip(terms, high.tolist(), low.tolist(), strict=True)
-    }
+    ends = deviations(codes, [LEVELS] * len(codes), resamples, seed) + np.append(excess, told.mutual_information)[:, None]
+    names_of = [term[:2] for term in told.terms()] + [("", "")]
+    between = {term: (max(low, 0.0), max(high, 0.0)) for term, (low, high) in zip(names_of, ends.tolist(), strict=True)}
     return replace(told, intervals=between)
 
 

@@ -37,6 +37,21 @@ def test_xor_is_synergy_alone():
     assert result.redundant[(1, 2)] + result.unique[1] + result.unique[2] == pytest.approx(0, abs=1e-12)
 
 
+def test_what_one_agent_tells_is_no_synergy_whatever_rounding_makes_of_larger_subsets():
+    """They tell as much as the agent, give or take the last digit."""
+    pmf = torch.full((3, 3, 3, 3), 0.05 / 27, dtype=torch.float64)
+    for state in range(3):
+        pmf[state, state] = 0.9 / 27
+    result = surd(pmf)
+    assert result.unique[1] == pytest.approx(result.mutual_information, abs=1e-9)
+    assert sum(result.synergistic.values()) == pytest.approx(0, abs=1e-9)
+    for seed in range(40):
+        agents = torch.rand(3, 500, generator=torch.Generator().manual_seed(seed))
+        told = surd_from_samples(agents[0], agents, 3)
+        assert sum(told.synergistic.values()) == pytest.approx(0, abs=1e-9)
+        assert told.unique[1] + sum(told.redundant.values()) == pytest.approx(told.mutual_information, abs=1e-9)
+
+
 def test_three_way_xor_is_synergy_of_all_three():
     result = surd(uniform(lambda a, b, c: a ^ b ^ c, 3))
     assert result.synergistic[(1, 2, 3)] == pytest.approx(1, abs=1e-12)

@@ -60,6 +60,45 @@ def test_a_slow_decay_is_not_frozen_by_rounding():
     assert v.sqrt().mean().item() == pytest.approx((0.001 * 0.999**400) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("gradient", [0.49, 0.7, 1.01, 1.3, 1.9])
+@pytest.mark.parametrize("n", [1, BLOCK])
+def test_a_slow_growth_is_not_cut_off_at_a_power_of_two(gradient: float, n: int):
+    """By less than a code a step; in a block whose every second element gets no gradient the codes are coarsest."""
+    g = torch.full((n,), gradient)
+    g[1::2] = 0.0
+    ours, theirs = parameter(torch.zeros(n)), parameter(torch.zeros(n))
+    optimizer = CPUAdamW8bit([ours], lr=1e-3, weight_decay=0.0)
+    oracle = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+    for _ in range(1500):
+        run(optimizer, ours, [g])
+        run(oracle, theirs, [g])
+    m, v = optimizer.moments(ours)
+    kept = oracle.state[theirs]
+    assert m[::2].mean().item() == pytest.approx(kept["exp_avg"][0].item(), rel=0.05)
+    assert v[::2].mean().item() == pytest.approx(kept["exp_avg_sq"][0].item(), rel=0.1)
+    assert ours[::2].mean().item() == pytest.approx(theirs[0].item(), rel=0.04)
+
+
+@pytest.mark.parametrize("live", [1, BLOCK // 2, BLOCK])
+def test_noisy_gradients_step_as_far_as_adamws_whatever_their_scale(live: int):
+    ratios = []
+    for scale in (0.3, 0.55, 0.7, 0.9, 1.1, 1.3):
+        ours, theirs = parameter(torch.zeros(4 * BLOCK)), parameter(torch.zeros(4 * BLOCK))
+        optimizer = CPUAdamW8bit([ours], lr=1e-3, weight_decay=0.0)
+        oracle = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+        mask = (torch.arange(4 * BLOCK) % BLOCK < live) * scale
+        walked = torch.zeros(2)
+        for i in range(600):
+            g = noise(4 * BLOCK, seed=i) * mask
+            before = ours.detach().clone(), theirs.detach().clone()
+            run(optimizer, ours, [g])
+            run(oracle, theirs, [g])
+            walked += torch.stack([(ours - before[0]).abs().sum(), (theirs - before[1]).abs().sum()]).detach()
+        ratios.append((walked[0] / walked[1]).item())
+    assert min(ratios) > 0.9
+    assert max(ratios) < 1.1
+
+
 def test_threads_do_not_change_a_bit_and_neither_does_a_resume():
     n = 40_000  # enough for the kernel to share blocks out
     gradients = [noise(n, seed=s) for s in range(12)]

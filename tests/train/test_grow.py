@@ -214,7 +214,15 @@ def test_a_trained_network_grows_is_verified_and_trains_on(data: Path, whole_run
     grown = redheart("grow", "--checkpoint", whole_run, "--to", "base", "--out", out, "--verify", "--moments", "--json")
     assert grown.returncode == 0, grown.stderr
     told = json.loads(grown.stdout)
-    expected = {"params_before", "params_after", "max_abs_difference", "loss_before", "loss_after", "host_peak_gib"}
+    expected = {
+        "params_before",
+        "params_after",
+        "kept",
+        "max_abs_difference",
+        "loss_before",
+        "loss_after",
+        "host_peak_gib",
+    }
     assert set(told) == expected
     assert told["params_after"] == pytest.approx(4 * told["params_before"], rel=0.02)
     assert 0 < told["max_abs_difference"] <= 1e-5

@@ -173,7 +173,7 @@ void compress(const States& to, uintptr_t m_, uintptr_t v_, int64_t n) {
       r_most = std::max(r_most, r[i]);
       r_least = std::min(r_least, r[i]);
     }
-    Scales scales = scales_of(1.0f, r_most, r_least);
+    Scales scales = scales_of(1.0f, r_most, r_least, false);
     const int32_t shift = scales.shift, base = bits<int32_t>(scales.base);
     for (int64_t i = 0; i < size; ++i) {
       const int32_t code = scales.base > 0.0f ? std::clamp((bits<int32_t>(r[i]) - base + (1 << (shift - 1))) >> shift, 0, 255) : 0;
@@ -182,7 +182,7 @@ void compress(const States& to, uintptr_t m_, uintptr_t v_, int64_t n) {
       q[i] = coded > 0.0f ? m[start + i] / coded : 0.0f;
       q_most = std::max(q_most, std::fabs(q[i]));
     }
-    scales = scales_of(q_most, r_most, r_least);
+    scales = scales_of(q_most, r_most, r_least, false);
     const float up = inverse(scales.ratio);
     for (int64_t i = 0; i < size; ++i) to.q8[byte_at(start + i, n)] = static_cast<int8_t>(std::clamp(std::nearbyint(q[i] * up), -127.0f, 127.0f));
     to.ratio[b] = scales.ratio;

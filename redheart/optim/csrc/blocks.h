@@ -36,11 +36,18 @@ struct Scales {
   int32_t shift;   // of a float's bits, to the last of r's code: 23 less its mantissa bits
 };
 
-inline Scales scales_of(float q_most, float r_most, float r_least) {
+// `room`: a step rounds at random, the largest r too. Where that may lift it out of its octave the window ends an octave higher: cut
+// off there, it would never grow by less than a code, and the steps of its block stay too large.
+inline Scales scales_of(float q_most, float r_most, float r_least, bool room) {
   if (!(r_most >= kSmallest)) return {0.0f, 0.0f, 23 - kMostBits};
-  const int32_t top = exponent_of(r_most), span = top - exponent_of(r_least) + 1;
-  int mantissa = kMostBits;
-  while (mantissa > kFewestBits && span > 256 >> mantissa) --mantissa;
+  const int32_t least = exponent_of(r_least);
+  int32_t top = exponent_of(r_most), mantissa = kMostBits;
+  for (;;) {
+    while (mantissa > kFewestBits && top - least + 1 > 256 >> mantissa) --mantissa;
+    const int32_t lifted = (bits<int32_t>(r_most) + (room ? (1 << (23 - mantissa)) - 1 : 0)) >> 23;
+    if (lifted == top) break;
+    top = lifted;
+  }
   const float ratio = q_most > 0.0f ? std::max(power_of_two(exponent_of(q_most * (1.0f / 127.0f))), 0x1p-100f) : 0.0f;
   return {ratio * 127.0f < q_most ? 2.0f * ratio : ratio, power_of_two(top - (256 >> mantissa) + 1), 23 - mantissa};
 }
@@ -236,7 +243,7 @@ inline __attribute__((always_inline)) void update_weights(const Arrays& a, int64
 
 // Codes and scales.
 inline __attribute__((always_inline)) void write_codes(const Arrays& a, int64_t b, Noise noise, const Moments& from) {
-  const Scales scales = scales_of(from.q_most, from.r_most, from.r_least);
+  const Scales scales = scales_of(from.q_most, from.r_most, from.r_least, true);
   a.ratio[b] = scales.ratio;
   a.base[b] = scales.base;
   a.mantissa[b] = static_cast<uint8_t>(23 - scales.shift);
