@@ -7,6 +7,7 @@ import torch
 
 FIELDS = ("n", "abs", "sq", "p", "t", "pp", "tt", "pt", "tp", "fp", "fn", "tn", "bad", "rows")
 Tally = torch.Tensor  # float64 [len(FIELDS), size]
+ROUNDING = 1e-11  # of a sum of squares: what a difference of such sums is off by, with room
 
 
 def empty_tally(size: int) -> Tally:
@@ -75,7 +76,9 @@ def summarise(sums: Tally) -> dict[str, float]:
         "accuracy": ((tp + tn).sum() / total).item(),
     }
     covariance, var_p, var_t = n * pt - p * t, n * pp - p * p, n * tt - t * t
-    moves = (var_p > 1e-9) & (var_t > 1e-9)
+    moves = (var_p > ROUNDING * n * pp) & (
+        var_t > ROUNDING * n * tt
+    )  # a constant's variance is the rounding of its sums
     if moves.any():
         result["pearson"] = (covariance[moves] / (var_p[moves] * var_t[moves]).sqrt()).mean().item()
     if (tp + fn > 0).any():

@@ -42,6 +42,9 @@ def test_what_has_no_label_does_not_count():
 
 def test_a_constant_prediction_has_no_correlation_to_speak_of():
     assert "pearson" not in summarise(tally(torch.full_like(P, 0.4), T, ALL))
+    many = torch.rand(100_000, 3, generator=torch.Generator().manual_seed(1))
+    for value in torch.rand(20, generator=torch.Generator().manual_seed(2)).tolist():
+        assert "pearson" not in summarise(tally(torch.full_like(many, value), many, torch.ones_like(many)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

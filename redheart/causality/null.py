@@ -44,10 +44,10 @@ def above_null(
     null = np.stack([terms_of(s) for s in shuffled])
     excess = terms_of(found) - null.mean(0)
     kept = iter(np.where(excess > SIGNIFICANCE * null.std(0, ddof=1), excess, 0.0).tolist())
-    redundant, unique, synergistic = (
-        {key: next(kept) for key in terms} for terms in (found.redundant, found.unique, found.synergistic)
-    )
-    total = sum(sum(parts.values()) for parts in (redundant, unique, synergistic))
+    redundant = {key: next(kept) for key in found.redundant}
+    unique = {key: next(kept) for key in found.unique}
+    synergistic = {key: next(kept) for key in found.synergistic}
+    total = sum([*redundant.values(), *unique.values(), *synergistic.values()])
     leak = 1 - total / found.entropy if found.entropy > 0 else 0.0
     return SurdResult(redundant, unique, synergistic, leak, total, found.entropy), excess
 

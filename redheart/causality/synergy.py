@@ -89,7 +89,9 @@ def informing(
     )
     if not resamples:
         return told
-    ends = deviations(codes, [LEVELS] * len(codes), resamples, seed) + np.append(excess, told.mutual_information)[:, None]
+    ends = (
+        deviations(codes, [LEVELS] * len(codes), resamples, seed) + np.append(excess, told.mutual_information)[:, None]
+    )
     names_of = [term[:2] for term in told.terms()] + [("", "")]
     between = {term: (max(low, 0.0), max(high, 0.0)) for term, (low, high) in zip(names_of, ends.tolist(), strict=True)}
     return replace(told, intervals=between)

@@ -74,11 +74,14 @@ def effects(
     same_rows: bool = False,
 ) -> list[Effect]:
     """One Effect per answer; `whole` and `without` are (dev, held-out) answers of the two networks; `same_rows`: held out is dev
-    itself (answers.cuts). An answer that is gone without the module counts as nothing: metric 0. Emotions that nobody has are left out."""
+    itself (answers.cuts). An answer that is gone without the module counts as nothing: metric 0. Left out as in intervals.measured is
+    what has labels all alike, a multilabel answer that dev lacks too, and emotions that nobody has."""
     lines = []
     for name, one in whole[1].items():
         kind = TASKS[name].kind
-        if kind == "multilabel" and not ((one.target > 0.5) & one.known).any():
+        if not one.varies:
+            continue
+        if kind == "multilabel" and (name not in whole[0] or not ((one.target > 0.5) & one.known).any()):
             continue
         cut: list[np.ndarray | None] = [None, None]
         if kind == "multilabel":

@@ -16,7 +16,7 @@ from torch import nn
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import forward, predict_all
 from redheart.finite import check_finite
-from redheart.metrics import macro_f1
+from redheart.metrics import ROUNDING, macro_f1
 from redheart.schema import JUDGED_ORIGINS, LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS
 
@@ -41,6 +41,13 @@ class Answers:
     @property
     def known(self) -> np.ndarray:
         return self.weight > 0
+
+    @property
+    def varies(self) -> bool:
+        """Whether the labels of any one entry differ: else there is nothing to tell apart."""
+        low = np.where(self.known, self.target, np.inf).min(0)
+        high = np.where(self.known, self.target, -np.inf).max(0)
+        return bool((high > low).any())
 
     def rows(self, chosen: np.ndarray) -> Answers:
         """Those of the rows where `chosen` [N] is true."""
@@ -126,7 +133,8 @@ def sums(kind: str, given: Answers, cut: np.ndarray | None) -> np.ndarray:
     elif kind == "binary":
         # who says neither is right half of the time (metrics.pair_tally)
         terms = [np.where(p == 0.5, 0.5, (p > 0.5) == (t > 0.5)), np.ones_like(known)]
-    else:
+    else:  # from a value of their own on: what does not vary is 0, and little variation keeps its digits
+        p, t = (x - _first_known(x, known) for x in (p, t))
         terms = [np.ones_like(p), p, t, p * p, t * t, p * t]
     return np.stack([np.where(known, x, 0).astype(np.float32 if kind != "score" else float) for x in terms], 1)
 
@@ -139,10 +147,22 @@ def metric(kind: str, total: np.ndarray) -> np.ndarray:
         right, n = np.moveaxis(total, -2, 0)
         return right.sum(-1) / n.sum(-1)
     n, p, t, pp, tt, pt = np.moveaxis(total, -2, 0)
-    var_p, var_t = n * pp - p * p, n * tt - t * t
-    moves = (var_t > 1e-9).any(tuple(range(var_t.ndim - 1)))  # entries that people labelled at all
-    r = (n * pt - p * t) / np.sqrt(np.maximum(var_p * var_t, 1e-18))
-    return r[..., moves].mean(-1)
+    var_p, var_t = _variance(n, p, pp), _variance(n, t, tt)
+    moves = (var_t > 0).any(tuple(range(var_t.ndim - 1)))  # entries that people labelled at all
+    varies = (var_p > 0) & (var_t > 0)
+    r = np.where(varies, (n * pt - p * t) / np.sqrt(np.where(varies, var_p * var_t, 1.0)), 0.0)
+    return r.clip(-1, 1)[..., moves].mean(-1)
+
+
+def _first_known(x: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Of every column [N, size] the first value that is known, [size]; 0 where none is."""
+    return np.where(known.any(0), x[known.argmax(0), np.arange(x.shape[1])], 0.0)
+
+
+def _variance(n: np.ndarray, total: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """n² times the variance; none where the difference is no more than the rounding of what it is the difference of."""
+    found: np.ndarray = n * squares - total * total
+    return np.where(found > ROUNDING * n * squares, found, 0.0)
 
 
 def resampled(kind: str, *sides: np.ndarray, resamples: int = 1000, seed: int = 0) -> list[np.ndarray]:

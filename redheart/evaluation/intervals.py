@@ -63,8 +63,8 @@ def measured(model: Sides, constant: Sides, linear: Sides, same_rows: bool) -> l
     found = []
     for task, held_out in model[1].items():
         kind: str = TASKS[task].kind
-        if not (np.ptp(np.where(held_out.known, held_out.target, held_out.target[held_out.known][0]), 0) > 0).any():
-            continue  # nothing varies, and there is no correlation
+        if not held_out.varies:
+            continue
         if kind == "multilabel" and (task not in model[0] or not ((held_out.target > 0.5) & held_out.known).any()):
             continue
         sides = []

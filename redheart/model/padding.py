@@ -25,6 +25,16 @@ def checked_mask(name: str, features: torch.Tensor, mask: torch.Tensor | None, w
     return mask if mask.dtype == torch.bool else mask != 0
 
 
+def check_rows(rows: torch.Tensor, num_contrasts: int) -> None:
+    """ValueError where `rows` are not the texts' numbers [C] of so many contrasts. That they differ nobody looks at: it would wait for
+    the device."""
+    if rows.shape != (num_contrasts,) or rows.dtype != torch.int64:
+        raise ValueError(
+            f"contrast_rows must be int64 [{num_contrasts}], the number of the text that each contrast is of: got {rows.dtype} "
+            f"{list(rows.shape)}"
+        )
+
+
 def stacked(texts: torch.Tensor, contrasts: torch.Tensor) -> torch.Tensor:
     """[B, T, …] and [C, T', …] -> [B + C, max(T, T'), …], padded behind."""
     longest = max(texts.shape[1], contrasts.shape[1])

@@ -23,7 +23,7 @@ from redheart.model.fusion import Readings, Utility, plain_mean
 from redheart.model.layers import Masks, attention_bias, full_precision
 from redheart.model.loading import draw_missing, is_run_or_checkpoint, load_whole, refuse_packing
 from redheart.model.outputs import ANSWER_FIELDS, RedHeartOutput
-from redheart.model.padding import checked_mask, real_tokens_first, rows_of, stacked
+from redheart.model.padding import check_rows, checked_mask, real_tokens_first, rows_of, stacked
 from redheart.model.parts import BACKBONE, FUSION, FUSION_LAYERS, MODULES, PARTS, sizes_of, sources, utilities
 from redheart.model.readout import with_readout
 from redheart.model.select import ExecutionMode, Selection, select
@@ -67,9 +67,10 @@ class RedHeartModel(PreTrainedModel):
     """features [B, T, E], attention_mask [B, T] -> RedHeartOutput.
 
     The mask is bool or of integers, true or not 0 where a token is real; padding may stand on either side, and where there is no
-    mask every token is real. contrast_features [C, T', E] (with a mask likewise) and contrast_rows [C] give the alternatives of
-    some rows; `sample_keys` [B] (int64 positions in the run) are needed in training mode with dropout; `without` names modules to
-    do without, for this call. `output_hidden_states` and `return_dict` are Transformers'; attention maps are never formed.
+    mask every token is real. contrast_features [C, T', E] (with a mask likewise) and contrast_rows [C] (int64, no row twice) give
+    the alternatives of some rows; `sample_keys` [B] (int64 positions in the run) are needed in training mode with dropout;
+    `without` names modules to do without, for this call. `output_hidden_states` and `return_dict` are Transformers'; attention
+    maps are never formed.
     """
 
     config_class = RedHeartConfig
@@ -181,6 +182,8 @@ class RedHeartModel(PreTrainedModel):
                 "output_attentions: attention maps are never formed here (scaled_dot_product_attention is fused)"
             )
         mask = checked_mask("features", features, attention_mask, self.config.encoder_width)
+        if not mask.numel():
+            raise ValueError(f"features must hold a text and a token of it: got {list(features.shape)}")
         (num_texts, num_tokens), keys = mask.shape, sample_keys
         if (contrast_features is None) != (contrast_rows is None):
             raise ValueError("contrast_features and contrast_rows belong together: which row each contrast is of")
@@ -189,6 +192,7 @@ class RedHeartModel(PreTrainedModel):
             of_contrasts = checked_mask(
                 "contrast_features", contrast_features, contrast_mask, self.config.encoder_width
             )
+            check_rows(contrast_rows, len(of_contrasts))
             features, mask = stacked(features, contrast_features), stacked(mask, of_contrasts)
             keys = None if keys is None else torch.cat([keys, keys[contrast_rows] + (1 << 31)])
         features, mask, places = real_tokens_first(features, mask)

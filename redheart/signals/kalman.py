@@ -10,6 +10,7 @@ rounding; Särkkä and García-Fernández (2021), "Temporal Parallelization of B
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -40,17 +41,19 @@ def kalman_filter(
     """z [*, T, M]; x0 [*, S] and P0 [*, S, S] stand before the first prediction; predict, then update.
 
     F [S, S], H [M, S], Q [S, S] and R [M, M] may each vary: with the leading shape [*, T] (over the batch and over time) where they
-    have one dimension more than P0, else with a shape that broadcasts to [*]. ValueError where the shapes do not fit, RedHeartError
-    that names what is not finite (a NaN is no missing measurement). The loop over T costs about twenty small kernels a step.
+    have one dimension more than P0, else with a shape that broadcasts to [*]. ValueError where the shapes do not fit or T is 0,
+    RedHeartError that names what is not finite (a NaN is no missing measurement). The loop over T costs about twenty small kernels a step.
     """
     check_finite({"z": z, "F": F, "H": H, "Q": Q, "R": R, "x0": x0, "P0": P0})
-    dtype = torch.promote_types(z.dtype, torch.float32)
+    dtype = functools.reduce(torch.promote_types, (a.dtype for a in (z, F, H, Q, R, x0, P0)), torch.float32)
     z, F, H, Q, R, x, P = (a.to(dtype) for a in (z, F, H, Q, R, x0, P0))
     state, measured = x.shape[-1:], z.shape[-1:]
     wanted = (state + state, measured + state, state + state, measured + measured, state + state)
     if any(a.shape[-2:] != pair for a, pair in zip((F, H, Q, R, P), wanted, strict=True)):  # a 1 x 1 would broadcast
         given = zip(("z", "F", "H", "Q", "R", "x0", "P0"), (z, F, H, Q, R, x, P), strict=True)
         raise ValueError(f"widths of state and measurement do not fit: { ({n: tuple(a.shape) for n, a in given}) }")
+    if not z.shape[-2]:
+        raise ValueError(f"there is no measurement to filter: z is {list(z.shape)}")
     per_step = [a.dim() == P.dim() + 1 for a in (F, H, Q, R)]
     means, covariances, total = [], [], torch.zeros(z.shape[:-2], dtype=dtype, device=z.device)
     eye = torch.eye(x.shape[-1], dtype=dtype, device=z.device)

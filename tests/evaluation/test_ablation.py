@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from redheart.evaluation.ablation import Effect, effects, over_seeds
 from redheart.evaluation.answers import Answers, cuts, metric, sums, thresholds, tuned_macro_f1
+from redheart.evaluation.intervals import measured
 
 RNG = np.random.default_rng(0)
 
@@ -106,6 +107,34 @@ def test_emotions_that_nobody_has_are_left_out():
     given = made(0.5)
     none = Answers(given.prediction, np.zeros_like(given.target), given.known)
     assert effects("x", "removed", ({"emotion": none},) * 2, ({"emotion": none},) * 2) == []
+
+
+@pytest.mark.parametrize("rows", [251, 3000, 20_000])
+def test_an_answer_that_does_not_vary_has_no_correlation(rows: int):
+    """Whatever its value and however many rows: neither as it is, nor in a bootstrap, nor beside one that does."""
+    rng = np.random.default_rng(rows)
+    target = rng.random((rows, 4))
+    follows = Answers(0.3 * target + 0.7 * rng.random((rows, 4)), target, np.ones((rows, 4)))
+    for value in (*rng.random(10), 1e-7, 123.4):
+        constant = replace(follows, prediction=np.full((rows, 4), value))
+        assert metric("score", sums("score", constant, None).sum(0)) == 0
+    (line,) = effects("x", "removed", ({}, {"ethics": follows}), ({}, {"ethics": constant}), resamples=50)
+    assert (line.without, line.verdict) == (0, "helps")
+    assert line.low <= line.difference <= line.high
+    nearly = replace(follows, prediction=0.5 + 1e-4 * follows.prediction)
+    assert metric("score", sums("score", nearly, None).sum(0)) == pytest.approx(line.whole, rel=1e-6)
+
+
+def test_what_cannot_be_judged_is_left_out():
+    """Labels all alike, in every entry that has some; an answer with thresholds that dev has no labels for."""
+    given = made(0.5)
+    assert effects("x", "removed", ({}, {"emotion": given}), ({}, {"emotion": given})) == []
+    known, target = np.zeros((300, 4)), np.zeros((300, 4))
+    known[:150, 0] = known[150:, 1] = target[:150, 0] = 1
+    alike = Answers(np.random.default_rng(0).random((300, 4)), target, known)
+    side = ({}, {"ethics": alike})
+    assert effects("x", "removed", side, side) == []
+    assert measured(side, side, side, same_rows=False) == []
 
 
 def test_over_seeds_the_interval_is_students():

@@ -100,6 +100,10 @@ def test_without_a_mask_every_token_is_real(model, given):
         (lambda f, m: (f[..., :-1], m), r"features must be \[texts, tokens, 768\].*got \[8, 5, 767\]"),
         (lambda f, m: (f[0], m[0]), r"features must be \[texts, tokens, 768\]"),
         (lambda f, m: (f, m, f[:2], m[:2]), "contrast_features and contrast_rows belong together"),
+        (lambda f, m: (f, m, f[:2], m[:2], torch.tensor([1])), r"contrast_rows must be int64 \[2\].*int64 \[1\]"),
+        (lambda f, m: (f, m, f[:2], m[:2], torch.tensor([0, 1]).int()), r"contrast_rows must be int64 \[2\].*int32"),
+        (lambda f, m: (f[:0], m[:0]), "must hold a text and a token"),
+        (lambda f, m: (f[:, :0], m[:, :0]), "must hold a text and a token"),
     ],
 )
 def test_what_does_not_fit_is_named(model, given, change, words):

@@ -206,3 +206,12 @@ def test_what_is_not_finite_is_refused_by_name(place: int, bad: float):
     given[place].view(-1)[1] = bad
     with pytest.raises(RedHeartError, match=f"^{('z', 'F', 'H', 'Q', 'R', 'x0', 'P0')[place]}: 1 of .* not finite"):
         kalman_filter(*given)
+
+
+def test_fp64_stays_whichever_argument_has_it_and_no_step_is_no_filter():
+    z, *model = system(2, 1, 5)
+    found = kalman_filter(z.float(), *model)
+    assert {x.dtype for x in found} == {torch.float64}
+    assert torch.equal(found.mean, kalman_filter(z.float().double(), *model).mean)
+    with pytest.raises(ValueError, match="no measurement"):
+        kalman_filter(z[:, :0], *model)
