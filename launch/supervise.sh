@@ -13,8 +13,8 @@ bash launch/multinode/run_node.sh … -- train …
   --wait S       seconds before the first of them, doubled with each (default 5, at most 300)
   --help
 
-LINE is started as it is. It is started again with --resume once the run has a checkpoint, else with --overwrite: what this supervisor
-began and nobody saved. It is not when it ended well or by a signal that it was sent, when it refused its settings, its data or its
+LINE is started as it is. It is started again with --resume, and without --init, once it has made a checkpoint. Before that it is started
+again as it began: with --overwrite as well where this supervisor began the run, and nobody saved it. It is not when it ended well or by a signal that it was sent, when it refused its settings, its data or its
 command line (exit codes 1 and 2), and when this supervisor is asked to end: SIGTERM, SIGINT and SIGUSR1 go on to LINE.
 TEXT
 }
@@ -34,30 +34,30 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || wrong "behind -- comes the line that trains"
 
-line=("$@") again=() run="" resumes=no # again: the line without how it was to begin
+line=("$@") first=("$@") again=() run="" begun=no # again: the line without how it was to begin
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) run=${2:-} ;;
     --out=*) run=${1#--out=} ;;
   esac
   case "$1" in
-    --overwrite | --init=*) ;;
+    --overwrite | --resume=*) begun=yes ;;
+    --init=*) ;;
     --init) [ $# -lt 2 ] || shift ;;
-    --resume=*) resumes=yes ;;
-    --resume) resumes=yes; if [ $# -gt 1 ] && [[ "$2" != -* ]]; then shift; fi ;;
+    --resume) begun=yes; if [ $# -gt 1 ] && [[ "$2" != -* ]]; then shift; fi ;;
     *) again+=("$1") ;;
   esac
   shift
 done
 [ -n "$run" ] || wrong "the line names no --out, so nobody could tell whether its run has a checkpoint"
 
-newest() { # the last checkpoint that was committed, or nothing
-  local found=""
-  for manifest in "$run"/checkpoints/step-*/manifest.json; do
-    if [ -f "$manifest" ]; then found=$manifest; fi
-  done
-  echo "$found"
+committed() { # a line for each checkpoint, which no other one has, even of the same step
+  stat -c '%i %y' "$run"/checkpoints/step-????????{,.old}/manifest.json 2>/dev/null | LC_ALL=C sort || true
 }
+made() { [ -n "$(LC_ALL=C comm -13 <(echo "$1") <(committed))" ]; } # whether there is one beside those of $1
+
+at_first=$(committed)
+if [ -n "$at_first" ] || [ -e "$run/.redheart.json" ]; then begun=yes; fi # not ours to replace, unless the line says so
 
 REDHEART_EXIT_CODES=$(mktemp) # where every process of the line says how it ended; a launcher says something of its own
 export REDHEART_EXIT_CODES
@@ -73,7 +73,7 @@ any() { grep -qxE "$1" "$REDHEART_EXIT_CODES"; } # whether a process ended with 
 without=0
 while :; do
   : >"$REDHEART_EXIT_CODES"
-  before=$(newest)
+  before=$(committed)
   "${line[@]}" &
   child=$!
   [ -z "$asked" ] || pass_on "$asked" # it came before there was a child
@@ -101,8 +101,7 @@ while :; do
   if any 70; then why="an error that nobody foresaw"
   elif any 75; then why="a process, a node or the network was lost"
   else why="it was killed"; fi
-  after=$(newest)
-  if [ "$after" != "$before" ]; then without=0; else without=$((without + 1)); fi
+  if made "$before"; then without=0; else without=$((without + 1)); fi
   if [ "$without" -gt "$restarts" ]; then
     say "not started again: $why (exit code $code), and $without starts in a row brought no checkpoint"
     exit "$code"
@@ -110,12 +109,14 @@ while :; do
   pause=0
   if [ "$without" -gt 0 ]; then pause=$((wait << (without < 16 ? without - 1 : 15))); fi
   pause=$((pause < 300 ? pause : 300))
-  if [ -n "$after" ] || [ "$resumes" = yes ]; then
-    line=("${again[@]}" --resume)
+  if made "$at_first"; then
+    line=("${again[@]}" --resume) how=--resume
+  elif [ "$begun" = yes ]; then
+    line=("${first[@]}") how="the same line"
   else
-    line=("${again[@]}" --overwrite)
+    line=("${first[@]}" --overwrite) how=--overwrite
   fi
-  say "$why (exit code $code): ${line[*]: -1} in $pause s"
+  say "$why (exit code $code): $how in $pause s"
   sleep "$pause" &
   child=$!
   [ -z "$asked" ] || pass_on "$asked" # it came before there was a child

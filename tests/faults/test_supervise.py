@@ -58,7 +58,22 @@ def supervised(folder: Path, plan: str, *more: str, options: tuple[str, ...] = (
         ("s:70:70,s:0:0", (), 0, ["", "--resume"], "nobody foresaw"),
         ("s::-9,s:0:0", ("--init", "a b", "--preset", "x"), 0, ["--init a b --preset x", "--preset x --resume"], ""),
         ("s::-9,s:0:0", ("--resume", "old", "--x"), 0, ["--resume old --x", "--x --resume"], ""),
-        ("::-9,s:0:0", ("--resume", "--x"), 0, ["--resume --x", "--x --resume"], ""),
+        # how it was to begin stays until it has made a checkpoint
+        (
+            "::-9,s::-9,s:0:0",
+            ("--init", "a b"),
+            0,
+            ["--init a b", "--init a b --overwrite", "--resume"],
+            "--overwrite in",
+        ),
+        (
+            "::-9,s::-9,s:0:0",
+            ("--init=a", "--overwrite"),
+            0,
+            [*["--init=a --overwrite"] * 2, "--resume"],
+            "the same line",
+        ),
+        ("::-9,s:0:0", ("--resume", "--x"), 0, ["--resume --x"] * 2, ""),
         ("s::-9,s:0:0", ("--overwrite",), 0, ["--overwrite", "--resume"], ""),
         (":1:1", (), 1, [""], "were refused"),
         ("s:1:1", (), 1, [""], "were refused"),
@@ -79,6 +94,24 @@ def test_when_a_line_is_started_again(
     assert (ended, log) == (code, starts), told
     assert said in told
     TABLE.add("what the supervisor does by exit code", "as the table says")
+
+
+@pytest.mark.parametrize(
+    ("plan", "more", "starts"),
+    [
+        ("::-9,::-9,s::-9,s:0:0", ["--resume", "old"], [*["--resume old"] * 3, "--resume"]),
+        ("::-9,s::-9,s:0:0", ["--resume=old"], [*["--resume=old"] * 2, "--resume"]),
+        ("::-9,s::-9,s:0:0", ["--overwrite"], [*["--overwrite"] * 2, "--resume"]),
+        ("::-9,:1:1", [], ["", ""]),  # it was to begin where a run lies: nothing to go on with, nor to replace
+    ],
+)
+def test_checkpoints_of_before_are_not_its_own(tmp_path: Path, plan: str, more: list[str], starts: list[str]):
+    """One that is whole, and one that an earlier end left half-done."""
+    for name in ("step-00000099", "step-00000100.tmp"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / name / "manifest.json").write_text("{}")
+    ended, log, told = supervised(tmp_path, plan, *more)
+    assert (ended, log) == (1 if plan.endswith("1") else 0, starts), told
 
 
 @pytest.mark.parametrize(
