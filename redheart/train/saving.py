@@ -98,14 +98,14 @@ class Saver:
 
     def save(self, engine: Engine, last: bool = False) -> None:
         """A checkpoint of the present step, unless there is one. The `last` one of a run is whole when this returns."""
+        if last:
+            self.finish()  # where it fails, the present step has no checkpoint yet
         if self._wanted and self._saved != self._here:
             self.finish()
             self._since, self._step = time.monotonic(), self._state.step
             with self._clocked(), self._failing(last):
                 self._save(engine, self._config.checkpoint.background and not last)
                 self._saved = self._here
-        if last:
-            self.finish()
 
     def _save(self, engine: Engine, background: bool) -> None:
         state, config = self._state, self._config

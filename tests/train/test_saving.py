@@ -128,6 +128,30 @@ def test_a_save_that_fails_leaves_no_half_file(data: Path, tmp_path: Path, monke
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_ends_well_only_with_its_last_checkpoint(data: Path, tmp_path: Path, monkeypatch, times: int):
+    """The last step is saved in the background; a save of it that failed is tried again, and has then to succeed."""
+    commit, tried = checkpoint.commit_directory, []
+
+    def full(temporary, final, aside):
+        tried.append(final.name)
+        if len(tried) <= times:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+        commit(temporary, final, aside)
+
+    monkeypatch.setattr(checkpoint, "commit_directory", full)
+    background = ("checkpoint.background=true", "checkpoint.on_error=go_on", "training.checkpoint_every=99")
+    settings, run = config("training.max_steps=1", *background), tmp_path / "run"
+    if times == 1:
+        assert start(settings, data, run).saving["failed"] == 1
+        assert names(run) == steps(1)
+    else:
+        with pytest.raises(RedHeartError, match=r"No space left on device.*there is no checkpoint yet"):
+            start(settings, data, run)
+        assert names(run) == []
+    assert tried == steps(1) * 2
+
+
 def test_a_limit_on_files_ends_no_run_that_shall_go_on(data: Path, blocking: Path, tmp_path: Path, capsys):
     """No checkpoint fits any more; a later run on a disk with room goes on from what is there."""
     run = shutil.copytree(blocking, tmp_path / "run")
