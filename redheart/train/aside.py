@@ -15,10 +15,10 @@ from redheart.schema import Batch
 
 
 class Aside:
-    """Writes that never end a run: the first that the system refuses is told, and nothing more is written."""
+    """Writes that never end a run: the first that the system refuses is told, and nothing more is written. Nothing is unless `wanted`."""
 
-    def __init__(self, what: str):
-        self._what, self.lost = what, False
+    def __init__(self, what: str, wanted: bool = True):
+        self._what, self.lost = what, not wanted
 
     def __call__(self, write: Callable[[], object]) -> None:
         if self.lost:
@@ -36,8 +36,8 @@ class Events:
     A step that is taken again, after a rewind or a resume, may stand there again.
     """
 
-    def __init__(self, run: Path):
-        self._path, self._write = run / "events.jsonl", Aside("events.jsonl")
+    def __init__(self, run: Path, wanted: bool = True):
+        self._path, self._write = run / "events.jsonl", Aside("events.jsonl", wanted)
 
     def write(self, step: int, event: str, **facts: Any) -> None:
         if is_main():

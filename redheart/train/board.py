@@ -43,7 +43,7 @@ GIB = 2**30
 
 
 class Board:
-    """Writes to RUN/tensorboard; on a resume, events of steps after the checkpoint's are hidden."""
+    """Writes to RUN/tensorboard, where `records` are wanted; on a resume, events of steps after the checkpoint's are hidden."""
 
     def __init__(
         self,
@@ -54,14 +54,15 @@ class Board:
         total_steps: int,
         rank: int = 0,
         world_size: int = 1,
+        records: bool = True,
     ):
         self._run, self._config, self._state, self._factors = run, config, state, factors
         self._total = total_steps
         self._clock, self._samples = time.perf_counter(), 0
-        self._ranks = rank, world_size
+        self._ranks, self._logs_samples = (rank, world_size), records and config.training.log_samples
         self._last: dict[str, float] = {}  # of the last look at dev
         self._writer: Any = None
-        self._tensorboard, self._sample_log = Aside("TensorBoard's files"), Aside("the log of samples")
+        self._tensorboard, self._sample_log = Aside("TensorBoard's files", records), Aside("the log of samples")
         self.reopen()
 
     def reopen(self) -> None:
@@ -79,7 +80,7 @@ class Board:
 
         if is_main():
             self._tensorboard(open_writer)
-        self._log = SampleLog(self._run, *self._ranks, state.step) if self._config.training.log_samples else None
+        self._log = SampleLog(self._run, *self._ranks, state.step) if self._logs_samples else None
         self.restart_clock()
 
     def samples(self, step: int, batches: Sequence[Batch]) -> None:

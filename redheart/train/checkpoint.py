@@ -287,8 +287,8 @@ def verified(directory: Path, only: Collection[str] | None = None) -> Path:
     return directory
 
 
-def go_on(state: Progress, source: Path, run: Path) -> None:
-    """Makes `state`, read from `source`, that of a run that goes on from there in `run`."""
+def go_on(state: Progress, source: Path, run: Path, quiet: bool = False) -> None:
+    """Makes `state`, read from `source`, that of a run that goes on from there in `run`; `quiet`: one that will save nothing."""
     lineages, newest = _lineages(run), last(run)
     if newest is not None and source.resolve().parent != newest.resolve().parent:
         raise RedHeartError(
@@ -297,16 +297,15 @@ def go_on(state: Progress, source: Path, run: Path) -> None:
     if newest is not None and source.resolve() != newest.resolve():
         state.branch, state.branched_at = max(lineages.values()).branch + 1, state.step
         left = ", ".join(d.name for d in committed(run) if _step(d) > state.step)
-        console.print(
-            f"going back to step {state.step}: {left} will be removed once a new checkpoint is there", markup=False
-        )
+        if not quiet:
+            console.print(f"going back to step {state.step}: {left} will be removed once a new checkpoint is there")
     if state.best_value is not None and not math.isfinite(state.best_value):  # earlier versions took NaN for the best
         state.best_value = state.best_step = None
     if state.best_step is not None and state.best_step not in {one.step for one in lineages.values()}:
-        console.print(
-            f"the best checkpoint so far, of step {state.best_step}, is not in {run}: the search for it starts anew",
-            markup=False,
-        )
+        if not quiet:
+            console.print(
+                f"the best checkpoint so far, of step {state.best_step}, is not in {run}: the search for it starts anew"
+            )
         state.best_value = state.best_step = None
 
 

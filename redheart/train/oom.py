@@ -40,8 +40,9 @@ def build_engine(
     micro_batch_size: int,
     init: Path | None = None,
     constants: Raw | None = None,
+    records: bool = True,
 ) -> Engine:
-    """A fresh network from the run's seed on the configured engine; DeepSpeed's settings go to RUN/ds_config.json.
+    """A fresh network from the run's seed on the configured engine; DeepSpeed's settings go to RUN/ds_config.json with `records`.
 
     `micro_batch_size` has to divide what one rank has of the global batch. `init`: where its weights come from instead;
     `constants`: the answers its biases start with (model/prior.py).
@@ -63,12 +64,12 @@ def build_engine(
     engine = make_engine(build, config, accumulation, micro_batch_size)
     if stored and (steps := carry(engine, stored)) is not None:
         console.print(f"the optimizer goes on with the moments of {steps} steps that {init} carries")
-    if is_main() and isinstance(engine, DeepSpeedEngine):
+    if records and is_main() and isinstance(engine, DeepSpeedEngine):
         write_json(run / "ds_config.json", engine.settings)
     return engine
 
 
-def shrink(engine: Engine, config: RunConfig, run: Path, state: Progress, reason: str) -> Engine:
+def shrink(engine: Engine, config: RunConfig, run: Path, state: Progress, reason: str, records: bool = True) -> Engine:
     """Another engine where `engine` stood after its last step, for the next smaller micro-batch; `state` keeps the event.
 
     `engine` is closed. Collective; gradients of the step under way are dropped. Call it when the exception is no longer being
@@ -95,7 +96,7 @@ def shrink(engine: Engine, config: RunConfig, run: Path, state: Progress, reason
     engine.save(directory)
     engine.close()
     barrier()
-    rebuilt = build_engine(config, state.encoder, run, after)
+    rebuilt = build_engine(config, state.encoder, run, after, records=records)
     rebuilt.load(directory)
     barrier()
     if is_main():

@@ -53,6 +53,7 @@ class TrainResult:
     from_step: int = 0  # where this launch began
     saving: dict[str, float] = field(default_factory=dict)  # train/saving.py; of this launch
     resume_s: float | None = None  # from the command to the first step, where it went on with a run
+    recorded: bool = True
 
     @property
     def end(self) -> str:
@@ -69,7 +70,7 @@ class TrainResult:
             said += f"; dev loss {state.initial_dev_loss:.4f} → {state.last_dev_loss:.4f}"
         if state.best_value is not None:
             said += f", best {state.best_value:.4f} at step {state.best_step}"
-        return f"{said}; everything is in {self.run}"
+        return f"{said}; " + (f"everything is in {self.run}" if self.recorded else f"{self.run} is as it was")
 
     def costs(self) -> str:
         """What saving took, and what did not go as usual, in a line."""
@@ -109,6 +110,7 @@ def train(
 
     `data`: None prepares the table of `config.data.file` first (train/own.py).
     `init`: an export, a checkpoint or a run whose weights the run starts from, instead of random ones.
+    A dry run (`update_parameters` False) that goes on with a run leaves its records as they are.
     """
     check_launch()
     if init and resume:
@@ -154,8 +156,9 @@ def _train(
     state.micro_batch_size, accumulation = split_global_batch(
         config.training.global_batch_size, wanted_micro_batch_size(config, state), launched_world_size()
     )
+    records = update_parameters or not source
     if source:
-        checkpoint.go_on(state, source, run)
+        checkpoint.go_on(state, source, run, quiet=not records)
     planned = None
     if launched_rank() == 0:
         planned = check_memory(config, state.micro_batch_size, accumulation, config.data.encoder.most_tokens)
@@ -185,20 +188,19 @@ def _train(
             lambda: f" at step {state.step}",
         ),
     ):
-        engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, constants)
+        engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, constants, records)
         agree(run, config, streams[0].index, source)
         if source:
             engine.load(source)
             barrier()  # every rank has read what it needs
-            if launched_rank() == 0:
-                checkpoint.clear(run, config if update_parameters and source == checkpoint.last(run) else None)
-                if update_parameters:
-                    write_config(run / "config.yaml", config)
+            if launched_rank() == 0 and records:
+                checkpoint.clear(run, config if source == checkpoint.last(run) else None)
+                write_config(run / "config.yaml", config)
             barrier()
         else:
             state.scales = constant_losses(*streams[0].label_sample(), config.loss)
         _announce(config, engine.world_size, accumulation, total_steps, state)
-        trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters)
+        trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters, records)
         started, first = time.perf_counter(), state.step
         with stacks(run):
             stop = trainer.run()
@@ -218,7 +220,7 @@ def _train(
     go_on = command(run) if update_parameters else "a dry run keeps no checkpoint: start it again"
     result = TrainResult(
         run, state, total_steps, seconds, stop.signal, memory, go_on, calibration, first, trainer.saver.figures(),
-        started - began if source else None,
+        started - began if source else None, records,
     )  # fmt: skip
     if update_parameters:
         console.print(result.costs())

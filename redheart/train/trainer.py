@@ -49,16 +49,17 @@ class Trainer:
         state: Progress,
         total_steps: int,
         update_parameters: bool = True,
+        records: bool = True,
     ):
         self.config, self.run_directory, self.engine, self.state = config, run, engine, state
         self.train_stream, self.dev_stream = streams
-        self.total_steps, self.update_parameters = total_steps, update_parameters
+        self.total_steps, self.update_parameters, self.records = total_steps, update_parameters, records
         self.factors = factors(task_weights(config.loss), state.scales, config.loss.constant_floor)
-        self.events, self.synergy, self.rehearsals = Events(run), Synergy(config.loss), oom.Rehearsals(config)
+        self.events, self.synergy, self.rehearsals = Events(run, records), Synergy(config.loss), oom.Rehearsals(config)
         self.guard = NonFiniteGuard(run, config.training.max_bad_steps, state, self.events)
         self.spikes = SpikeGuard(config, run, state, self.factors, self.events, may_rewind=update_parameters)
         self.saver = Saver(config, run, state, self.events, wanted=update_parameters)
-        self.board = Board(run, config, state, self.factors, total_steps, engine.rank, engine.world_size)
+        self.board = Board(run, config, state, self.factors, total_steps, engine.rank, engine.world_size, records)
 
     def run(self) -> StopRequest:
         """Runs to the end, or to a signal; the last thing it does is a checkpoint."""
@@ -98,7 +99,7 @@ class Trainer:
                 return work()
             except OutOfMemory as error:
                 reason = str(error)  # what failed holds its activations until this block is left
-            self.engine = oom.shrink(self.engine, self.config, self.run_directory, self.state, reason)
+            self.engine = oom.shrink(self.engine, self.config, self.run_directory, self.state, reason, self.records)
             self.board.out_of_memory(self.state.out_of_memory[-1])
 
     def _step(self, stop: StopRequest) -> bool:
@@ -138,8 +139,7 @@ class Trainer:
         engine, settings = self.engine, self.config.training
         result = evaluate(
             engine.model, self.dev_stream, self.config.loss, self.factors, engine.device, engine.dtype,
-            self.state.micro_batch_size, engine.rank, engine.world_size, settings.evaluate_rows,
-            engine.forward_has_collectives,
+            self.state.micro_batch_size, engine.rank, engine.world_size, settings.evaluate_rows, engine.forward_has_collectives,
         )  # fmt: skip
         self.state.evaluated(result.total, result.losses)
         self.board.dev(self.state.step, result, self.dev_stream)

@@ -109,6 +109,17 @@ def leaves_of(config: RunConfig) -> list[str]:
     return [f"{key}={leaves(config)[key]}" for key in changed]
 
 
+def test_a_dry_run_leaves_the_run_that_it_goes_on_with_as_it_was(data, run, capfd):
+    """It goes back to the first step, of whose successors the run has records."""
+    before, source = content(run), run / "checkpoints" / "step-00000001"
+    result = start(local(), data, run, resume=str(source), update_parameters=False)
+    assert (result.from_step, result.state.step) == (1, 2)
+    assert result.summary().endswith(f"{run} is as it was")
+    assert "will be removed" not in capfd.readouterr().err
+    assert {name for name, held in content(run).items() if held != before.get(name)} <= {".redheart.lock"}
+    assert content(run).keys() == before.keys()
+
+
 def test_an_optimizer_that_is_named_or_implied_is_the_same():
     assert changes(local(), local("optimizer.name=adamw")) == {}
     eight = ["memory.strategy=zero2_offload_8bit", "optimizer.name=adamw_8bit"]
