@@ -301,12 +301,13 @@ def go_on(state: Progress, source: Path, run: Path, quiet: bool = False) -> None
             console.print(f"going back to step {state.step}: {left} will be removed once a new checkpoint is there")
     if state.best_value is not None and not math.isfinite(state.best_value):  # earlier versions took NaN for the best
         state.best_value = state.best_step = None
-    if state.best_step is not None and state.best_step not in {one.step for one in lineages.values()}:
-        if not quiet:
-            console.print(
-                f"the best checkpoint so far, of step {state.best_step}, is not in {run}: the search for it starts anew"
-            )
-        state.best_value = state.best_step = None
+    lost = state.best_step is not None and state.best_step not in {one.step for one in lineages.values()}
+    if lost and not quiet:
+        console.print(
+            f"the best checkpoint so far, of step {state.best_step}, is not in {run}: the search for it starts anew"
+        )
+    if lost or newest is None:  # or in a new directory
+        state.best_value, state.best_step, state.looks_since_best = None, None, 0
 
 
 def clear(run: Path, config: RunConfig | None = None) -> None:

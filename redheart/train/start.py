@@ -60,7 +60,13 @@ class TrainResult:
         """In words, how it ended."""
         if self.signal or self.state.step >= self.total_steps:
             return "stopped" if self.signal else "finished"
-        return f"nothing better on dev in {self.state.looks_since_best} looks (training.patience): finished"
+        looks = self.state.looks_since_best
+        at_once = (
+            f"; --set training.patience={looks + 1} or more, or null, goes on"
+            if self.from_step == self.state.step
+            else ""
+        )
+        return f"nothing better on dev in {looks} looks (training.patience{at_once}): finished"
 
     def summary(self) -> str:
         """How it ended, in a sentence."""

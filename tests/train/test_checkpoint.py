@@ -265,9 +265,11 @@ def test_a_checkpoint_of_another_run_does_not_go_on_among_a_run_s_own(tmp_path: 
     source = tmp_path / "b" / "checkpoints" / "step-00000002"
     with pytest.raises(RedHeartError, match="not among them"):
         go_on(read_progress(source), source, tmp_path / "a")
-    state = read_progress(source)
-    go_on(state, source, tmp_path / "new")
-    assert (state.branch, state.best_step) == (0, None)  # its best is not there
+    for best_step in (2, None):  # none: no dev loss was finite so far
+        state = read_progress(source)
+        state.best_step, state.looks_since_best = best_step, 3
+        go_on(state, source, tmp_path / "new")
+        assert (state.branch, state.best_step, state.looks_since_best) == (0, None, 0)  # its best is not there
 
 
 def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path):
@@ -308,6 +310,7 @@ def test_what_is_kept_and_what_is_removed_is_told(tmp_path: Path, capsys: pytest
     newest = read_progress(last(run))
     source = run / "checkpoints" / "step-00000004"
     shutil.rmtree(run / "checkpoints" / "step-00000002")
+    newest.looks_since_best = 2
     go_on(newest, source, run)
     assert "the best checkpoint so far, of step 2, is not in" in told()
-    assert (newest.best_value, newest.best_step) == (None, None)
+    assert (newest.best_value, newest.best_step, newest.looks_since_best) == (None, None, 0)

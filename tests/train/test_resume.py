@@ -120,6 +120,19 @@ def test_a_dry_run_leaves_the_run_that_it_goes_on_with_as_it_was(data, run, capf
     assert content(run).keys() == before.keys()
 
 
+def test_what_patience_ended_says_how_to_go_on_and_trains_on_in_another_directory(data, tmp_path):
+    spoilt = local("training.max_steps=9", "training.patience=1", "optimizer.learning_rate=1.0")
+    ended = start(spoilt, data, tmp_path / "run")
+    again = start(spoilt, data, tmp_path / "run", resume="last")
+    assert ended.state.step == again.state.step < 9
+    assert ["training.patience=2 or more, or null, goes on" in one.end for one in (ended, again)] == [False, True]
+    branch = start(
+        local("training.max_steps=9", "training.patience=1"), data, tmp_path / "branch", str(tmp_path / "run")
+    )
+    assert branch.state.step > ended.state.step
+    assert branch.calibration
+
+
 def test_an_optimizer_that_is_named_or_implied_is_the_same():
     assert changes(local(), local("optimizer.name=adamw")) == {}
     eight = ["memory.strategy=zero2_offload_8bit", "optimizer.name=adamw_8bit"]
