@@ -17,7 +17,7 @@ from redheart.evaluation.trained import joined, label_counts, label_weights
 from redheart.files import write_json
 from redheart.memory.refuse import check_memory, planned_and_taken, show_taken
 from redheart.model.build import model_config
-from redheart.model.regional import check_compilation, compiler, few_shapes
+from redheart.model.regional import compiler, few_shapes
 from redheart.ranks import barrier, check_launch, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
 from redheart.tasks import constant_answers, constant_losses
@@ -26,7 +26,7 @@ from redheart.train.agree import agree
 from redheart.train.calibrate import calibrate_best
 from redheart.train.checkpoint import Progress
 from redheart.train.claim import RESULT, Claim, naming_no_room
-from redheart.train.engine import PlainEngine
+from redheart.train.engine import PlainEngine, check_engine
 from redheart.train.engine.machinery import START_S
 from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
@@ -119,6 +119,8 @@ def train(
     A dry run (`update_parameters` False) that goes on with a run leaves its records as they are.
     """
     check_launch()
+    check_engine(config)
+    split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     if init and resume:
         raise RedHeartError("--init starts a run and --resume goes on with one: give only one of them")
     if overwrite and resume:
@@ -147,9 +149,7 @@ def _train(
     check_encoder(made_with, config.data.encoder, config.model.encoder_width)
     if config.data.encoder != named:
         console.print(f"data.encoder is the data's: {made_with['name']}, hidden layers {made_with['layers']}")
-    split_global_batch(config.training.global_batch_size, config.training.micro_batch_size, launched_world_size())
     check_names(config, streams[1])
-    check_compilation(config)
     source = checkpoint.find(resume, run) if resume else None
     state = checkpoint.read_progress(source) if source else Progress()
     total_steps = steps_of(config, streams[0].rows_per_epoch)

@@ -118,6 +118,42 @@ def test_what_would_undo_itself_is_refused(data: Path, run: Path):
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["memory.strategy=gpu_8bit"], "none is visible"),
+        (["memory.strategy=zero2_offload", "memory.swap=[analyzers.emotion]"], r"needs memory\.strategy=plain"),
+        (["optimizer.name=adamw_8bit", "memory.swap=[analyzers.emotion]"], r"without memory\.swap"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_refused_before_a_run_is_removed_or_begun(
+    data: Path, run: Path, tmp_path: Path, settings: list[str], words: str
+):
+    before = content(run)
+    with pytest.raises(RedHeartError, match=words):
+        train(config(4, *settings), data, run, overwrite=True)
+    assert content(run) == before
+    with pytest.raises(RedHeartError, match=words):
+        train(config(4, *settings), data, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_USE_CPU", "true"), ("DS_ACCELERATOR", "cuda"), ("WORLD_SIZE", "2")]
+)
+def test_so_is_what_the_launcher_and_the_environment_say(
+    data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+):
+    before = content(run)
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, said in {**(launcher if name == "WORLD_SIZE" else {}), name: value}.items():
+        monkeypatch.setenv(variable, said)
+    settings = [] if name == "WORLD_SIZE" else ["memory.strategy=zero2_offload"]
+    with pytest.raises(RedHeartError, match=name if settings else "runs on one process"):
+        train(config(4, *settings), data, run, overwrite=True)
+    assert content(run) == before
+
+
 def test_losses_that_are_not_finite_leave_the_best_where_it_was(
     data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -16,22 +16,23 @@ import torch
 from redheart.config import RunConfig
 from redheart.device import tell_deepspeed
 from redheart.memory.budget import limit_gpu
-from redheart.model.regional import check_compilation, compile_layers
+from redheart.model.regional import compile_layers
 from redheart.ranks import is_out_of_memory
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import Build, Engine, Update, free_memory, parameter_groups
 from redheart.train.engine.machinery import compile_kernels, tensors_only
 from redheart.train.engine.plain import PLAIN_STATE, PlainEngine, read_state
+from redheart.train.engine.possible import check_engine
 from redheart.train.engine.zero import DeepSpeedEngine
 
 
 def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
     """The engine that `memory.strategy` names, around the network that `build` makes (model/build.py).
 
-    On a GPU it stays within memory.gpu_memory_gib. Raises RedHeartError where its weights and states do not fit, and where
-    training.compile asks for what cannot be done.
+    On a GPU it stays within memory.gpu_memory_gib. Raises RedHeartError where its weights and states do not fit, and what
+    `check_engine` raises.
     """
-    check_compilation(config)
+    check_engine(config)
     limit_gpu(config)
     try:
         engine = _engine(build, config, accumulation, micro_batch_size)
@@ -50,11 +51,6 @@ def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_
 def _engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
     if config.memory.strategy == "plain":
         return PlainEngine(build, config, accumulation)
-    if config.memory.swap:
-        raise RedHeartError(
-            f"memory.swap in training needs memory.strategy=plain: {config.memory.strategy} places parameters itself; empty one of "
-            "them, or choose zero3_offload_8bit to keep parameters off the device"
-        )
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed greets on stdout, which is kept for results
         return DeepSpeedEngine(build, config, accumulation, micro_batch_size)
 

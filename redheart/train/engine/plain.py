@@ -17,7 +17,6 @@ from redheart.memory.malloc import map_pieces
 from redheart.memory.swap import place
 from redheart.model.redheart import module_of
 from redheart.optim.adam8bit import CPUAdamW8bit
-from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import (
     Build,
@@ -45,14 +44,7 @@ class PlainEngine(Engine):
     """
 
     def __init__(self, build: Build, config: RunConfig, accumulation: int):
-        if launched_world_size() > 1:
-            raise RedHeartError("memory.strategy=plain runs on one process: choose zero2_offload for several")
         self.device = compute_device()
-        eight_bit = config.optimizer_name == "adamw_8bit"
-        if eight_bit and (self.device.type != "cpu" or config.memory.swap):
-            raise RedHeartError(
-                "memory.strategy=plain has 8-bit states on the CPU alone, and without memory.swap: choose zero2_offload_8bit or gpu_8bit"
-            )
         if self.device.type == "cpu":
             map_pieces(None)
         self.model, self.rank, self.world_size = build(lambda name, module: None), 0, 1
@@ -66,7 +58,7 @@ class PlainEngine(Engine):
         groups = parameter_groups(self.model, config.optimizer.weight_decay)
         arguments = adamw_arguments(config.optimizer)
         self._optimizer: torch.optim.Optimizer
-        if eight_bit:
+        if config.optimizer_name == "adamw_8bit":
             self._optimizer = CPUAdamW8bit(groups, seed=config.training.seed, **arguments)
         else:
             self._optimizer = torch.optim.AdamW(groups, fused=True, **arguments)

@@ -22,7 +22,6 @@ from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
 from redheart.model.redheart import module_of
 from redheart.optim.adam8bit import CPUAdamW8bit
-from redheart.optim.building import build_root
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 from redheart.train.engine.base import (
@@ -39,7 +38,6 @@ from redheart.train.engine.base import (
 from redheart.train.engine.fused_copy import fuse_the_copy
 from redheart.train.engine.machinery import (
     START_S,
-    check_accelerate,
     deepspeed_config,
     import_machinery,
     mixed_precision,
@@ -61,8 +59,6 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, build: Build, config: RunConfig, accumulation: int, micro_batch_size: int):
         accelerate, self._deepspeed = self._accelerate, _ = import_machinery()
-        check_accelerate()
-        build_root()  # DeepSpeed compiles its kernels there
         world_size = launched_world_size()
         settings = deepspeed_config(config, accumulation, micro_batch_size, world_size)
         self.settings = settings
@@ -139,10 +135,6 @@ class DeepSpeedEngine(Engine):
             master = "split" if self.settings["bf16"].get(SPLIT) else "fp32"
             return CPUAdamW8bit(groups, seed=config.training.seed, master=master, **arguments)
         if config.optimizer_name == "adamw_8bit":
-            if not has_gpu():
-                raise RedHeartError(
-                    f"memory.strategy={config.memory.strategy} keeps 8-bit states on a GPU and none is visible: choose zero2_offload_8bit"
-                )
             import bitsandbytes
 
             return bitsandbytes.optim.AdamW8bit(groups, **arguments)
