@@ -268,7 +268,7 @@ def _as_wide_as_its_encoder(config: RunConfig) -> RunConfig:
 
 
 def _resolved(layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
-    values = functools.reduce(_over, map(_in_sections, copy.deepcopy(layers)))
+    values = functools.reduce(_over, (_in_sections(moved(layer)) for layer in copy.deepcopy(layers)))
     for override in overrides:
         _apply(values, override)
         _in_sections(values)
@@ -339,7 +339,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise RedHeartError(f"--set {override!r}: write it as section.key=value, for instance training.epochs=3")
-    *sections, key = path.split(".")
+    *sections, key = MOVED.get(path, path).split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
@@ -358,11 +358,14 @@ MOVED = {"training.keep_checkpoints": "checkpoint.keep_last"}
 
 
 def moved(values: dict[str, Any]) -> dict[str, Any]:
-    """What was written for an earlier version, under the names of now."""
+    """What was written for an earlier version, under the names of now: of one file, before another is laid over it."""
     for old, new in MOVED.items():
         (section, key), (other, name) = old.split("."), new.split(".")
-        if isinstance(found := values.get(section), dict) and key in found:
-            values.setdefault(other, {})[name] = found.pop(key)
+        found, place = values.get(section), values.get(other, {})
+        if isinstance(found, dict) and isinstance(place, dict) and key in found:
+            if name in place:
+                raise RedHeartError(f"{old} is called {new} now, and both are given: leave {old} out")
+            values[other] = {**place, name: found.pop(key)}
     return values
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from redheart.config import OWN_KEYS, RunConfig, config_keys, leaves, load_config
+from redheart.config import MOVED, OWN_KEYS, RunConfig, config_keys, leaves, load_config
 
 
 class Value(NamedTuple):
@@ -25,7 +25,7 @@ def origins(preset: str, overrides: Sequence[str], on_data: RunConfig | None = N
     base, config = load_config(preset), load_config(preset, overrides)
     given, stated = _stated(config), _stated(base)
     before, values = leaves(base), leaves(config)
-    named = {text.partition("=")[0] for text in overrides}
+    named = {MOVED.get(key, key) for key in (text.partition("=")[0] for text in overrides)}
     of_table = OWN_KEYS if config.data.file and not base.data.file else frozenset()
     source = f"file {preset}" if preset.endswith((".yaml", ".yml")) else f"preset {preset}"
 

@@ -192,6 +192,13 @@ def test_a_key_that_has_moved_is_read_under_its_old_name_too(tmp_path: Path):
     written.write_text(seal(yaml.safe_dump(values)))  # as an earlier version did
     assert load_config(str(written)).checkpoint.keep_last == 5
     assert read_config(written, "").checkpoint.keep_last == 5
+    for named in (["checkpoint.keep_last=10"], ["training.keep_checkpoints=3", "checkpoint.keep_last=10"]):
+        for file in (mine, written):  # the later one decides, whichever name it uses
+            assert load_config(str(file), named).checkpoint.keep_last == 10
+    assert load_config(str(mine), ["checkpoint.keep_last=10", "training.keep_checkpoints=3"]).checkpoint.keep_last == 3
+    mine.write_text("extends: local\ntraining: {keep_checkpoints: 7}\ncheckpoint: {keep_last: 8}\n")
+    with pytest.raises(RedHeartError, match=r"training\.keep_checkpoints is called checkpoint\.keep_last now"):
+        load_config(str(mine))
 
 
 def test_the_presets_are_listed():

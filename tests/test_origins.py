@@ -41,6 +41,18 @@ def test_what_comes_with_a_table_of_ones_own_says_so(tmp_path: Path):
     assert set(_paths(OWN)) | set(_paths(OWN_UNDER)) == OWN_KEYS
 
 
+def test_a_key_under_its_old_name_has_the_origin_of_who_said_it(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: local\ntraining: {keep_checkpoints: 2}\n")
+    for overrides, value, origin in (
+        ([], 2, f"file {file}"),
+        (["checkpoint.keep_last=10"], 10, "command line"),
+        (["training.keep_checkpoints=2"], 2, "command line"),
+    ):
+        found = {v.key: v for v in origins(str(file), overrides)}["checkpoint.keep_last"]
+        assert (found.value, found.origin) == (value, origin)
+
+
 def _paths(values: dict, path: str = ""):
     for key, value in values.items():
         yield from _paths(value, f"{path}{key}.") if isinstance(value, dict) else [path + key]
