@@ -12,7 +12,7 @@ usage: bash launch/multinode/run_node.sh --node-rank R [options] -- train --pres
   --main-address NAME    name or IPv4 address of node 0, as the other nodes reach it (default: the hostfile's first name)
   --main-port PORT       a free port of node 0 (default 29500)
   --interface NAME       network interface that all nodes talk over, e.g. eth0 (sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME)
-  --config-file FILE     for accelerate (default launch/accelerate/zero2_offload.yaml)
+  --config-file FILE     for accelerate (default launch/multinode/accelerate.yaml, which leaves the strategy to memory.strategy)
   --help
 
 Nothing is sent to other nodes: no ssh, no .deepspeed_env, no environment variable. Each node runs with its own environment.
@@ -33,7 +33,7 @@ check_range() { # OPTION VALUE LOW HIGH
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 launcher=accelerate hostfile="$root/launch/multinode/hostfile" node_rank="" main_address="" main_port=29500 interface=""
-config_file="$root/launch/accelerate/zero2_offload.yaml"
+config_file="$root/launch/multinode/accelerate.yaml"
 [ $# -gt 0 ] || { usage; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in

@@ -89,10 +89,11 @@ def accelerate_settings(file: str) -> str:
         else "# On several GPUs, or as several CPU processes: add --num_processes N.\n"
     )
     launcher = "  deepspeed_multinode_launcher: standard\n" if file == MULTINODE else ""
-    setting = "" if file == FILES[file] else f" --set memory.strategy={FILES[file]}"
     return (
-        f"# accelerate launch --config_file launch/accelerate/{file}.yaml -m redheart train --preset 330m --data DIR{setting}\n"
-        "# Red Heart fills the batch sizes of the named DeepSpeed file from its own configuration (written to RUN/ds_config.json).\n"
+        f"# accelerate launch --config_file launch/accelerate/{file}.yaml -m redheart train --preset 330m --data DIR "
+        f"--set memory.strategy={FILES[file]}\n"
+        "# Where memory.strategy is another than the DeepSpeed file's, the start is refused. Red Heart fills in batch sizes,\n"
+        "# precision and clipping (RUN/ds_config.json).\n"
         f"{more}"
         "compute_environment: LOCAL_MACHINE\n"
         "distributed_type: DEEPSPEED\n"

@@ -155,7 +155,7 @@ def test_the_longest_pause_is_bounded_and_a_signal_ends_it(tmp_path: Path):
 
 
 TWO = [
-    *(str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload.yaml"),
+    *(str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero2_offload_8bit.yaml"),
     *("--num_processes", "2", "--main_process_port", "0"),
 ]  # fmt: skip
 

@@ -1,13 +1,20 @@
 """ds_configs/ and launch/accelerate/ are what the planner writes; every file starts a real engine in tests/memory/test_engines.py."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from redheart.config import load_config
 from redheart.memory.ds_files import FILES, ds_settings, write_ds_configs
 from redheart.memory.states import TRAITS
+from redheart.schema import RedHeartError
+from redheart.sections import Strategy
+from redheart.train.engine.machinery import check_launch_file, ds_config_path
+from redheart.train.engine.possible import check_engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +50,45 @@ def test_the_launch_file_names_its_deepspeed_file(file):
     launch = yaml.safe_load((ROOT / "launch" / "accelerate" / f"{file}.yaml").read_text("utf-8"))
     assert (ROOT / launch["deepspeed_config"]["deepspeed_config_file"]).stem == file
     assert launch["use_cpu"] is False
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_line_at_the_head_of_a_launch_file_asks_for_what_the_file_says(file, monkeypatch):
+    head = (ROOT / "launch" / "accelerate" / f"{file}.yaml").read_text("utf-8").splitlines()[0]
+    words = shlex.split(head.removeprefix("# "))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", f"ds_configs/{file}.json")
+    settings = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+    strategy = load_config(words[words.index("--preset") + 1], settings).memory.strategy
+    check_launch_file(strategy)
+    assert ds_config_path(strategy).stem == file
+
+
+@pytest.mark.parametrize(
+    ("file", "strategy", "words"),
+    [
+        (
+            "ds_configs/zero3.json",
+            "zero2_offload",
+            r"zero3, and memory\.strategy is zero2_offload: --set memory\.strategy=zero3, or",
+        ),
+        ("ds_configs/zero3.json", "zero2_offload", "accelerate/zero2_offload.yaml"),
+        ("ds_configs/zero3_multinode.json", "zero2", "--set memory.strategy=zero3, "),
+        ("ds_configs/zero2.json", "plain", "start without a launcher"),
+        ("mine/tuned.json", "zero2", "tuned, which is none of ds_configs/"),
+    ],
+)
+def test_a_launch_file_of_another_strategy_is_refused_by_name(file, strategy, words, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
+    with pytest.raises(RedHeartError, match=words):
+        check_engine(load_config("local", [f"memory.strategy={strategy}"]))
+
+
+def test_a_launch_that_names_no_file_leaves_the_strategy_alone(monkeypatch):
+    launch = yaml.safe_load((ROOT / "launch" / "multinode" / "accelerate.yaml").read_text("utf-8"))
+    assert "deepspeed_config_file" not in launch["deepspeed_config"]
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+    for strategy in get_args(Strategy):
+        check_launch_file(strategy)
+    assert ds_config_path("gpu_8bit").stem == "zero2"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero2.json")
+    check_launch_file("gpu_8bit")  # it runs on the file of another

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from redheart.config import RunConfig
 from redheart.device import has_gpu, tell_deepspeed, variables_kept
 from redheart.files import read_json
+from redheart.memory.ds_files import FILES as DS_FILES
 from redheart.memory.ds_files import SPLIT
 from redheart.memory.states import bucket_of
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
@@ -132,6 +133,28 @@ def check_accelerate() -> None:
             )
 
 
+def launch_file() -> str | None:
+    """The DeepSpeed file that `accelerate launch` was given, without its folder and ending."""
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    return None if named in ("", "none") else Path(named).stem
+
+
+def check_launch_file(strategy: str) -> None:
+    """Raises RedHeartError where the launch file asks for another strategy, or for a DeepSpeed file that is none of ours."""
+    file = launch_file()
+    if file is None or FILES.get(strategy, strategy) == DS_FILES.get(file):
+        return
+    own = f"with --config_file launch/accelerate/{FILES.get(strategy, strategy)}.yaml"
+    own = "without a launcher" if strategy == "plain" else own
+    if file not in DS_FILES:
+        raise RedHeartError(
+            f"the launch file names the DeepSpeed file {file}, which is none of ds_configs/ and would not be read: start {own}"
+        )
+    raise RedHeartError(
+        f"the launch file names {file}, and memory.strategy is {strategy}: --set memory.strategy={DS_FILES[file]}, or start {own}"
+    )
+
+
 @cache
 def _cpu_info() -> dict[str, Any]:
     import cpuinfo.cpuinfo
@@ -156,7 +179,7 @@ def settle_groups(seconds: float, device: torch.device) -> None:
 
 
 def deepspeed_config(config: RunConfig, accumulation: int, micro_batch_size: int, world_size: int) -> dict[str, Any]:
-    """ds_configs/STRATEGY.json with the sizes and precision of this run."""
+    """The strategy's file of ds_configs/ with the sizes and precision of this run."""
     settings: dict[str, Any] = read_json(ds_config_path(config.memory.strategy), "reinstall Red Heart")
     settings["train_micro_batch_size_per_gpu"] = micro_batch_size
     settings["gradient_accumulation_steps"] = accumulation
@@ -195,10 +218,13 @@ def settle_sizes(settings: Sequence[dict[str, Any]], sizes: Sequence[int]) -> No
 
 
 def ds_config_path(strategy: str) -> Path:
-    """ds_configs/ of the checkout, or of the installed package."""
+    """In ds_configs/ of the checkout, or of the installed package: the launch file's own where it is one of this strategy."""
+    file = launch_file()
+    if file is None or DS_FILES.get(file) != strategy:
+        file = FILES.get(strategy, strategy)
     package = Path(__file__).parents[2]
     folder = next(p for p in (package.parent / "ds_configs", package / "ds_configs") if p.is_dir())
-    return folder / f"{FILES.get(strategy, strategy)}.json"
+    return folder / f"{file}.json"
 
 
 def compile_kernels() -> None:

@@ -9,13 +9,14 @@ from redheart.model.regional import check_compilation
 from redheart.optim.building import build_root
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
-from redheart.train.engine.machinery import check_accelerate
+from redheart.train.engine.machinery import check_accelerate, check_launch_file
 
 
 def check_engine(config: RunConfig) -> None:
     """Raises RedHeartError where the engine that `memory.strategy` names cannot run these settings here. `make_engine` asks, and
     whoever writes or removes something first."""
     check_compilation(config)
+    check_launch_file(config.memory.strategy)
     strategy, swap = config.memory.strategy, config.memory.swap
     eight_bit = config.optimizer_name == "adamw_8bit"
     if strategy == "plain":

@@ -23,6 +23,7 @@ from redheart.origins import Value
 from redheart.ranks import launched_world_size
 from redheart.train.engine.machinery import (
     check_accelerate,
+    check_launch_file,
     deepspeed_config,
     ds_config_path,
     import_machinery,
@@ -42,6 +43,7 @@ def engine_values(config: RunConfig, micro_batch_size: int, accumulation: int) -
     """
     with variables_kept(), torch.device("meta"):
         check_accelerate()
+        check_launch_file(config.memory.strategy)
         accelerate, _ = import_machinery()
         from deepspeed.runtime.config import DeepSpeedConfig
 
