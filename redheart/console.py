@@ -158,6 +158,16 @@ def is_verbose() -> bool:
     return os.environ.get("REDHEART_VERBOSE", "") not in ("", "0")
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What is found here is told where it is found again, or has been told before."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def quiet_libraries() -> None:
     """Turns off the progress bars of Transformers (ours tell the whole of the work), and what bitsandbytes says of a faster kernel
     that it would fetch from the hub."""

@@ -6,15 +6,15 @@ The command line asks here first. What passes is looked at again where it is use
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from redheart.console import console, emit
+from redheart.console import emit, unheard
 from redheart.files import verify_manifest
 from redheart.owned import check_can_make, check_can_make_file
 from redheart.ranks import launched_rank, launched_world_size
@@ -81,16 +81,6 @@ def _with_values(command: TyperCommand | TyperGroup, context: typer.Context, wor
     return [*kept, *words[words.index("--") :]] if "--" in words else kept
 
 
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """What is found here is told where it is found again."""
-    before, console.quiet = console.quiet, True
-    try:
-        yield
-    finally:
-        console.quiet = before
-
-
 def _config(given: dict[str, Any], name: str = "preset") -> Any:
     from redheart.config import load_config
 
@@ -109,7 +99,7 @@ def _sources(given: dict[str, Any], command: str) -> None:
     look_at(given["source"], settings)
     paths = [Path(spec.partition("=")[2]) for spec in given["source"]]
     if all(p.is_file() and p.stat().st_size <= SMALL for p in paths):
-        with _unheard():
+        with unheard():
             gather(given["source"], settings, given["skip_invalid"])
 
 
@@ -148,7 +138,7 @@ def _run(given: dict[str, Any]) -> None:
     if data is None:
         table = Path(str(config.data.file))
         if not table.is_file() or table.stat().st_size <= SMALL:
-            with _unheard():
+            with unheard():
                 gather([f"{SOURCE}={table}"], config.data, skip_invalid=False)
     elif "://" not in data:
         Store(data)
@@ -183,7 +173,7 @@ def _out(given: dict[str, Any], command: str) -> None:
 
 
 def _input(given: dict[str, Any], command: str) -> None:
-    with _unheard():
+    with unheard():
         texts_of(given["text"] or (), Path(given["input_"]), given["column"])
 
 

@@ -81,6 +81,11 @@ def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool) -> Ga
     return _not_empty(Gathered(records, facts, refused, places, published))
 
 
+def digest_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of what was read, before anything is made of it: kept in the index as `read`."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
 def look_at(sources: Sequence[str], config: DataConfig) -> None:
     """Raises RedHeartError where a source is not what it should be, without reading a row."""
     for spec in sources:

@@ -24,7 +24,7 @@ from redheart.data.card import cut_texts, dataset_card
 from redheart.data.derive import surd_labels, training_edges
 from redheart.data.directory import CARD, KIND, REJECTED, WORK, claim, clear, refuse_sources_of_ours, written
 from redheart.data.encode import contrast_means, encode_parts, load_part
-from redheart.data.gather import Gathered, gather, mix, set_aside, take, write_rejected
+from redheart.data.gather import Gathered, digest_of, gather, mix, set_aside, take, write_rejected
 from redheart.data.labelling import chosen, fill_labels, form_digest
 from redheart.data.neighbours import describe, near_leaks
 from redheart.data.order import CHUNK, WINDOW_SHARDS
@@ -103,7 +103,7 @@ def prepare(
 def _make(
     records: list[dict[str, Any]], gathered: Gathered, out: Path, config: DataConfig, plan: str, report: PrepareReport
 ) -> PrepareReport:
-    work = out / WORK
+    work, read = out / WORK, digest_of(gathered.records)
     records, written = augment(records, gathered.sources, work, config)
     report.sources = gathered.sources | written
     labelled = fill_labels(records, work, config)
@@ -133,7 +133,7 @@ def _make(
     index = {
         "version": FORMAT_VERSION, "plan": plan, "chunk": CHUNK, "window_shards": WINDOW_SHARDS, "encoder": encoder,
         "labeler": labelled.fingerprint, "levels": training_edges(records),
-        "sources": report.sources, "report": asdict(report), "splits": splits,
+        "sources": report.sources, "read": read, "report": asdict(report), "splits": splits,
     }  # fmt: skip
     write_text(out / CARD, dataset_card(index))
     write_sealed_json(out / INDEX, index)

@@ -6,17 +6,19 @@ What is prepared of the table stands in RUN/data and is used again as long as th
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from redheart.config import RunConfig
-from redheart.console import console
+from redheart.console import console, unheard
 from redheart.data.encode import wait_for
+from redheart.data.gather import digest_of, gather
 from redheart.data.own import SOURCE, check_answers, meant
 from redheart.data.prepare import prepare
 from redheart.data.shards import INDEX, Histograms
 from redheart.data.store import Store
-from redheart.schema import LABELS
+from redheart.schema import LABELS, RedHeartError
 from redheart.train import resume as runs
 from redheart.train.resume import OWN_DATA, Call
 
@@ -35,7 +37,24 @@ def settings(
     preset, overrides, data = meant(file, preset, overrides, data, text, labels)
     call = runs.settings(preset, overrides, out, resume, data)
     check_answers(call.config, call.data)
+    named = preset is not None or any(text.startswith("data.file=") for text in overrides)
+    if resume is not None and named and call.config.data.file and call.data is not None:
+        _check_unchanged(Path(call.config.data.file), call)
     return call
+
+
+def _check_unchanged(table: Path, call: Call) -> None:
+    """Raises RedHeartError where a table that is named on a resume has other rows than what was prepared of it."""
+    read = Store(call.data or "").index.get("read")
+    if read is None or not table.is_file():
+        return  # prepared by an earlier version, or the run goes on without its table
+    with unheard():
+        now = digest_of(gather([f"{SOURCE}={table}"], call.config.data, skip_invalid=False).records)
+    if now != read:
+        raise RedHeartError(
+            f"{table} has changed since {call.data} was prepared of it: to go on with the rows of then, leave it out (redheart train --out "
+            f"{shlex.quote(str(call.run))} --resume); to train on those of now, start another --out (--init takes the weights along)"
+        )
 
 
 def prepared(config: RunConfig, run: Path, resuming: bool) -> Path:

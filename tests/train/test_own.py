@@ -87,6 +87,24 @@ def test_one_command_leads_from_a_table_to_a_report_and_answers_of_what_was_labe
     assert set(json.loads(shown.stdout)[0]["emotion"]) == {"joy"}
 
 
+def test_a_table_that_has_changed_is_refused_on_a_resume_that_names_it(folder, first):
+    run, data = folder / "run", folder / "texts.csv"
+    named = (str(data), "body", ["sorry=regret", "happy=emotion.joy"])
+    before = data.read_bytes()
+    assert settings(None, None, [], run, "last", *named).data == str(run / "data")
+    try:
+        data.write_bytes(before.replace(b";yes;no", b";no;no", 1))  # one label
+        with pytest.raises(
+            RedHeartError, match=r"texts\.csv has changed since .*leave it out .*--resume\); .*another --out"
+        ):
+            settings(None, None, [], run, "last", *named)
+        assert settings(None, None, [], run, "last").data == str(run / "data")
+        data.write_bytes(before.replace(b"\n", b"\r\n"))  # the same rows
+        assert settings(None, None, [], run, "last", *named).data == str(run / "data")
+    finally:
+        data.write_bytes(before)
+
+
 @pytest.mark.slow  # three runs
 def test_what_was_prepared_is_used_again_and_a_run_is_not_replaced_unasked(folder, first):
     index = folder / "run" / "data" / "index.json"
