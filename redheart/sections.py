@@ -130,7 +130,9 @@ class OptimizerConfig(Section):
         "bfloat16: 7 bytes a parameter with the states) or fp32 (12 bytes)",
     )
     learning_rate: float = Field(1e-4, gt=0, description="the highest one, reached at the end of the warm-up")
-    final_learning_rate: float = Field(1e-6, ge=0, description="that of the last step")
+    final_learning_rate: float = Field(
+        1e-6, ge=0, description="what the cosine falls to: the last step is one short of it"
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of the first and of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="none on biases and norms")

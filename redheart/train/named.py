@@ -1,4 +1,5 @@
-"""Names in a configuration that are looked up late, checked before anything is written: losses, modules, the best metric."""
+"""Names in a configuration that are looked up late, and settings that would not be heard, checked before anything is written: losses,
+modules, the best metric, patience."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from redheart.config import RunConfig
 from redheart.data.stream import SampleStream
 from redheart.model.select import ExecutionMode, select
 from redheart.schema import LABELS, RedHeartError
+from redheart.sections import OptimizerConfig
 from redheart.tasks import TASKS, task_weights
 
 CHUNK = 256  # dev rows looked at in one go
 
 
 def check_names(config: RunConfig, dev: SampleStream) -> None:
-    """Raises RedHeartError for a name that nothing has, and for a best metric that `dev` or this network cannot give."""
+    """Raises RedHeartError for a name that nothing has, for a best metric that `dev` or this network cannot give, and
+    for what asks for a look at dev where there is nothing to look at."""
     built = select(ExecutionMode.TRAINING, config.model.ablate).built
     for name in config.loss.weights:
         if name not in TASKS:
@@ -24,6 +27,13 @@ def check_names(config: RunConfig, dev: SampleStream) -> None:
     for name in config.memory.swap:
         if name not in built:
             raise RedHeartError(f"memory.swap: {name!r} is no module of this network: choose from {', '.join(built)}")
+    rates = config.optimizer
+    usual = OptimizerConfig.model_fields["final_learning_rate"].default  # nobody's wish
+    if rates.final_learning_rate > max(rates.learning_rate, usual):
+        raise RedHeartError(
+            f"optimizer.final_learning_rate = {rates.final_learning_rate:g} is above optimizer.learning_rate = {rates.learning_rate:g}, "
+            "from which the cosine falls: choose a smaller one, or raise optimizer.learning_rate"
+        )
     wanted, weights = config.training.best_metric, task_weights(config.loss)
     if wanted not in ("loss", *TASKS):
         raise RedHeartError(f"training.best_metric = {wanted}: choose loss or one of {', '.join(TASKS)}")
@@ -32,6 +42,15 @@ def check_names(config: RunConfig, dev: SampleStream) -> None:
             f"training.best_metric = {wanted}: its module {TASKS[wanted].module} is left out by model.ablate: choose another one"
         )
     if not dev.num_rows:
+        for key, given in (
+            ("training.patience", config.training.patience),
+            ("checkpoint.keep_best", config.checkpoint.keep_best if config.checkpoint.keep_best > 1 else None),
+        ):
+            if given is not None:
+                raise RedHeartError(
+                    f"{key} = {given}: the data has no dev rows, so nothing tells a better checkpoint: leave it out, or give some samples "
+                    "split 'dev'"
+                )
         if wanted == "loss":
             return  # the newest checkpoint counts as the best
         raise RedHeartError(

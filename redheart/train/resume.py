@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from redheart.config import RunConfig, leaves, load_config
+from redheart.config import MOVED, RunConfig, leaves, load_config
 from redheart.console import console
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
@@ -23,6 +23,7 @@ from redheart.train.checkpoint import Progress
 
 DEFAULT_PRESET = "local"
 SETTINGS = "config.yaml"
+BY_PREPARE = "read by prepare alone"
 OWN_DATA = "data"  # within a run directory: what was prepared of the user's own table (train/own.py)
 
 
@@ -46,7 +47,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
     ("free", "what the plan may take", "memory.gpu_memory_gib memory.host_memory_gib"),
     ("free", "where what computes stands", "data.encoder.device"),
     ("free", "how data is fetched", "data.remote.attempts data.remote.timeout_s data.remote.cache_gib"),
-    ("free", "read by prepare alone", """data.encoder.batch_size data.encoder.languages data.labeler.name
+    ("free", BY_PREPARE, """data.encoder.batch_size data.encoder.languages data.labeler.name
      data.labeler.quantization data.labeler.weight data.labeler.max_texts data.labeler.batch_size data.labeler.unpack
      data.labeler.min_mass data.labeler.min_spread data.labeler.min_agreement data.augment.kind data.augment.max_texts
      data.augment.min_similarity data.augment.max_shift data.augment.min_gain data.rows_per_shard data.dedup
@@ -87,6 +88,7 @@ def settings(
     """`out` absent: runs/PRESET, or the run that a resumed checkpoint lies in; `data` absent: what that checkpoint was trained on."""
     if resume is None:
         config = load_config(preset or DEFAULT_PRESET, overrides)
+        _check_named(overrides, config, ON_RESUME if data is not None else ())
         return Call(config, out or Path("runs") / config.preset, data)
     named = load_config(preset, overrides) if preset is not None else None
     run = out or Path("runs") / (named.preset if named else DEFAULT_PRESET)
@@ -104,7 +106,24 @@ def settings(
             f"--resume goes on with what {kept} was trained on, {saved.data.file} with columns {saved.data.columns}: leave --data, "
             "--text and --label out, or start another run with another --out"
         )
+    _check_named(overrides, config, changes(saved, config))
     return Call(config, run, data or _data_of(kept, run))
+
+
+def _check_named(overrides: Sequence[str], config: RunConfig, of_data: Collection[str]) -> None:
+    """Raises RedHeartError for a `--set` that would change nothing. `of_data`: the keys that cannot be named for data that are there."""
+    named = {MOVED.get(key, key) for key in (text.partition("=")[0] for text in overrides)}
+    if "training.epochs" in named and "training.max_steps" not in named and config.training.max_steps:
+        raise RedHeartError(
+            f"--set training.epochs changes nothing beside training.max_steps = {config.training.max_steps}: add --set "
+            "training.max_steps=null, or give a larger training.max_steps instead"
+        )
+    for key in of_data:
+        if ON_RESUME[key].why == BY_PREPARE and any(f"{name}.".startswith(f"{key}.") for name in named):
+            raise RedHeartError(
+                f"--set {key} changes nothing: prepare alone reads it, and the data are prepared already: leave it out, or prepare the "
+                "data again with it"
+            )
 
 
 def _data_of(kept: Path, run: Path) -> str:

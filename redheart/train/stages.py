@@ -150,7 +150,8 @@ def global_losses(sums: LossSums, counts: Mapping[str, float]) -> dict[str, floa
 
 
 def learning_rate_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up to `learning_rate`, then a cosine to `final_learning_rate`; a pure function of the step (from 0)."""
+    """Linear warm-up to `learning_rate`, then a cosine that comes to `final_learning_rate` at step `total_steps`, one after the last; a
+    pure function of the step (from 0)."""
     warmup = max(1, round(total_steps * config.warmup_fraction))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

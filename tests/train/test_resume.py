@@ -148,6 +148,32 @@ def test_a_resume_without_a_preset_takes_the_settings_of_the_run(data, trained):
     assert settings(None, [], None, None, "d") == (load_config("local"), Path("runs/local"), "d")
 
 
+def test_a_setting_that_would_change_nothing_is_refused_where_it_is_named(data, trained):
+    with pytest.raises(
+        RedHeartError, match=r"training\.epochs changes nothing beside training\.max_steps = 2: .*max_steps=null"
+    ):
+        settings(None, ["training.epochs=80"], trained, "last")
+    for steps in ("null", "9"):
+        call = settings(None, ["training.epochs=80", f"training.max_steps={steps}"], trained, "last")
+        assert call.config.training.epochs == 80
+    for setting in ("data.labeler.weight=1.0", "data.mixture.mine=2", "data.dedup=true"):
+        key = setting.partition("=")[0].removesuffix(".mine")
+        for arguments in ((trained, "last"), (trained / "new", None, str(data))):
+            with pytest.raises(RedHeartError, match=f"{key} changes nothing: prepare alone reads it"):
+                settings(None, [setting], *arguments)
+        load_config("local", [setting])  # `prepare` reads it
+    assert settings(None, ["data.labeler.weight=0.3"], trained, "last").data  # as the run has it
+    own = ["data.file=mine.csv", "data.labeler.max_texts=3"]
+    assert settings(None, own, trained / "new", None, None).config.data.labeler.max_texts == 3
+
+
+def test_files_may_say_what_prepare_alone_reads(data, trained, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: local\ndata: {labeler: {weight: 1.0}}\ntraining: {epochs: 3, max_steps: 2}\n")
+    assert settings(str(file), [], tmp_path / "new", None, str(data)).config.data.labeler.weight == 1.0
+    assert settings(str(file), [], trained, "last").config.data.labeler.weight == 1.0
+
+
 def test_a_path_to_resume_names_its_run(data, run, tmp_path):
     step_1 = run / "checkpoints" / "step-00000001"
     for wanted in (run, step_1):
@@ -209,6 +235,20 @@ def test_a_best_metric_that_no_dev_row_can_give_is_refused_before_a_step():
         check_names(local("training.best_metric=bentham"), Rows(num_rows=0))
     with pytest.raises(RedHeartError, match=r"left out by model\.ablate"):
         check_names(local("training.best_metric=heads.emotion/emotion", "model.ablate=[heads.emotion]"), Rows())
+
+
+def test_what_needs_dev_rows_is_refused_without_them():
+    for setting in ("training.patience=1", "checkpoint.keep_best=2"):
+        check_names(local(setting), Rows())
+        with pytest.raises(RedHeartError, match=f"{setting.replace('=', ' = ')}: the data has no dev rows"):
+            check_names(local(setting), Rows(num_rows=0))
+
+
+def test_a_final_rate_above_the_highest_is_refused():
+    check_names(local("optimizer.learning_rate=1.0e-7"), Rows())  # nobody named the final one
+    check_names(local("optimizer.final_learning_rate=0.0007"), Rows())
+    with pytest.raises(RedHeartError, match=r"final_learning_rate = 0\.01 is above optimizer\.learning_rate = 0\.0007"):
+        check_names(local("optimizer.final_learning_rate=0.01"), Rows())
 
 
 def test_the_loss_needs_a_dev_label_that_enters_it():
