@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from redheart.config import DataConfig
 from redheart.console import console
 from redheart.data.sources import everyday, hub, tabular
 from redheart.data.sources.catalogue import SOURCES
-from redheart.data.sources.records import InvalidRecord, parse_record
+from redheart.data.sources.records import InvalidRecord, normalised, parse_record
 from redheart.data.sources.rows import LeftOut
 from redheart.files import write_text
 from redheart.schema import LABELS, SPLITS, RedHeartError
 
-ENOUGH = 10  # rows of dev and of test: where the ids give a small table fewer, its rows are dealt
+ENOUGH = 10  # texts of dev and of test: where the ids give a small table fewer, its texts are dealt
 FEW = 0.01  # share of a published corpus that may be unreadable without a word from the user
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
@@ -76,7 +76,12 @@ def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool) -> Ga
     records: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
     places: dict[str, str] = {}
-    facts = {source.name: _read(source, skip_invalid, records, refused, places) for source in opened}
+    drawn: set[str] = set()
+    facts = {source.name: _read(source, skip_invalid, records, refused, places, drawn) for source in opened}
+    keep_together(records, drawn)
+    count = Counter((record["source"], record["split"]) for record in records)
+    for name, of in facts.items():
+        of["splits"] = {split: count[name, split] for split in SPLITS}
     published = frozenset(source.name for source in opened if source.may_repeat)
     return _not_empty(Gathered(records, facts, refused, places, published))
 
@@ -154,8 +159,10 @@ def _read(
     records: list[dict[str, Any]],
     refused: list[dict[str, Any]],
     places: dict[str, str],
+    drawn: set[str],
 ) -> dict[str, Any]:
-    """Appends a source's rows to `records` or `refused`; returns the facts about it."""
+    """Appends a source's rows to `records` or `refused`, and to `drawn` the ids of those that came without a split; returns the facts
+    about it, but for its splits."""
     left_out, reasons, occurrences = Counter[str](), Counter[str](), Counter[str]()
     own: list[dict[str, Any]] = []
     read, says_splits = 0, False
@@ -177,44 +184,91 @@ def _read(
             content = str(raw) if isinstance(raw, InvalidRecord) else raw
             refused.append({"source": source.name, "place": place, "reason": str(error), "content": content})
             continue
-        says_splits = says_splits or raw.get("split") is not None
+        if raw.get("split") is None:
+            drawn.add(record["id"])
+        else:
+            says_splits = True
         places[record["id"]] = place
         own.append(record)
     if not source.may_repeat and not says_splits and own:
+        keep_together(own, drawn)
         deal_few(own, source.name)
     records += own
-    splits = Counter(record["split"] for record in own)
     return {
         "origin": source.origin,
         "licence": source.licence,
         "non_commercial": source.non_commercial,
         "rows_read": read,
-        "rows_kept": sum(splits.values()),
+        "rows_kept": len(own),
         "rows_rejected": sum(reasons.values()),
-        "splits": {s: splits[s] for s in SPLITS},
         "rejected": dict(reasons),
         "left_out": dict(left_out),
     }
 
 
+def keep_together(records: Sequence[dict[str, Any]], drawn: Set[str]) -> None:
+    """Rows of one text, or of the same two in either order, share a split as far as it was `drawn`: the one that such a row was given,
+    else that of the smallest id. A text that stands once keeps its own."""
+    for rows in _by_text(records) if drawn else ():
+        given = [row["split"] for row in rows if row["id"] not in drawn]
+        split = min(given, key=SPLITS.index) if given else min(rows, key=lambda row: row["id"])["split"]
+        for row in rows:
+            if row["id"] in drawn:
+                row["split"] = split
+
+
+def _by_text(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(tuple(sorted(_texts(record))), []).append(record)
+    return list(groups.values())
+
+
+def _texts(record: Mapping[str, Any]) -> list[str]:
+    return [normalised(text) for text in (record["text"], record["contrast_text"]) if text is not None]
+
+
+def tell_crossing(records: Sequence[Mapping[str, Any]]) -> None:
+    """Says how many texts stand in more than one split, where the data, or pairs that share one of their texts, have it so."""
+    held: dict[str, set[str]] = {}
+    for record in records:
+        for text in _texts(record):
+            held.setdefault(text, set()).add(record["split"])
+    crossing = [(text, sorted(splits, key=SPLITS.index)) for text, splits in held.items() if len(splits) > 1]
+    if crossing:
+        text, splits = crossing[0]
+        shown = text if len(text) <= 60 else text[:59] + "…"
+        console.print(
+            f"texts that stand in more than one split, which flatters what is measured: {len(crossing)}, such as {shown!r} in "
+            f"{' and '.join(splits)}; --set data.dedup=true leaves such rows out, those of test apart"
+        )
+
+
 def deal_few(rows: list[dict[str, Any]], name: str) -> None:
-    """Deals rows without splits where chance, by their ids, left dev or test fewer than ENOUGH of them: to each a sixth of the labelled
-    rows, at most ENOUGH, spread over their labels. Says so."""
-    count = Counter(row["split"] for row in rows)
+    """Deals rows without splits where chance, by their ids, left dev or test fewer than ENOUGH texts: to each a sixth of the labelled
+    texts, at most ENOUGH, spread over their labels. Says so."""
+    groups = _by_text(rows)
+    count = Counter(group[0]["split"] for group in groups)
     if min(count["dev"], count["test"]) >= ENOUGH:
         return
-    labelled = [row for row in rows if any(row[label] is not None for label in LABELS)]
-    labelled.sort(key=lambda row: (json.dumps([row[label] for label in LABELS]), _share(row["id"])))
+    labelled = []
+    for group in groups:
+        if row := next((row for row in group if any(row[label] is not None for label in LABELS)), None):
+            labelled.append((json.dumps([row[label] for label in LABELS]), _share(row["id"]), group))
+    labelled.sort(key=lambda entry: entry[:2])
     each = min(ENOUGH, max(1, len(labelled) // 6)) if len(labelled) >= len(SPLITS) else 0
     for row in rows:
         row["split"] = "train"
     for number in range(each):
         start = number * len(labelled) // each
-        labelled[start]["split"], labelled[start + 1]["split"] = "dev", "test"
+        for place, split in ((start, "dev"), (start + 1, "test")):
+            for row in labelled[place][-1]:
+                row["split"] = split
+    dealt = Counter(row["split"] for row in rows)
     why = "" if each else f" ({len(labelled)} of them with a label): too few to choose a checkpoint by, or to judge it"
     console.print(
-        f"{name} has no column `split`: {len(rows) - 2 * each} rows in train"
-        + (f", {each} in dev, {each} in test" if each else why)
+        f"{name} has no column `split`: {dealt['train']} rows in train"
+        + (f", {dealt['dev']} in dev, {dealt['test']} in test" if each else why)
     )
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from redheart.console import console, progress
+from redheart.data.sources.records import normalised
 from redheart.schema import SPLITS, RedHeartError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,11 +185,6 @@ def interpreter() -> str:
             tail = " | ".join(done.stderr.decode(errors="replace").strip().splitlines()[-3:])
             raise RedHeartError(f"the environment with FAISS could not be made ({tail}): {REMEDY}")
     return str(environment / "bin" / "python")
-
-
-def normalised(text: str) -> str:
-    """A text as it is compared: case folded, white space collapsed."""
-    return " ".join(text.casefold().split())
 
 
 def _texts_of(records: Sequence[Mapping[str, Any]], pooled: np.ndarray, contrasts: np.ndarray) -> _Texts:

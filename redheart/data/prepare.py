@@ -24,7 +24,7 @@ from redheart.data.card import cut_texts, dataset_card
 from redheart.data.derive import surd_labels, training_edges
 from redheart.data.directory import CARD, KIND, REJECTED, WORK, claim, clear, refuse_sources_of_ours, written
 from redheart.data.encode import contrast_means, encode_parts, load_part
-from redheart.data.gather import Gathered, digest_of, gather, mix, set_aside, take, write_rejected
+from redheart.data.gather import Gathered, digest_of, gather, mix, set_aside, take, tell_crossing, write_rejected
 from redheart.data.labelling import chosen, fill_labels, form_digest
 from redheart.data.neighbours import describe, near_leaks
 from redheart.data.order import CHUNK, WINDOW_SHARDS
@@ -92,6 +92,8 @@ def prepare(
         if not skip_invalid:
             check_languages(records, encoder)
         gathered, records = set_aside(gathered, records, unreadable(records, encoder), skip_invalid, encoder.name)
+    if not config.dedup:
+        tell_crossing(records)
     plan = _plan_of(records, gathered, config)
     report = PrepareReport(str(out), sources=gathered.sources, rejected=len(gathered.refused))
     with ExitStack() as held:

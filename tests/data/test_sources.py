@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from redheart.config import DataConfig
-from redheart.data.gather import Gathered, gather, mix, write_rejected
+from redheart.data.gather import Gathered, gather, mix, tell_crossing, write_rejected
 from redheart.data.sources.records import _split_of
 from redheart.data.sources.rows import coin
 from redheart.schema import EMOTIONS_FINE, RedHeartError
@@ -356,6 +356,48 @@ def test_splits_that_are_said_or_large_enough_by_chance_stay(tmp_path: Path):
     assert collect(f"m={path}").records[0]["split"] == "test"
     path = put(tmp_path / "b.csv", "text,regret\n" + "".join(f"Text number {n}.,1\n" for n in range(400)))
     assert all(r["split"] == _split_of(r["id"]) for r in collect(f"m={path}").records)
+
+
+@pytest.mark.parametrize("texts", [150, 12])
+def test_rows_of_one_text_share_the_split_that_is_drawn(tmp_path: Path, texts: int):
+    """Under several ids, in two sources, written otherwise, or as a pair and its mirror; a text that stands once keeps its split."""
+    lines = [f"{n},{'A  TEXT' if n < texts else 'A text'} {n % texts}.,{n % 2}\n" for n in range(3 * texts)]
+    ours = put(tmp_path / "a.csv", "id,text,regret\n" + "".join(lines))
+    other = put(tmp_path / "b.csv", "text\n" + "".join(f"A text {n}.\n" for n in range(2 * texts)))
+    pairs = [(f"One {n}.", f"Two {n}.", 1) for n in range(texts)]
+    mirrored = [f"{a},{b},{p}\n" for a, b, p in [*pairs, *((b, a, 0) for a, b, _ in pairs)]]
+    two = put(tmp_path / "c.csv", "text,contrast_text,preference\n" + "".join(mirrored))
+    gathered = collect(f"a={ours}", f"b={other}", f"c={two}")
+    splits: dict[str, set] = {}
+    for r in gathered.records:
+        splits.setdefault(min(r["text"], r["contrast_text"] or "_").casefold(), set()).add(r["split"])
+    assert {len(s) for s in splits.values()} == {1}
+    for source, of in gathered.sources.items():
+        count = Counter(r["split"] for r in gathered.records if r["source"] == source)
+        assert of["splits"] == {s: count[s] for s in ("train", "dev", "test")}
+        assert min(of["splits"].values()) > 0
+    alone = collect(f"b={other}").records
+    assert [r["split"] for r in alone[texts:]] == [r["split"] for r in gathered.records if r["source"] == "b"][texts:]
+
+
+def test_a_drawn_row_follows_the_split_that_its_text_was_given(tmp_path: Path):
+    ours = put(tmp_path / "a.csv", "text\n" + "".join(f"Text {n}.\n" for n in range(40)))
+    given = put(tmp_path / "b.csv", "text,split\n" + "".join(f"text {n}.,dev\n" for n in range(40)))
+    assert {r["split"] for r in collect(f"a={ours}", f"b={given}").records} == {"dev"}
+
+
+def test_texts_that_the_data_put_in_two_splits_are_told(tmp_path: Path, capsys):
+    rows = [
+        {"text": t, "id": str(n), "split": s}
+        for n, (t, s) in enumerate([("Text 0.", "train"), ("text  0.", "test"), ("Other.", "dev")])
+    ]
+    records = collect(f"a={put(tmp_path / 'a.json', json.dumps(rows))}").records
+    tell_crossing(records)
+    said = capsys.readouterr().err
+    assert "more than one split, which flatters what is measured: 1, such as 'text 0.' in train and test" in said
+    assert "--set data.dedup=true" in said
+    tell_crossing(records[1:])
+    assert capsys.readouterr().err == ""
 
 
 WRONG_COLUMNS = [

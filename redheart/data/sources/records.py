@@ -144,6 +144,11 @@ def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
     return record
 
 
+def normalised(text: str) -> str:
+    """A text as it is compared: case folded, white space collapsed."""
+    return " ".join(text.casefold().split())
+
+
 def our_split(name: object) -> str | None:
     """Which of SPLITS others mean by a split's name, by its first word: `validation_matched` and `Val` are dev; None: nobody knows."""
     return SPLIT_NAMES.get(re.split(r"[^a-z]", name.lower())[0]) if isinstance(name, str) else None
@@ -177,7 +182,7 @@ def _encodable(value: str, where: str) -> str:
 
 
 def _split_of(identity: str) -> str:
-    """80 % train, 10 % dev, 10 % test, by the id alone."""
+    """80 % train, 10 % dev, 10 % test, by the id alone; rows of one text are brought together later (data/gather.py)."""
     bucket = int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) % 10
     return "dev" if bucket == 8 else "test" if bucket == 9 else "train"
 
