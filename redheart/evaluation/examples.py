@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,11 +51,15 @@ def worst(held_out: Mapping[str, Answers], stream: SampleStream, each: int = 3) 
     return found
 
 
-def confusion(task: str, given: Answers) -> tuple[tuple[str, ...], np.ndarray]:
-    """(entries, [size, size]): of the texts whose label of an entry is above 0.5, how many have which entry as the strongest."""
-    size = LABELS[TASKS[task].label].size
-    strongest = np.eye(size, dtype=int)[given.prediction.argmax(1)]
-    return LABELS[TASKS[task].label].names, ((given.target > 0.5) & given.known).T.astype(int) @ strongest
+def confusion(task: str, given: Answers, trained: Sequence[bool]) -> tuple[tuple[str, ...], np.ndarray] | None:
+    """(entries, [n, n]) of the `trained` entries: of the texts whose label of one is above 0.5, how many have which of them as the
+    strongest; None where fewer than two were trained."""
+    names = [n for n, yes in zip(LABELS[TASKS[task].label].names, trained, strict=True) if yes]
+    if len(names) < 2:
+        return None
+    prediction, target, known = (x[:, list(trained)] for x in (given.prediction, given.target, given.known))
+    strongest = np.eye(len(names), dtype=int)[prediction.argmax(1)]
+    return tuple(names), ((target > 0.5) & known).T.astype(int) @ strongest
 
 
 def _text(row: Mapping[str, Any], task: str) -> str:

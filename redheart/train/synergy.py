@@ -15,6 +15,7 @@ import torch
 
 from redheart.causality.synergy import gradient_cosines, informing
 from redheart.config import LossConfig
+from redheart.evaluation.trained import LabelWeights, trained_entries
 from redheart.model.layers import attention_bias
 from redheart.model.redheart import RedHeartModel, RedHeartOutput
 from redheart.ranks import sum_over_ranks
@@ -26,12 +27,14 @@ COMPARED = [name for name, task in TASKS.items() if task.final and name != "pref
 ROWS = 4  # of a micro-batch, for the gradients
 RECENT = 1024  # predictions that SURD looks at
 LEAST = 128
+AGENTS = ("emotion", "bentham", "acceptability")
+SAID = ("regret", *AGENTS)
 NEGATIVE = [EMOTIONS.index(e) for e in ("sadness", "anger", "fear", "disgust")]
 
 
 def predictions(outputs: RedHeartOutput) -> list[torch.Tensor]:
     """A micro-batch's predictions [B, 4] on their device (reading them would wait for it); nothing where an answer is missing."""
-    found = [TASKS[name].predict(outputs) for name in ("regret", "emotion", "bentham", "acceptability")]
+    found = [TASKS[name].predict(outputs) for name in SAID]
     known = [p.detach() for p in found if p is not None]
     if len(known) < len(found):
         return []
@@ -43,8 +46,11 @@ def predictions(outputs: RedHeartOutput) -> list[torch.Tensor]:
 class Synergy:
     """Remembers recent predictions; `remember` every step, `analyse` now and then."""
 
-    def __init__(self, config: LossConfig):
+    def __init__(self, config: LossConfig, labels: LabelWeights | None = None):
+        """`labels`: what trains the answers; those that nothing, or not all of whose entries anything trains, inform nobody."""
         self._config = config
+        trained = trained_entries(labels, config) if labels else {}
+        self._left_out = {name for name, entries in trained.items() if not all(entries)}
         self._recent: deque[torch.Tensor] = deque()  # [B, 4]: regret, emotion, bentham, acceptability
 
     def remember(self, said: Iterable[torch.Tensor]) -> None:
@@ -66,10 +72,10 @@ class Synergy:
         values = {f"cosine/{a}~{b}": c for (a, b), c in cosines.items()}
         recent = torch.cat(list(self._recent))[-RECENT:].double().cpu() if self._recent else torch.empty(0, 4)
         recent = recent[recent.isfinite().all(1)]  # of a step that the guard has skipped and counted
-        if len(recent) >= LEAST:
-            regret, emotion, bentham, acceptability = recent.T
-            agents = {"emotion": emotion, "bentham": bentham, "acceptability": acceptability}
-            told = informing("regret", regret, agents, repeats=8)
+        said = dict(zip(SAID, recent.T, strict=True))
+        agents = {name: said[name] for name in AGENTS if name not in self._left_out}
+        if len(recent) >= LEAST and len(agents) > 1 and "regret" not in self._left_out:
+            told = informing("regret", said["regret"], agents, repeats=8)
             values |= {f"regret/{kind}_share": v for kind, v in told.shares().items()}
             values |= {"regret/bits": told.mutual_information, "regret/leak": told.leak}
         return values

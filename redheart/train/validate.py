@@ -22,7 +22,7 @@ from redheart.losses.combine import factors
 from redheart.memory.swap import place
 from redheart.model.redheart import parameter_counts
 from redheart.owned import check_can_make_file
-from redheart.schema import RedHeartError
+from redheart.schema import EMOTIONS, RedHeartError
 from redheart.tasks import TASKS, task_weights
 from redheart.train.claim import is_run, own_report
 from redheart.train.export import load_model, resolve
@@ -73,7 +73,8 @@ def validate(
     before, now = progress.initial_dev_losses, evaluate(model, dev, config.loss, weights, device, max_rows=rows)
     after = now.losses  # of these very weights: the last look at dev before a checkpoint was written may be steps older
     losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before and TASKS[n].final]
-    silent = untrained_names(trained_entries(progress.labels, config.loss)) if progress.labels else None
+    trained = trained_entries(progress.labels, config.loss) if progress.labels else None
+    silent = None if trained is None else untrained_names(trained)
     itself = tuned_on_itself(held_out)
     on_dev = score_split(model, dev, device)
     scored = on_dev, on_dev if itself else score_split(model, held_out, device)
@@ -83,7 +84,8 @@ def validate(
     causes = causes_of_regret(model, held_out, () if untrained else silent or ())
     reliable = reliability(scored[1], maps, itself)
     title = f"Red Heart: what {config.preset} learned"
-    confused = confusion("emotion", learned["emotion"]) if "emotion" in learned else None
+    taught = trained["emotion"] if trained else (True,) * len(EMOTIONS)
+    confused = confusion("emotion", learned["emotion"], taught) if "emotion" in learned else None
     wrong = worst(learned, held_out)
     report = Report(
         title=title,

@@ -109,8 +109,19 @@ def test_the_largest_errors_and_what_is_taken_for_what():
         ("text 0", "emotion.anger", 1.0, 0.1),
         ("text 1", "emotion.anger", 1.0, 0.3),
     ]
-    names, counts = confusion("emotion", answers["emotion"])
+    names, counts = confusion("emotion", answers["emotion"], [True] * 7)
     assert (names[2], counts[2].tolist(), counts.sum()) == ("anger", [0, 0, 1, 0, 1, 0, 0], 2)
+
+
+def test_what_nothing_trained_is_taken_for_nothing():
+    """Not even where it would be the strongest of every text."""
+    target, said = np.zeros((4, 7)), np.full((4, 7), 0.1)
+    target[:2, 0], target[2:, 1], said[:, 6] = 1, 1, 0.9
+    said[:, 0], said[3, 1] = 0.5, 0.6
+    answers, two = given(said, target), [n < 2 for n in range(7)]
+    names, counts = confusion("emotion", answers, two)
+    assert (names, counts.tolist()) == (("joy", "sadness"), [[2, 0], [1, 1]])
+    assert confusion("emotion", answers, [n < 1 for n in range(7)]) is None
 
 
 def test_a_picture_of_nothing_but_axes_is_drawn(tmp_path: Path):

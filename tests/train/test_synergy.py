@@ -9,6 +9,7 @@ import torch
 from redheart.config import LossConfig, load_config
 from redheart.model.build import build_model
 from redheart.model.layers import attention_bias
+from redheart.schema import LABELS
 from redheart.tasks import task_losses, task_weights
 from redheart.train.engine import PlainEngine
 from redheart.train.synergy import COMPARED, RECENT, ROWS, Synergy, predictions
@@ -69,3 +70,24 @@ def test_recent_predictions_are_bounded_and_analysed(engine):
     assert 0 <= values["regret/leak"] <= 1
     assert values["regret/bits"] > 0.5  # eight distinct rows, repeated: what they predict hangs together
     assert sum(values[f"regret/{k}_share"] for k in ("redundant", "unique", "synergistic")) == pytest.approx(1)
+
+
+def test_answers_that_nothing_trains_inform_nobody(engine):
+    """Nor are they informed; an answer is left out where one of its entries is not trained."""
+    outputs = engine.model.eval()(*(getattr(make_batch(range(8)), name) for name in ("features", "mask")))
+    labels = {name: [1.0] * label.size for name, label in LABELS.items()}
+    told = []
+    emotion = labels | {"emotion": [1.0, 1.0, 0, 0, 0, 0, 0]}
+    cases = [
+        (labels, True),
+        (emotion, True),
+        (emotion | {"bentham": [0.0] * 7}, False),
+        (labels | {"regret": [0.0]}, False),
+    ]
+    for taught, there in cases:
+        synergy = Synergy(LossConfig(), taught)
+        synergy.remember(predictions(outputs) * 20)
+        values = synergy.analyse(engine, make_batch(range(8)), task_weights(LossConfig()))
+        assert ("regret/bits" in values) == there
+        told.append(values.get("regret/bits"))
+    assert told[0] > told[1]  # by two agents, where the emotions are not all trained
