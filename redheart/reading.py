@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> tup
         raise RedHeartError(f"--input {file}: give a {', '.join(tabular.SUFFIXES)} file")
     column = column or "text"
     delimiter = tabular.delimiter_of(file, [column]) if file.suffix.lower() in (".csv", ".tsv") else ""
-    rows = []
+    rows, left_out = [], Counter[str]()
     for place, row in tabular.as_written(file, "--input", delimiter):
         if isinstance(row, InvalidRecord):
             raise row
         if isinstance(row, LeftOut):
+            left_out[row.reason] += 1
             continue
         if not isinstance(row, dict):
             raise RedHeartError(f"{place} is no object with a field {column!r}: make it one")
@@ -63,6 +65,9 @@ def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> tup
         rows.append(row)
     if not rows:
         raise RedHeartError(f"--input {file} has no row")
+    if left_out:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
+        console.print(f"rows of --input {file} that are left out, and have no answer: {reasons}", markup=False)
     return [row[column] for row in rows], rows
 
 
@@ -81,11 +86,9 @@ def write_answers(path: Path, rows: Sequence[Mapping[str, Any]], answers: Sequen
     if path.suffix.lower() == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in made)
     else:
-        out = io.StringIO(newline="")
-        writer = csv.DictWriter(out, [*theirs, *ours.values()], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _cell(value, name in theirs) for name, value in row.items()} for row in made)
-        text = out.getvalue()
+        columns = [*theirs, *ours.values()]
+        values = ([_cell(row.get(name), name in theirs) for name in columns] for row in made)
+        text = "".join(map(_line, [columns, *values]))
     write_text(path, text, PRIVATE)
     console.print(f"wrote {path}: {len(rows)} texts", markup=False)
 
@@ -93,6 +96,13 @@ def write_answers(path: Path, rows: Sequence[Mapping[str, Any]], answers: Sequen
 def _names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The columns of all rows, in the order in which they first come."""
     return {name: name for row in rows for name in row}
+
+
+def _line(cells: Sequence[Any]) -> str:
+    """A line of a CSV. Only what stands in the line's end is quoted by csv, and a text may hold a bare \\r too."""
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\r\n").writerow(cells)
+    return out.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: Any, theirs: bool) -> Any:

@@ -77,6 +77,21 @@ def test_answers_stand_behind_the_columns_of_their_rows(tmp_path: Path):
     ]
 
 
+def test_a_csv_of_answers_is_read_back_whatever_its_texts_hold(tmp_path: Path):
+    texts = ["bare\rreturn", "both\r\nends", "line\nend", "a, b", 'say "no"', "plain"]
+    write_answers(tmp_path / "a.csv", [{"text": text} for text in texts], [{"regret": 0.5}] * len(texts))
+    assert texts_of([], tmp_path / "a.csv", None)[0] == texts
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == texts
+    assert (tmp_path / "a.csv").read_bytes().endswith(b"plain,0.5\n")
+
+
+def test_rows_without_anything_are_left_out_aloud(tmp_path: Path, capsys):
+    (tmp_path / "a.csv").write_text("text,n\none,1\n\n,\ntwo,2\n\n")
+    assert texts_of([], tmp_path / "a.csv", None)[0] == ["one", "two"]
+    assert "left out, and have no answer: 2 × an empty line, 1 × all cells are empty" in capsys.readouterr().err
+
+
 def test_a_column_that_has_the_name_of_an_answer_is_kept_and_the_answers_are_named_otherwise(tmp_path, capsys):
     rows = [{"text": "one", "regret": "0.5"}]
     write_answers(tmp_path / "a.jsonl", rows, [flat(ANSWER)])

@@ -29,7 +29,7 @@ def main() -> None:
     print(run.evaluate())
     texts = pd.read_csv(given.table)[given.text].head(10)
     answers = run.pipeline().predict_frame(texts)
-    answers.to_csv(given.out / "answers.csv", index=False)
+    answers.to_csv(given.out / "answers.csv", index=False, lineterminator="\r\n")  # so that a text with a bare \r is quoted
     print(answers.round(2).to_string(max_colwidth=40))
 
 
