@@ -15,6 +15,7 @@ from __future__ import annotations
 import html
 import json
 import logging
+import math
 import os
 import random
 import tempfile
@@ -32,7 +33,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from redheart.config import config_keys, load_config
-from redheart.console import quiet_start, strict_json
+from redheart.console import quiet_start
 from redheart.data.prepare import PrepareReport
 from redheart.data.prepare import prepare as _prepare
 from redheart.device import has_gpu, settle_allocator, variables_kept
@@ -40,6 +41,7 @@ from redheart.evaluation.curves import scalars
 from redheart.evaluation.report import COLUMNS, Report, cells
 from redheart.infer import RedHeartPipeline
 from redheart.memory.budget import forget_peaks
+from redheart.plain_yaml import setting
 from redheart.schema import RedHeartError
 from redheart.train.engine import free_memory
 from redheart.train.engine.machinery import forget_machinery
@@ -180,7 +182,7 @@ def prepare(
     """Raw records -> shards, as `redheart prepare`; resumable, and done at once where the same was done before.
 
     `source`: `NAME=PATH` as on the command line, a list of them, or a dictionary whose values are files, directories of known
-    corpora, data frames or lists of records. RedHeartError names the record that breaks the schema.
+    corpora, data frames, lists of records or a `datasets.Dataset`. RedHeartError names the record that breaks the schema.
 
     >>> data = redheart.prepare("everyday", "data/first", samples=24, data__labeler__max_texts=0)
     >>> data.report.rows["train"] + data.report.rows["dev"] + data.report.rows["test"]
@@ -249,7 +251,7 @@ def evaluate(
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
     """`a.b=c` for every setting: of keys with `__` for `.`, of sections as dictionaries, and of the dictionary `settings`."""
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in _dotted(settings, "")]
+    return [f"{key}={setting(value)}" for key, value in _dotted(settings, "")]
 
 
 def _dotted(settings: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
@@ -274,16 +276,44 @@ def _files(source: Any, folder: Path) -> Iterator[str]:
         if isinstance(value, str | os.PathLike):
             yield f"{name}={os.fspath(value)}"
             continue
-        rows = json.loads(value.to_json(orient="records")) if hasattr(value, "to_json") else list(value)
         try:
-            lines = [strict_json(row, []) for row in rows]
+            lines = [json.dumps(row, ensure_ascii=False) for row in map(_plain, _records(name, value))]
         except TypeError as error:
             raise RedHeartError(
-                f"source {name}: {error}: give records of numbers, strings, lists and dictionaries"
+                f"source {name}: {error}: give a data frame, or records of numbers, strings, lists and dictionaries"
             ) from None
         path = folder / f"{Path(name).name}.jsonl"
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogatepass")
         yield f"{name}={path}"
+
+
+def _records(name: str, rows: Any) -> Iterable[Any]:
+    """The rows of a data frame, of a `datasets.Dataset`, or of a list of records; of a frame, what JSON has no word for as text."""
+    import pandas as pd
+
+    if isinstance(rows, Mapping):
+        some = ", ".join(map(str, rows))[:80]
+        raise RedHeartError(
+            f"source {name} is a {type(rows).__name__} of {some}: give one of them, or a list of records"
+        )
+    if not isinstance(rows, pd.DataFrame):
+        return list(rows)
+    if not rows.columns.is_unique:
+        twice = rows.columns[rows.columns.duplicated()][0]
+        raise RedHeartError(f"source {name}: two columns have the name {twice!r}: rename one")
+    known = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    return json.loads(json.dumps(_plain(known), default=str))
+
+
+def _plain(value: Any) -> Any:
+    """`value` for JSON: NaN, which is how frames write that nothing is there, as null. An infinity stays, and is refused as in a file."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 @contextmanager

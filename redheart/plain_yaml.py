@@ -3,6 +3,8 @@ and for any depth of calls by brackets; settings need neither."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 
 from redheart.schema import RedHeartError
 
+NOT_PLAIN = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 MAX_BYTES, MAX_DEPTH = 1_000_000, 16  # a complete configuration has 2,000 bytes and a depth of 4
 
 
@@ -40,6 +43,13 @@ def check_size(path: Path) -> None:
     """Raises RedHeartError where a file is too large to be one of settings; one that is not there is another's matter."""
     if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
         raise RedHeartError(f"{path} has {size:,} bytes, and settings at most {MAX_BYTES:,}: give a file of settings")
+
+
+def setting(value: Any) -> str:
+    """`value` as `--set` reads it: JSON in which what YAML takes for the end of a line, or for no character, is an escape. Characters
+    beyond U+FFFF stay: as halves of a pair, which is how JSON escapes them, YAML would read two."""
+    dumped = json.dumps(value, ensure_ascii=False, default=str)
+    return NOT_PLAIN.sub(lambda found: f"\\u{ord(found[0]):04x}", dumped)
 
 
 def parse(text: str) -> Any:

@@ -10,6 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -186,6 +187,51 @@ def test_data_frames_and_records_are_sources(home):
     assert "regret" in repr(made)
     with pytest.raises(RedHeartError, match=r"bad\.jsonl:2, field regret: 7 must"):
         redheart.prepare({"bad": [records[0], {"text": "x", "regret": 7}]}, "data/bad", data__labeler__max_texts=0)
+
+
+OFF = {"data__labeler__max_texts": 0}
+
+
+def test_an_infinity_is_no_missing_label(home):
+    """It is refused by its row and column as in a file; what is missing stays missing. So is a text that is no text."""
+    bad, columns = -np.inf, {"bad": {"text": "text", "regret": "regret"}}
+    rows = [{"text": f"A word {n}.", "regret": 0.5, "emotion": [0.5, None, 0, 0, 0, 0, 1]} for n in range(3)]
+    rows[1] |= {"regret": bad}
+    for given in (rows, pd.DataFrame(rows)):
+        with pytest.raises(RedHeartError, match=rf"bad\.jsonl:2, field regret: {bad} is not a number"):
+            redheart.prepare({"bad": given}, "data/infinite", **OFF)
+        with pytest.raises(RedHeartError, match=rf"bad\.jsonl:2: column 'regret' holds {bad}, and"):
+            redheart.prepare({"bad": given}, "data/infinite", data__columns=columns, **OFF)
+    made = redheart.prepare({"bad": pd.DataFrame(rows)}, "data/finite", skip_invalid=True, **OFF)
+    assert (made.report.rejected, made.report.labels["regret"]) == (1, {"human": 2})
+    with pytest.raises(RedHeartError, match=r"bad\.jsonl:1: not UTF-8"):
+        redheart.prepare({"bad": [{"text": "half \ud800"}]}, "data/infinite", **OFF)
+    rows[1] |= {"regret": 0.5, "emotion": [float("nan"), bad, 0, 0, 0, 0, 1]}
+    for given in (rows, pd.DataFrame(rows)):
+        with pytest.raises(RedHeartError, match=rf"bad\.jsonl:2, field emotion\[1\]: {bad} is not a number"):
+            redheart.prepare({"bad": given}, "data/infinite", **OFF)
+
+
+def test_frames_and_data_sets_of_many_kinds_are_sources(home):
+    kinds = pd.DataFrame(
+        {
+            "\U0001f600 \u2028": pd.array([1, None, 0], "Int64"),
+            "text": ["One \U0001f600.", "Two.", "Three."],
+            "when": pd.to_datetime(["2026-01-02", None, "2026-01-03"]),
+            "scores": [np.array([1, np.nan, 0, 0, 0, 0, 0.5], np.float32), None, [0.0] * 7],
+        }
+    )
+    columns = {"mine": {"text": "text", "\U0001f600 \u2028": "regret", "scores": "emotion"}}
+    made = redheart.prepare({"mine": kinds}, "data/kinds", data__columns=columns, **OFF)
+    assert made.report.labels["regret"] == {"human": 2}
+    assert made.report.labels["emotion"] == {"human": 13}
+    rows = datasets.Dataset.from_dict({"text": ["One.", "Two."], "regret": [0.5, None]})
+    made = redheart.prepare({"mine": rows}, "data/set", **OFF)
+    assert (sum(made.report.rows.values()), made.report.labels["regret"]) == (2, {"human": 1})
+    with pytest.raises(RedHeartError, match="source mine is a DatasetDict of train: give one of them"):
+        redheart.prepare({"mine": datasets.DatasetDict(train=rows)}, "data/no", **OFF)
+    with pytest.raises(RedHeartError, match="two columns have the name 'text': rename one"):
+        redheart.prepare({"mine": pd.concat([kinds, kinds[["text"]]], axis=1)}, "data/no", **OFF)
 
 
 def test_what_comes_back_says_what_it_is(home):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from redheart.config import RunConfig
 from redheart.data.sources.tabular import SUFFIXES, target_of
+from redheart.plain_yaml import setting
 from redheart.schema import LABELS, RedHeartError
 
 SOURCE = "own"
@@ -40,10 +40,10 @@ def meant(
                 f"--text and --label name columns of a table, and {data} is none: give --data a file, or leave them out"
             )
         return file or preset, [*overrides], data
-    own = [] if data is None else [f"data.file={json.dumps(data, ensure_ascii=False)}"]
+    own = [] if data is None else [f"data.file={setting(data)}"]
     if text or columns:
         mapping = {(text or "text"): "text", **columns}
-        own.append(f"data.columns={json.dumps({SOURCE: mapping}, ensure_ascii=False)}")
+        own.append(f"data.columns={setting({SOURCE: mapping})}")
     return file or preset, [*overrides, *own], None
 
 
