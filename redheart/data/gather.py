@@ -29,6 +29,7 @@ from redheart.schema import LABELS, SPLITS, RedHeartError
 
 ENOUGH = 10  # texts of dev and of test: where the ids give a small table fewer, its texts are dealt
 FEW = 0.01  # share of a published corpus that may be unreadable without a word from the user
+SKIP = "`redheart prepare --skip-invalid` leaves such records out, and `train --data` takes what it makes"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
 
@@ -118,7 +119,7 @@ def set_aside(
         if not skip_invalid and (name not in gathered.published or bad[name] > FEW * count[name]):
             raise RedHeartError(
                 f"source {name}: {bad[name]} of {count[name]} records cannot be read by encoder {encoder}, the first in {place}: {reason}. "
-                "Choose an encoder that reads them (--set data.encoder.name=…); --skip-invalid leaves such records out"
+                f"Choose an encoder that reads them (--set data.encoder.name=…); {SKIP}"
             )
         why = f"encoder {encoder} cannot read it: {reason}"
         refused.append({"source": name, "place": place, "reason": f"{place}: {why}", "content": record["text"]})
@@ -176,10 +177,11 @@ def _read(
             if source.may_repeat:
                 record["id"] = _distinct(record["id"], occurrences)
             if record["id"] in places:
-                raise InvalidRecord(f"{place}: its id {record['id']} (or its text) is there already")
+                what = f"the id {record['id']!r}" if raw.get("id") else "the same text"
+                raise InvalidRecord(f"{place}: {what} stands in {places[record['id']]} already")
         except InvalidRecord as error:
             if not skip_invalid:
-                raise RedHeartError(f"{error} (--skip-invalid leaves such records out)") from None
+                raise RedHeartError(f"{error} ({SKIP})") from None
             reasons[_kind(str(error), place)] += 1
             content = str(raw) if isinstance(raw, InvalidRecord) else raw
             refused.append({"source": source.name, "place": place, "reason": str(error), "content": content})

@@ -275,7 +275,7 @@ def test_what_a_csv_cell_means_depends_on_its_field(tmp_path: Path):
     assert (second["text"], second["regret"], second["emotion"]) == ("[noise]", 1.0, None)
     assert third["text"] == "null"
     put(tmp_path / "b.csv", "text\nOne.\nOne.\n")
-    with pytest.raises(RedHeartError, match="is there already"):
+    with pytest.raises(RedHeartError, match="the same text stands in"):
         collect(f"mine={tmp_path / 'b.csv'}")
 
 
@@ -398,6 +398,47 @@ def test_texts_that_the_data_put_in_two_splits_are_told(tmp_path: Path, capsys):
     assert "--set data.dedup=true" in said
     tell_crossing(records[1:])
     assert capsys.readouterr().err == ""
+
+
+def test_a_record_that_is_there_already_is_told_by_what_repeats_and_where(tmp_path: Path):
+    put(tmp_path / "a.csv", "id,text\nu1,One.\nu1,Two.\n")
+    put(tmp_path / "b.csv", "text\nOne.\nTwo.\nOne.\n")
+    remedy = r"\(`redheart prepare --skip-invalid` leaves such records out, and `train --data` takes what it makes\)"
+    with pytest.raises(RedHeartError, match=rf"a\.csv:3: the id 'u1' stands in .*a\.csv:2 already {remedy}"):
+        collect(f"m={tmp_path / 'a.csv'}")
+    with pytest.raises(RedHeartError, match=r"b\.csv:4: the same text stands in .*b\.csv:2 already"):
+        collect(f"m={tmp_path / 'b.csv'}")
+
+
+def test_a_column_that_happens_to_be_called_id_is_one_where_its_values_differ(tmp_path: Path, capsys):
+    put(tmp_path / "a.csv", "id,body\nu1,One.\nu1,Two.\n,Three.\n")
+    put(tmp_path / "b.jsonl", '{"id": 1, "body": "One."}\n{"id": 2, "body": "Two."}\n{"body": "Three."}\n')
+    ids = [r["id"] for r in collect(f"a={tmp_path / 'a.csv'}", columns={"a": {"body": "text"}}).records]
+    assert "u1" not in ids
+    assert len(set(ids)) == 3
+    assert "values of its column 'id' repeat" in capsys.readouterr().err
+    assert [r["id"] for r in collect(f"b={tmp_path / 'b.jsonl'}", columns={"b": {"body": "text"}}).records][:2] == [
+        "1",
+        "2",
+    ]
+    with pytest.raises(RedHeartError, match="the id 'u1' stands in"):
+        collect(f"a={tmp_path / 'a.csv'}", columns={"a": {"body": "text", "id": "id"}})
+
+
+def test_a_mapped_label_may_be_missing_in_records_of_json(tmp_path: Path):
+    """As it may be null; only where no record has it, or where it is the text, its name was a slip."""
+    rows = [{"body": "One.", "happy": 1}, {"body": "Two.", "sorry": 0.5, "happy": None}, {"happy": 0}]
+    columns = {"body": "text", "sorry": "regret", "happy": "emotion.joy"}
+    for name, content in (("a.json", json.dumps(rows[:2])), ("a.jsonl", "\n".join(map(json.dumps, rows[:2])))):
+        first, second = collect(f"m={put(tmp_path / name, content)}", columns={"m": columns}).records
+        assert (first["regret"], first["emotion"][0], second["regret"], second["emotion"]) == (None, 1, 0.5, None)
+    with pytest.raises(
+        RedHeartError, match=r"no column 'sory' \(did you mean 'sorry'\?\); there are body, happy, sorry"
+    ):
+        collect(f"m={tmp_path / 'a.json'}", columns={"m": {"body": "text", "sory": "regret"}})
+    put(tmp_path / "b.json", json.dumps(rows))
+    with pytest.raises(RedHeartError, match="record 2: there is no column 'body'"):
+        collect(f"m={tmp_path / 'b.json'}", columns={"m": columns})
 
 
 WRONG_COLUMNS = [

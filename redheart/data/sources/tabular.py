@@ -1,8 +1,9 @@
 """The user's files: .csv, .tsv, .parquet, .json, .jsonl, with `data.columns` to say which of their columns is which of our fields.
 
 `data.columns: {NAME: {their_column: our_field}}`; a field may be one entry of a vector, such as `vad.valence`. With a mapping, columns
-that it does not name are dropped (`split` and `id` stay); without one, the columns must have our names. In a CSV an empty cell is null,
-and a label is a number, JSON, yes, no, true, false, or the name of an emotion; texts and ids stay as they are written, "2020" too.
+that it does not name are dropped (`split` stays, and `id` where its values differ); without one, the columns must have our names. In a
+CSV an empty cell is null, and a label is a number, JSON, yes, no, true, false, or the name of an emotion; texts and ids stay as they are
+written, "2020" too. Of JSON, a label may be missing in records as long as one has it.
 Nothing is scaled but what says so: `mood: vad.valence:1..5` reads a column that runs from 1 to 5, and `5..1` one that runs the other way.
 """
 
@@ -13,7 +14,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,8 +72,36 @@ def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
     targets = {column: target_of(ours, f"data.columns.{name}") for column, ours in columns.items()}
     texts = [column for column, ours in targets.items() if ours.field == "text"] or ["text", "content"]
     written = delimiter_of(path, texts) if path.suffix.lower() in (".csv", ".tsv") else ""
+    survey = _survey(path, name, written) if columns else Survey(frozenset(), False)
+    hides_id = survey.id_repeats and not any(target.field == "id" for target in targets.values())
+    if hides_id:
+        console.print(
+            f"{path}: values of its column 'id' repeat, and are not taken for ids of its rows (`id: id` would)"
+        )
     for place, raw in as_written(path, name, written):
-        yield place, to_record(raw, targets, place, written) if isinstance(raw, dict) else raw
+        if isinstance(raw, dict):
+            row = {k: v for k, v in raw.items() if k != "id"} if hides_id else raw
+            yield place, to_record(row, targets, place, written, survey.columns)
+        else:
+            yield place, raw
+
+
+class Survey(NamedTuple):
+    """What a file's rows say together: every column that one of them has, and whether those that are called `id` have equal values."""
+
+    columns: Set[str]
+    id_repeats: bool
+
+
+def _survey(path: Path, name: str, written: str) -> Survey:
+    columns, seen, repeats = set[str](), set[str](), False
+    for _, raw in as_written(path, name, written):
+        if isinstance(raw, dict):
+            columns |= raw.keys()
+            value = str(raw["id"]).strip() if raw.get("id") is not None else ""
+            repeats = repeats or (value != "" and value in seen)
+            seen.add(value)
+    return Survey(columns, repeats)
 
 
 def as_written(path: Path, name: str, delimiter: str) -> Iterator[Row]:
@@ -86,9 +115,10 @@ def as_written(path: Path, name: str, delimiter: str) -> Iterator[Row]:
 
 
 def header(path: Path, name: str) -> list[str]:
-    """The names of a table's columns, or of a first record's fields."""
+    """The names of a table's columns, or of all records' fields."""
     delimiter = delimiter_of(path, ()) if path.suffix.lower() in (".csv", ".tsv") else ""
-    found = next((row for _, row in as_written(path, name, delimiter) if isinstance(row, dict)), {})
+    rows = (row for _, row in as_written(path, name, delimiter) if isinstance(row, dict))
+    found = dict.fromkeys(key for row in rows for key in row)
     if not found:
         raise RedHeartError(f"{path} has no rows")
     return list(map(str, found))
@@ -123,16 +153,16 @@ def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def to_record(
-    raw: Mapping[str, Any], columns: Mapping[str, Target], place: str, written: str = ""
+    raw: Mapping[str, Any], columns: Mapping[str, Target], place: str, written: str = "", known: Set[str] = frozenset()
 ) -> dict[str, Any] | InvalidRecord:
     """A raw record of the schema from one row. `written`: the delimiter where the values are text, as in a CSV, and labels are to be
-    read from it."""
-    missing = [c for c in columns if c not in raw]
+    read from it. `known`: columns that other rows have, so that one of them that is not here, and not the text, is null."""
+    missing = [c for c, target in columns.items() if c not in raw and (c not in known or target.field == "text")]
     if missing:
-        close = difflib.get_close_matches(missing[0], [str(c) for c in raw], 1)
+        close = difflib.get_close_matches(missing[0], [str(c) for c in known or raw], 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
         which = ": name the one of texts with --text" if missing[0] == columns[missing[0]].field == "text" else ""
-        there = ", ".join(map(str, raw))
+        there = ", ".join(map(str, dict.fromkeys([*raw, *sorted(known)])))
         return InvalidRecord(f"{place}: there is no column {missing[0]!r}{meant}; there are {there}{which}")
     targets = dict(columns)
     taken = {target.name for target in columns.values()}
@@ -141,7 +171,7 @@ def to_record(
             targets.setdefault(key, Target(key))
     record: dict[str, Any] = {}
     for column, target in targets.items():
-        value = _cell(raw[column], target, written) if written else raw[column]
+        value = _cell(raw[column], target, written) if written else raw.get(column)
         if target.field == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None:
