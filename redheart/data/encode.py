@@ -33,6 +33,8 @@ from redheart.files import flush_to_disk
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.schema import RedHeartError
 
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
 
 class TextEncoder:
     """`encode` gives one float16 array [T, E] per text, special tokens included, 1 ≤ T ≤ config.most_tokens; of several encoders as in
@@ -139,7 +141,14 @@ class OneEncoder:
                 [texts[i] for i in rows], truncation=True, max_length=self.config.max_tokens, padding=True,
                 padding_side="right", return_tensors="pt",
             ).to(self.device)  # fmt: skip
-            joined = self._states(batch).half().cpu().numpy()
+            states = self._states(batch)
+            largest = float(states[batch["attention_mask"].bool()].abs().max())
+            if not largest <= FLOAT16_MAX:  # a NaN too
+                raise RedHeartError(
+                    f"encoder {self.config.name}: a state of hidden layers {', '.join(map(str, self.config.layers))} is {largest:g}, "
+                    f"which exceeds float16 ({FLOAT16_MAX:g}): choose other data.encoder.layers"
+                )
+            joined = states.half().cpu().numpy()
             lengths = batch["attention_mask"].sum(1).tolist()
             for row, state, length in zip(rows, joined, lengths, strict=True):
                 features[row] = state[:length].copy()

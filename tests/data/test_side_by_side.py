@@ -64,6 +64,19 @@ def make_encoder(directory: Path, width: int, vocabulary: int) -> str:
     return str(directory)
 
 
+@pytest.mark.parametrize("value", [7e4, float("nan")])
+def test_states_that_float16_cannot_hold_are_refused(tmp_path: Path, value: float):
+    directory = make_encoder(tmp_path / "large", 8, 60)
+    model = AutoModel.from_pretrained(directory)
+    model.encoder.layer[0].output.LayerNorm.bias.data[0] = value
+    model.save_pretrained(directory)
+    fine, large = (TextEncoder(EncoderConfig(name=directory, layers=[n], device="cpu")) for n in (0, 1))
+    fine.encode(TEXTS[:2])
+    words = rf"encoder {directory}: a state of hidden layers 1 is (7\d{{4}}|6\d{{4}}|nan), which exceeds float16 \(65504\): choose other"
+    with pytest.raises(RedHeartError, match=words):
+        large.encode(TEXTS[:2])
+
+
 @dataclass
 class Two:
     """Two encoders, 2 × 8 and 12 wide, and a table of TEXTS."""

@@ -14,6 +14,7 @@ from redheart.config import DataConfig
 from redheart.data.gather import Gathered, gather, mix, tell_crossing, write_rejected
 from redheart.data.sources.records import _split_of
 from redheart.data.sources.rows import coin
+from redheart.data.sources.tabular import header
 from redheart.schema import EMOTIONS_FINE, RedHeartError
 from tests.corpora import corpus
 
@@ -432,6 +433,7 @@ def test_a_mapped_label_may_be_missing_in_records_of_json(tmp_path: Path):
     for name, content in (("a.json", json.dumps(rows[:2])), ("a.jsonl", "\n".join(map(json.dumps, rows[:2])))):
         first, second = collect(f"m={put(tmp_path / name, content)}", columns={"m": columns}).records
         assert (first["regret"], first["emotion"][0], second["regret"], second["emotion"]) == (None, 1, 0.5, None)
+        assert header(tmp_path / name, "m") == ["body", "happy", "sorry"]
     with pytest.raises(
         RedHeartError, match=r"no column 'sory' \(did you mean 'sorry'\?\); there are body, happy, sorry"
     ):
