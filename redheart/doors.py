@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,7 +279,7 @@ def _files(source: Any, folder: Path) -> Iterator[str]:
             continue
         try:
             lines = [json.dumps(row, ensure_ascii=False) for row in map(_plain, _records(name, value))]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # what JSON has no word for, or no number
             raise RedHeartError(
                 f"source {name}: {error}: give a data frame, or records of numbers, strings, lists and dictionaries"
             ) from None
@@ -313,6 +314,8 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
+    if isinstance(value, Decimal):
+        return _plain(float(value))
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

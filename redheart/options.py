@@ -99,7 +99,8 @@ ReportFile = Annotated[
     typer.Option("--report", help="Write report.md here, and report.html beside it. [default: the run directory]"),
 ]
 Samples = Annotated[
-    int | None, typer.Option("--samples", min=1, help="Only the first N records, splits in proportion.")
+    int | None,
+    typer.Option("--samples", min=1, help="Only N records, by the hashes of their ids, splits in proportion."),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds whose median is taken.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds whose median is taken.")]

@@ -292,14 +292,17 @@ def mix(records: list[dict[str, Any]], mixture: Mapping[str, float]) -> list[dic
 
 
 def take(records: list[dict[str, Any]], num_samples: int | None) -> list[dict[str, Any]]:
-    """`num_samples` records, splits and sources in proportion, by the ids' hashes; each split keeps at least one where there is room."""
+    """`num_samples` records by the ids' hashes, splits in proportion, dev and test with at least one where there is room; what a split
+    lacks the next one gives."""
     if num_samples is None or num_samples >= len(records):
         return records
     by_split = {s: sorted((r for r in records if r["split"] == s), key=lambda r: _share(r["id"])) for s in SPLITS}
     quota = {s: num_samples * len(rows) // len(records) for s, rows in by_split.items()}
     if num_samples >= len(SPLITS):
         quota = {s: max(q, 1 if by_split[s] else 0) for s, q in quota.items()}
-    quota["train"] = min(len(by_split["train"]), num_samples - quota["dev"] - quota["test"])
+    quota["train"] = 0
+    for split, rows in by_split.items():
+        quota[split] += min(len(rows) - quota[split], num_samples - sum(quota.values()))
     return [r for s in SPLITS for r in by_split[s][: quota[s]]]
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from redheart.config import DataConfig
-from redheart.data.gather import Gathered, gather, mix, tell_crossing, write_rejected
+from redheart.data.gather import Gathered, gather, mix, take, tell_crossing, write_rejected
 from redheart.data.sources.records import _split_of
 from redheart.data.sources.rows import coin
 from redheart.data.sources.tabular import header
@@ -441,6 +442,48 @@ def test_a_mapped_label_may_be_missing_in_records_of_json(tmp_path: Path):
     put(tmp_path / "b.json", json.dumps(rows))
     with pytest.raises(RedHeartError, match="record 2: there is no column 'body'"):
         collect(f"m={tmp_path / 'b.json'}", columns={"m": columns})
+
+
+def test_a_number_beyond_every_float_is_named(tmp_path: Path):
+    for name, content in (
+        ("a.csv", f"body,sorry\nOne.,{'9' * 400}\n"),
+        ("a.json", f'[{{"body": "One.", "sorry": -{"9" * 400}}}]'),
+    ):
+        put(tmp_path / name, content)
+        with pytest.raises(RedHeartError, match=r"column 'sorry' holds -?9+…, and regret runs from 0 to 1"):
+            collect(f"m={tmp_path / name}", columns={"m": {"body": "text", "sorry": "regret"}})
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path: Path):
+    half = pa.array([Decimal("0.50"), None], pa.decimal128(5, 2))
+    emotion = pa.array([[Decimal("0.25")] * 7, None], pa.list_(pa.decimal128(5, 2)))
+    pq.write_table(pa.table({"text": ["One.", "Two."], "regret": half, "emotion": emotion}), tmp_path / "a.parquet")
+    for columns in ({}, {"m": {"text": "text", "regret": "regret", "emotion": "emotion"}}):
+        first, second = collect(f"m={tmp_path / 'a.parquet'}", columns=columns).records
+        assert (first["regret"], first["emotion"], second["regret"], second["emotion"]) == (0.5, [0.25] * 7, None, None)
+
+
+def test_a_tsv_is_parted_by_tabs_unless_its_header_says_otherwise(tmp_path: Path, capsys):
+    put(tmp_path / "a.tsv", "body\nOne, two.\nThree\n")
+    put(tmp_path / "b.tsv", "text\tregret\nOne, two.\t0,5\n")
+    put(tmp_path / "c.tsv", "text,regret\nOne.,1\n")
+    assert [r["text"] for r in collect(f"m={tmp_path / 'a.tsv'}", columns={"m": {"body": "text"}}).records] == [
+        "One, two.",
+        "Three",
+    ]
+    assert [r["regret"] for r in collect(f"m={tmp_path / 'b.tsv'}").records] == [0.5]
+    assert "separated" not in capsys.readouterr().err
+    assert [r["regret"] for r in collect(f"m={tmp_path / 'c.tsv'}").records] == [1]
+    assert "is separated by commas" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("splits", [("dev", "test"), ("train",), ("test",), ("train", "dev", "test")])
+def test_so_many_samples_as_are_asked_for_are_taken(splits: tuple[str, ...]):
+    records = [{"id": str(n), "split": splits[n % len(splits)]} for n in range(60)]
+    for number in (1, 2, 3, 10, 59, 60):
+        assert len(take(records, number)) == number
+    count = Counter(r["split"] for r in take(records, 30))
+    assert set(count.values()) == {30 // len(splits)}
 
 
 WRONG_COLUMNS = [

@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TARGETS = (*FIELDS, *(f"{name}.{entry}" for name, label in LABELS.items() if not label.scalar for entry in label.names))
 WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}  # of labels that run from 0 to 1
+HUGE = 10**300
 ENDS = re.compile(r"(.+?):([-+]?[\d.]+)\.\.([-+]?[\d.]+)")
 
 
@@ -125,16 +127,18 @@ def header(path: Path, name: str) -> list[str]:
 
 
 def delimiter_of(path: Path, texts: Sequence[str]) -> str:
-    """What separates the columns: the character that parts one of the `texts` columns from the others in the header, else a comma."""
+    """What separates the columns: the character that parts one of the `texts` columns from the others in the header, else what the
+    file's name says, a tab or a comma; it is tried first."""
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:
         head = next((line for line in file if line.strip()), "")
-    for delimiter in DELIMITERS:
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    for delimiter in sorted(DELIMITERS, key=lambda d: d != usual):
         names = next(csv.reader([head], delimiter=delimiter), [])
-        if any(name in texts for name in names) or (delimiter != "," and len(names) > 1 and "," not in head):
-            if delimiter != ",":
+        if any(name in texts for name in names) or (delimiter != usual and len(names) > 1 and usual not in head):
+            if delimiter != usual:
                 console.print(f"{path} is separated by {DELIMITERS[delimiter]}s")
             return delimiter
-    return ","
+    return usual
 
 
 def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
@@ -172,6 +176,8 @@ def to_record(
     record: dict[str, Any] = {}
     for column, target in targets.items():
         value = _cell(raw[column], target, written) if written else raw.get(column)
+        if target.field in LABELS:
+            value = _without_decimals(value)
         if target.field == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is None:
@@ -188,6 +194,13 @@ def to_record(
     return record
 
 
+def _without_decimals(value: Any) -> Any:
+    """What Parquet keeps as decimal is a number like any other."""
+    if isinstance(value, list):
+        return [_without_decimals(v) for v in value]
+    return float(value) if isinstance(value, Decimal) else value
+
+
 def _number(value: Any, target: Target, label: Label, where: str) -> Any:
     """A label's number, from a number, a truth value or a word, in the label's own range."""
     low, high = (label.low, label.high) if target.ends is None else sorted(target.ends)
@@ -200,10 +213,11 @@ def _number(value: Any, target: Target, label: Label, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         words = "a number, yes, no, true or false" if label.low == 0 and target.ends is None else "a number"
         return InvalidRecord(f"{where} holds {str(value)[:40]!r}, which is not {words}")
-    if math.isnan(value):
+    if isinstance(value, float) and math.isnan(value):
         return InvalidRecord(f"{where} holds {value}: leave a cell empty where there is no label")
     if not low <= value <= high:
-        said = f"{where} holds {value:g}, and {target.name} "
+        digits = f"{value:g}" if abs(value) < HUGE else f"{str(value)[:12]}…"  # an integer may be beyond every float
+        said = f"{where} holds {digits}, and {target.name} "
         if target.ends is None:
             said += f"runs from {low:g} to {high:g}: if the column runs between other numbers, name them: {target.name}:LOW..HIGH"
             return InvalidRecord(said)
