@@ -87,9 +87,12 @@ class RedHeartPipeline:
         device_of(device)  # before anything is loaded
         model, settings, progress, calibration = load_model(Path(path))
         if calibration is None:
+            fit = f"redheart calibrate --checkpoint {path}"
+            remedy = (
+                f"`{fit}`" if progress.dev_losses else f"`{fit} --data DIR`, of data with dev rows: its own had none"
+            )
             console.print(
-                f"{path} has no calibration: answers are as the network gives them, and no entries are chosen; fit one with "
-                f"`redheart calibrate --checkpoint {path}`"
+                f"{path} has no calibration: answers are as the network gives them, and no entries are chosen; fit one with {remedy}"
             )
         trained = trained_entries(progress.labels, settings.loss) if progress.labels else None
         if trained is None:
@@ -126,7 +129,9 @@ class RedHeartPipeline:
     @overload
     def __call__(self, text: Iterable[str]) -> list[dict[str, Any]]: ...
     def __call__(self, text: str | Iterable[str]) -> dict[str, Any] | list[dict[str, Any]]:
-        texts = _rows([text] if isinstance(text, str) else text)[0]
+        texts = [
+            row.strip() for row in _rows([text] if isinstance(text, str) else text)[0]
+        ]  # as those it was trained on
         self._tell(texts)
         answers = [a for start in range(0, len(texts), TOGETHER) for a in self._answers(texts, start)]
         return answers[0] if isinstance(text, str) else answers

@@ -22,6 +22,7 @@ from redheart.infer import RedHeartPipeline
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
 from redheart.tasks import TASKS
+from redheart.train.checkpoint import Progress
 from redheart.train.export import export, load_model
 from redheart.train.start import train
 from redheart.train.validate import validate
@@ -259,6 +260,28 @@ def test_a_text_that_loses_its_end_is_named_with_its_length(model, capsys, words
     told = capsys.readouterr().err
     line = f"1 of 2 texts exceed 6 tokens and are cut: only the first 6 of each are read (text 2 has {tokens})\n"
     assert told == (line if tokens else "")
+
+
+def test_white_space_around_a_text_is_not_read(model, monkeypatch):
+    """Nor was it in training."""
+    pipeline, read = RedHeartPipeline(model, Encoder(), trained=ALL), []
+    encode = pipeline.encoder.encode
+    monkeypatch.setattr(pipeline.encoder, "encode", lambda texts: read.extend(texts) or encode(texts))
+    frame = pipeline.predict_frame(["  we laughed\n", "we cried"])
+    assert read == ["we laughed", "we cried"]
+    assert list(frame["text"]) == ["  we laughed\n", "we cried"]
+
+
+def test_calibration_is_advised_with_data_that_can_do_it(model, monkeypatch, capsys):
+    monkeypatch.setattr("redheart.infer.TextEncoder", Encoder)
+    for losses, words in (
+        ({"regret": 1.0}, "--checkpoint r`\n"),
+        ({}, "--checkpoint r --data DIR`, of data with dev rows: "),
+    ):
+        loaded = model, load_config("local"), Progress(dev_losses=losses), None
+        monkeypatch.setattr("redheart.infer.load_model", lambda _, loaded=loaded: loaded)
+        RedHeartPipeline.from_pretrained("r")
+        assert words in capsys.readouterr().err
 
 
 def test_a_text_in_no_language_of_the_encoder_is_named(model, capsys):

@@ -22,6 +22,7 @@ import redheart
 import redheart.doors as doors
 import redheart.infer as infer
 from redheart.config import load_config
+from redheart.data.store import Store
 from redheart.files import read_pointer
 from redheart.memory.budget import forget_peaks, resident_peak
 from redheart.schema import RedHeartError
@@ -240,6 +241,10 @@ def test_what_comes_back_says_what_it_is(home):
     assert "; dev loss " in repr(run)
     assert repr(data).startswith("Prepared('data/first'): ")
     assert "<td>regret</td>" in data._repr_html_()
+    assert "| everyday | 24 |" in (data.path / "README.md").read_text()  # what was drawn, not the 2,000 that were read
+    facts = Store(data.path).index["sources"]["everyday"]
+    assert (facts["rows_kept"], facts["rows_written"]) == (2000, 24)
+    assert "| everyday | 24 |" in (run.path / "report.md").read_text()
     result = run.evaluate()
     assert repr(result).startswith("Evaluated: test split, ")
     assert len(result.frame()) == len(result.report.lines) > 0

@@ -34,7 +34,7 @@ def dataset_card(index: Mapping[str, Any]) -> str:
     }
     encoder, labeler = index["encoder"], index["labeler"]
     sources = [
-        f"| {name} | {facts['rows_kept']} | {facts['licence']} | {'no' if facts['non_commercial'] else 'yes'} |"
+        f"| {name} | {rows_written(facts)} | {facts['licence']} | {'no' if facts['non_commercial'] else 'yes'} |"
         for name, facts in index["sources"].items()
     ]
     labels = [
@@ -80,6 +80,11 @@ def dataset_card(index: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def rows_written(facts: Mapping[str, Any]) -> int:
+    """How many rows of a source are in the shards; of an index by an earlier version, how many could be read."""
+    return int(facts.get("rows_written", facts["rows_kept"]))
 
 
 def cut_texts(index: Mapping[str, Any]) -> list[str]:

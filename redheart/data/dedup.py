@@ -81,7 +81,9 @@ def _write(store: Store, out: Path, dropped: frozenset[str], report: dict[str, A
         facts = {"out": str(out), "rows": num_rows, "labels": writer.labels, "duplicates": report}
         # of what was prepared and of what was done to it since
         plan = hashlib.sha256(json.dumps([store.index["plan"], "dedup", report["threshold"]]).encode()).hexdigest()
-        index = {**store.index, "plan": plan, "report": {**store.index["report"], **facts}, "splits": splits}
+        sources = writer.sources(store.index["sources"])
+        told = {**store.index["report"], **facts, "sources": sources}
+        index = {**store.index, "plan": plan, "sources": sources, "report": told, "splits": splits}
         write_text(unfinished / "README.md", dataset_card(index))
         write_sealed_json(unfinished / INDEX, index)
         unfinished.replace(out)

@@ -283,7 +283,7 @@ def _write(
         writer.write(f"{part.name}.arrow", rows, part.repeat)
     splits = writer.finish()
     report.rows = {s: splits[s]["rows"] for s in SPLITS}
-    report.labels = writer.labels
+    report.labels, report.sources = writer.labels, writer.sources(report.sources)
     report.unlabelled = [s for s in SPLITS if splits[s]["rows"] and not splits[s]["histograms"]]
     return splits
 

@@ -158,6 +158,11 @@ class SplitsWriter:
         self._out, self._width, self._max_tokens = out, encoder_width, max_tokens
         self._splits: dict[str, dict[str, Any]] = {s: {"rows": 0, "tokens": 0, "shards": []} for s in SPLITS}
         self._origins: dict[str, Counter[str]] = {name: Counter() for name in LABELS}
+        self._sources = Counter[str]()
+
+    def sources(self, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The facts about each source with its `rows_written` so far, which drawing, mixing and duplicates may have made fewer."""
+        return {name: {**of, "rows_written": self._sources[name]} for name, of in facts.items()}
 
     @property
     def labels(self) -> dict[str, dict[str, int]]:
@@ -168,6 +173,7 @@ class SplitsWriter:
         if not rows:
             return
         for row in rows:
+            self._sources[row["source"]] += 1
             for name, label in LABELS.items():
                 if row[name] is not None:
                     known = 1 if label.scalar else sum(v is not None for v in row[name])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from redheart.data.card import rows_written
 from redheart.evaluation.curves import OVERVIEW, RATE, scalars
 from redheart.evaluation.page import Section
 from redheart.files import read_json
@@ -41,7 +42,7 @@ def data_and_commands(
 ) -> list[Section]:
     """The sources with their licences, and what to type to get the same again."""
     rows = [
-        (name, f"{facts['rows_kept']:,}", facts["licence"], "no" if facts["non_commercial"] else "yes")
+        (name, f"{rows_written(facts):,}", facts["licence"], "no" if facts["non_commercial"] else "yes")
         for name, facts in index["sources"].items()
     ]
     commands = []

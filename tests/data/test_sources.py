@@ -568,6 +568,14 @@ def test_a_text_of_several_lines_is_one_row(tmp_path: Path):
     assert [r["text"] for r in collect(f"mine={path}").records] == [poem, "Hello, all\nof you"]
 
 
+def test_a_dialogue_of_several_lines_is_one_row(tmp_path: Path):
+    """One word that is a value of the column it would be in makes no row of a line."""
+    path = put(
+        tmp_path / "a.csv", 'id,text\nAnna,"I forgot it."\nBen,"We laughed.\nAnna, come here!"\nEve,"We sang."\n'
+    )
+    assert [r["text"] for r in collect(f"m={path}").records][1] == "We laughed.\nAnna, come here!"
+
+
 def test_every_row_of_a_table_is_counted(tmp_path: Path):
     rows = [
         "one,joy,train",

@@ -159,20 +159,20 @@ def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, int, _Cells]]:
 
 def _swallows(cells: Sequence[str], known: Sequence[Set[str]], delimiter: str) -> bool:
     """Whether a cell of several lines is rows of this table, made one by a stray quote: each of its lines has the cells that would
-    then be there, and one of them is a value that a row has in that column. `known`: the values of each column.
+    then be there, and one of them is a value that a row has in that column, two in all. `known`: the values of each column.
     """
     for column, cell in enumerate(cells):
         lines = cell.splitlines()
-        evidence = []
+        matches = []  # of each line that has other cells
         for number, line in enumerate(lines):
             offset = column if number == 0 else 0
             places = [(offset + i, value) for i, value in enumerate(line.split(delimiter))]
             if places[-1][0] + 1 != (column + 1 if number == len(lines) - 1 else len(known)):
                 break
             others = [value in known[place] for place, value in places if place != column and value.strip()]
-            evidence += [any(others)] if others else []
+            matches += [sum(others)] if others else []
         else:
-            if len(lines) > 1 and evidence and all(evidence):
+            if len(lines) > 1 and all(matches) and sum(matches) > 1:
                 return True
     return False
 
