@@ -198,7 +198,7 @@ def train(
     result = start(call.config, call.data, call.run, resume, overwrite, not no_param_update, init)
     console.print(result.summary())
     if call.config.data.file and not result.signal and not no_param_update and is_main():
-        close(result.run)
+        close(result.run, aside=json_)
     if is_main():
         emit(result.to_json(), json_)
     if result.signal:

@@ -15,8 +15,8 @@ from redheart.train.export import load_model, resolve
 from redheart.train.validate import validate
 
 
-def close(run: Path) -> None:
-    """Writes the report of a run that has come to its end, and shows its verdict and one text's answers."""
+def close(run: Path, aside: bool = False) -> None:
+    """Writes the report of a run that has come to its end, and shows its verdict and one text's answers (`aside`: on stderr)."""
     if launched_world_size() > 1:
         console.print(f"judge it with: redheart evaluate --checkpoint {run}")  # the other processes are gone
         return
@@ -31,5 +31,5 @@ def close(run: Path) -> None:
         report, path = validate(run, None, held_out, None)
         console.print("\n".join([*report.verdict.lines(), f"report: {path}"]))
     text = streams[held_out or "train"].rows(np.arange(1))[0]["text"]
-    show_answers(text, RedHeartPipeline.from_pretrained(run)(text))
+    show_answers(text, RedHeartPipeline.from_pretrained(run)(text), aside=aside)
     console.print(f'ask it with: redheart predict --checkpoint {run} "…"')

@@ -188,10 +188,10 @@ def quiet_start() -> None:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def show_answers(text: str, answers: dict[str, Any], brief: bool = False) -> None:
-    """What the network says of a text on stdout: a table, in which answers that it names under `untrained` are marked so, or, in
-    brief, the strongest emotions and the answers that are one number."""
-    out = LiteralConsole()
+def show_answers(text: str, answers: dict[str, Any], brief: bool = False, aside: bool = False) -> None:
+    """What the network says of a text on stdout (`aside`: on stderr): a table, in which answers that it names under `untrained` are
+    marked so, or, in brief, the strongest emotions and the answers that are one number."""
+    out = console if aside else LiteralConsole()
     out.print(text, soft_wrap=True)  # whole, whatever the table's width
     if brief:
         strongest = sorted(answers.get("emotion", {}).items(), key=lambda entry: -entry[1])[:3]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from redheart.closing import close
 from redheart.config import load_config
 from redheart.data.store import Store
 from redheart.schema import RedHeartError
@@ -105,6 +106,13 @@ def test_a_table_that_has_changed_is_refused_on_a_resume_that_names_it(folder, f
         data.write_bytes(before)
 
 
+def test_what_closes_a_run_leaves_stdout_to_its_json(folder, first, capsys):
+    close(folder / "run", aside=True)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "│ regret" in said.err
+
+
 @pytest.mark.slow  # three runs
 def test_what_was_prepared_is_used_again_and_a_run_is_not_replaced_unasked(folder, first):
     index = folder / "run" / "data" / "index.json"
@@ -113,7 +121,8 @@ def test_what_was_prepared_is_used_again_and_a_run_is_not_replaced_unasked(folde
     refused = redheart(*again)
     assert (refused.returncode, index.stat().st_mtime_ns) == (1, before)
     assert "holds a run already" in refused.stderr
-    done = redheart(*again, "--overwrite", "--set", "training.max_steps=1")
+    done = redheart(*again, "--overwrite", "--set", "training.max_steps=1", "--json")
+    assert json.loads(done.stdout)["steps"] == 1
     assert (done.returncode, index.stat().st_mtime_ns) == (0, before), done.stderr
     other = ["train", "--data", folder / "texts.csv", *COLUMNS[:4], "--out", folder / "run", *TINY, "--overwrite"]
     done = redheart(*other, "--set", "training.max_steps=1")
