@@ -138,9 +138,11 @@ class Board:
         if self._writer and result.said:
             table = _table(shown(result.said, stream))
             self._put(lambda writer: writer.add_text("dev_texts", table, step))
+        self.restart_clock()
 
     def synergy(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, {f"{SYNERGY}/{name}": value for name, value in values.items()})
+        self.restart_clock()
 
     def out_of_memory(self, event: Mapping[str, Any]) -> None:
         """An entry of Progress.out_of_memory."""
@@ -150,7 +152,7 @@ class Board:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves time spent on evaluation and checkpoints out of samples_per_s."""
+        """Leaves time spent on evaluation, synergy and checkpoints out of samples_per_s."""
         self._clock, self._samples = time.perf_counter(), 0
 
     def close(self) -> None:

@@ -86,8 +86,9 @@ class Saver:
         done = writing is not None and writing.part.is_set()
         return self._wanted and (save or due), done, writing is not None and writing.error is not None
 
-    def heed(self, engine: Engine, asked: Sequence[float]) -> None:
-        """What all ranks have said of `asks`. Raises RedHeartError where a save in the background failed, unless the run shall go on."""
+    def heed(self, engine: Engine, asked: Sequence[float]) -> bool:
+        """What all ranks have said of `asks`; whether training waited for it. Raises RedHeartError where a save in the background failed,
+        unless the run shall go on."""
         due, written, failed = asked
         if failed:
             self.finish()
@@ -95,6 +96,7 @@ class Saver:
             self._writing.go_on()
         if due:
             self.save(engine)
+        return due > 0 or failed > 0
 
     def save(self, engine: Engine, last: bool = False) -> None:
         """A checkpoint of the present step, unless there is one. The `last` one of a run is whole when this returns."""

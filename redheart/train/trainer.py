@@ -111,7 +111,8 @@ class Trainer:
         batches = self._batches(self.state.reads(step))
         new, asks = self.rehearsals.wanted(self.engine, batches), self.saver.asks(stop.take_save())
         window = stages.open_window(batches, stop.wanted, new, asks)
-        self.saver.heed(self.engine, window.asked)
+        if self.saver.heed(self.engine, window.asked):
+            self.board.restart_clock()
         if window.stop:
             return False
         self.rehearsals.run(self.engine, window, self.factors, self.config.loss)
@@ -125,12 +126,12 @@ class Trainer:
         self.guard.check(step, update, sums, [i for b in window.batches for i in b.ids])
         self.spikes.look(step, losses, total if update.applied else math.nan)
         self.board.count(self.config.training.global_batch_size)
-        if every(step + 1, self.config.training.synergy_every):
-            first = batches[0].to(self.engine.device, self.engine.dtype)
-            self.board.synergy(step + 1, self.synergy.analyse(self.engine, first, self.factors))
         if every(step + 1, self.config.training.log_every):
             self.state.last_loss = total if math.isfinite(total) else None
             self.board.train(step + 1, losses, total, update, learning_rate)
+        if every(step + 1, self.config.training.synergy_every):
+            first = batches[0].to(self.engine.device, self.engine.dtype)
+            self.board.synergy(step + 1, self.synergy.analyse(self.engine, first, self.factors))
         return True
 
     def _batches(self, step: int) -> list[Batch]:
@@ -149,5 +150,4 @@ class Trainer:
         return result
 
     def _is_best(self, result: Evaluation) -> bool:
-        wanted = self.config.training.best_metric
-        return self.state.improves(result.total if wanted == "loss" else result.losses[wanted])
+        return self.state.improves({**result.losses, "loss": result.total}[self.config.training.best_metric])

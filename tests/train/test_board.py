@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,14 +16,19 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from redheart.config import load_config
 from redheart.console import LiteralConsole
+from redheart.evaluation.curves import RATE
 from redheart.evaluation.examples import Example
 from redheart.tasks import TASKS
-from redheart.train import board
+from redheart.train import board, trainer
 from redheart.train.board import _table
 from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
+from redheart.train.saving import Saver
+from redheart.train.start import train as start
+from redheart.train.synergy import Synergy
 from tests.browser import browser, colours, look
 from tests.runs import scalars
+from tests.train.tiny import SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,33 @@ def test_a_line_for_every_logged_step_stands_in_for_the_bar(
     assert re.fullmatch(
         r"step 40/100  loss 0\.7500  6\.4 samples/s  ETA 0:00:30  host_rss \d+\.\d\d GiB(, gpu_.*)?\n", told
     )
+
+
+@pytest.mark.parametrize("wanted", ["evaluate_every", "checkpoint_every", "synergy_every", "minutes"])
+def test_samples_per_s_is_the_speed_of_the_steps_alone(data: Path, tmp_path: Path, monkeypatch, wanted: str):
+    """A step takes a second on this clock, and everything else an hour; dev never improves."""
+    now = [0.0]
+
+    def takes(owner: object, name: str, seconds: float) -> None:
+        work = getattr(owner, name)
+
+        def slow(*given, **named):
+            now[0] += seconds
+            return work(*given, **named)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    monkeypatch.setattr(board, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Progress, "improves", lambda *_: False)
+    takes(trainer.stages, "update", 1.0)
+    for owner, name in ((trainer, "evaluate"), (Synergy, "analyse"), (Saver, "_save")):
+        takes(owner, name, 3600.0)
+    rarely = dict.fromkeys(("evaluate_every", "checkpoint_every", "synergy_every"), 99)
+    settings = [f"training.{key}={1 if key == wanted else n}" for key, n in rarely.items()]
+    settings += ["checkpoint.minutes=1e-9"] if wanted == "minutes" else []
+    settings += ["memory.strategy=plain", "training.log_every=1", "training.max_steps=3"]
+    start(load_config("local", [*SETTINGS, *settings]), data, tmp_path / "run")
+    assert scalars(tmp_path / "run", RATE) == dict.fromkeys((1, 2, 3), 8.0)
 
 
 @pytest.mark.slow  # TensorBoard and a browser take some 20 s
