@@ -51,13 +51,10 @@ class Trainer:
         update_parameters: bool = True,
         records: bool = True,
     ):
-        self.config, self.run_directory, self.engine, self.state = config, run, engine, state
+        self.config, self.run_directory, self.engine, self.state, self.records = config, run, engine, state, records
         self.train_stream, self.dev_stream = streams
-        self.total_steps, self.update_parameters, self.records = total_steps, update_parameters, records
-        self.factors, self.events = (
-            factors(task_weights(config.loss), state.scales, config.loss.constant_floor),
-            Events(run, records),
-        )
+        self.total_steps, self.update_parameters, self.events = total_steps, update_parameters, Events(run, records)
+        self.factors = factors(task_weights(config.loss), state.scales, config.loss.constant_floor)
         self.synergy, self.rehearsals = Synergy(config.loss, state.labels), oom.Rehearsals(config)
         self.guard = NonFiniteGuard(run, config.training.max_bad_steps, state, self.events)
         self.spikes = SpikeGuard(config, run, state, self.factors, self.events, may_rewind=update_parameters)
