@@ -12,7 +12,9 @@ from redheart.config import read_config
 from redheart.console import console
 from redheart.evaluation.curves import CONSTANT, DEV, LOSS, OVERVIEW, RATE, learning_curves, scalars
 from redheart.evaluation.page import Section, to_html
+from redheart.files import read_pointer
 from redheart.schema import RedHeartError
+from redheart.train.checkpoint import STEP
 from redheart.train.claim import is_run
 
 REFRESH_S = 10
@@ -28,7 +30,7 @@ SHOWN = (
 
 
 def page_so_far(run: Path) -> str:
-    """The last value of what the overview shows, and the learning curves; the best dev loss so far stands for the kept checkpoint."""
+    """The last value of what the overview shows, and the learning curves, with the step of the best checkpoint so far."""
     preset = read_config(run / "config.yaml", "choose another run").preset
     found = scalars(run)
     rows = [
@@ -36,11 +38,11 @@ def page_so_far(run: Path) -> str:
         for name in SHOWN
         if (points := found.get(name)) and (step := max(points)) >= 0
     ]
-    dev = found.get(DEV, {})
-    kept = min(dev, key=lambda step: dev[step]) if dev else None
+    best = read_pointer(run / "checkpoints" / "best")
+    named = STEP.fullmatch(best.name) if best and best.is_dir() else None
     first = [] if rows else ["Nothing has been logged yet."]
     now = Section("Now", first, ("", "last value", "at step"), rows)
-    curves = Section("Learning", picture=learning_curves(found, kept))
+    curves = Section("Learning", picture=learning_curves(found, int(named[1]) if named else None))
     return to_html(f"Red Heart: {preset} in {run.name}", [now, curves] if rows else [now], REFRESH_S)
 
 

@@ -1,5 +1,8 @@
 """`redheart watch`: the page of a run so far, for this machine alone."""
 
+import html
+import re
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -7,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from redheart.files import write_pointer
 from redheart.schema import RedHeartError
-from redheart.train.watch import server
+from redheart.train.watch import page_so_far, server
 from tests.browser import browser, look, scrolls_sideways
 
 
@@ -30,6 +34,17 @@ def test_the_page_so_far_is_served_to_this_machine_alone(whole_run: Path):
             assert not scrolls_sideways(shown)
             assert shown.locator("svg").count() > 5
         serving.shutdown()
+
+
+def test_the_kept_step_is_the_best_checkpoint_s_and_no_other(whole_run: Path, tmp_path: Path):
+    """Not that of the lowest dev loss: training.best_metric may be another."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    best = run / "checkpoints" / "best"
+    for step in (10, 20):
+        write_pointer(best, f"step-{step:08d}")
+        assert set(re.findall(r"kept: step \d+", html.unescape(page_so_far(run)))) == {f"kept: step {step}"}
+    best.unlink()
+    assert "kept: step" not in page_so_far(run)
 
 
 def test_what_cannot_be_watched_is_one_line(whole_run: Path, tmp_path: Path):
