@@ -157,7 +157,9 @@ class TrainingConfig(Section):
     )
     log_every: int = Field(10, gt=0, description="steps between two lines of the log and of TensorBoard")
     evaluate_every: int = Field(100, ge=0, description="steps between two looks at the dev loss; 0: ten looks in all")
-    evaluate_rows: int = Field(2048, gt=0, description="the first dev rows, looked at during training")
+    evaluate_rows: int = Field(
+        2048, gt=0, description="dev rows, evenly spread over the split, that are looked at during training"
+    )
     patience: int | None = Field(
         None,
         gt=0,
