@@ -89,7 +89,10 @@ def gather(sources: Sequence[str], config: DataConfig, skip_invalid: bool) -> Ga
 
 def digest_of(records: Sequence[Mapping[str, Any]]) -> str:
     """Of what was read, before anything is made of it: kept in the index as `read`."""
-    return hashlib.sha256(json.dumps(records, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def look_at(sources: Sequence[str], config: DataConfig) -> None:
