@@ -5,6 +5,7 @@ redheart bench ablation --checkpoint RUN [--checkpoint ANOTHER_SEED …] [--retr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,7 @@ def bench_ablation(
         raise RedHeartError(f"two of --checkpoint were trained with the same training.seed {seeds}: name one of each")
     for path, (_, other) in others.items():
         _check_seed(path, other, seeds)
+    _check_complete(others, seeds)
     each = [_of_one(whole, others, data, split, rows, len(wholes) > 1) for whole in wholes]
     lines = over_seeds(each) if len(each) > 1 else each[0]
     return {
@@ -154,6 +156,19 @@ def _check_seed(path: Path, other: Trained, seeds: list[int]) -> None:
     seed = other.config.training.seed
     if len(seeds) > 1 and seed not in seeds:
         raise RedHeartError(f"{path} was trained with training.seed={seed}, and no --checkpoint was ({seeds})")
+
+
+def _check_complete(others: Mapping[Path, tuple[str, Trained]], seeds: list[int]) -> None:
+    """Raises RedHeartError where several seeds are judged together and a comparison lacks one of them: it would not be told."""
+    of: dict[str, list[int]] = {}
+    for name, other in others.values():
+        of.setdefault(name, []).append(other.config.training.seed)
+    for name, there in of.items():
+        if len(seeds) > 1 and sorted(there) != sorted(seeds):
+            raise RedHeartError(
+                f"{name}: the networks to compare with were trained with training.seed {sorted(there)}, those of --checkpoint with "
+                f"{sorted(seeds)}: name one of each seed"
+            )
 
 
 def _check_alike(path: Path, other: Trained, whole: Trained) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,12 +24,14 @@ from redheart.data.encode import TextEncoder
 from redheart.data.gather import gather
 from redheart.data.pretrained import OPTIONAL, encoder_path, naming_model, package_directory
 from redheart.evaluation.answers import Answers, tuned_macro_f1
-from redheart.schema import ETHICS, PACKAGED, RedHeartError
+from redheart.schema import EMOTIONS, ETHICS, LABELS, PACKAGED, RedHeartError
 
 SOURCES = ("goemotions", "emobank", "ethics")
 FEWEST = 100  # rows of a split from which a task is judged
 Records = Sequence[dict[str, Any]]
 Layers = tuple[int, ...]
+Vectors = dict[str, np.ndarray]  # of every text
+Entry = tuple[str, int | None]  # a label, and the place of one of its entries
 
 
 def bench_encoder(
@@ -49,11 +51,20 @@ def bench_encoder(
     """Encoders and their layers under linear probes on dev splits.
 
     By default the packaged ones that are installed, at their layers (of another encoder each layer), on GoEmotions, EmoBank and ETHICS.
-    A task with fewer than 100 training or dev rows is left out. texts_per_s is of reading up to the deepest layer that is asked for.
+    A task, or an entry of one, with fewer than 100 training or dev rows, or with labels all alike, is left out. texts_per_s is of
+    reading up to the deepest layer that is asked for.
     """
     records = gather(source or corpora(*SOURCES), DataConfig(), False).records
-    tasks = {name: _split(records, labelled, train_texts, dev_texts) for name, labelled in TASKS.items()}
-    tasks = {name: parts for name, parts in tasks.items() if min(map(len, parts)) >= FEWEST}
+    tasks = {name: _split(records, entries, train_texts, dev_texts) for name, entries in ENTRIES.items()}
+    told = {name: [entry for entry in ENTRIES[name] if _tells(parts, entry)] for name, parts in tasks.items()}
+    tasks = {name: parts for name, parts in tasks.items() if told[name]}
+    for name in tasks:
+        if missing := [
+            LABELS[label].names[place or 0] for label, place in ENTRIES[name] if (label, place) not in told[name]
+        ]:
+            console.print(
+                f"{name}: without {', '.join(missing)}, of which fewer than {FEWEST} rows of a split are labelled, or all alike"
+            )
     if not tasks:
         raise RedHeartError(f"no task has {FEWEST} training and {FEWEST} dev rows: there is nothing to probe with")
     result: dict[str, Any] = {
@@ -80,7 +91,7 @@ def bench_encoder(
                 result["dev"][f"{short}-{'+'.join(map(str, way))}"] = {
                     metric: value
                     for probe, (train, dev) in tasks.items()
-                    for metric, value in PROBES[probe](train, dev, vectors).items()
+                    for metric, value in PROBES[probe](train, dev, vectors, told[probe]).items()
                 }
                 bar.advance(task)
     return result
@@ -122,11 +133,13 @@ def _depth(name: str) -> int:
         return int(AutoConfig.from_pretrained(encoder_path(name)).num_hidden_layers)
 
 
-def _split(
-    records: Records, labelled: Callable[[dict[str, Any]], bool], max_train: int, max_dev: int
-) -> tuple[Records, Records]:
-    """The task's training and dev records, a random part by the hash of their ids."""
-    rows = sorted((r for r in records if labelled(r)), key=lambda r: hashlib.sha256(r["id"].encode()).digest())
+def _split(records: Records, entries: Sequence[Entry], max_train: int, max_dev: int) -> tuple[Records, Records]:
+    """The training and dev records that have one of the entries, a random part by the hash of their ids."""
+    known = np.any([np.isfinite(_values(records, entry)) for entry in entries], 0)
+    rows = sorted(
+        (r for r, has in zip(records, list(known), strict=True) if has),
+        key=lambda r: hashlib.sha256(r["id"].encode()).digest(),
+    )
     return [r for r in rows if r["split"] == "train"][:max_train], [r for r in rows if r["split"] == "dev"][:max_dev]
 
 
@@ -156,53 +169,80 @@ def _logistic(x: np.ndarray, y: np.ndarray, intercept: bool = True) -> Any:
     return make_pipeline(StandardScaler(with_mean=intercept), model).fit(x, y)
 
 
-def _emotion(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+def _values(records: Records, entry: Entry) -> np.ndarray:
+    """[rows], NaN where the entry has no label."""
+    label, place = entry
+    found = [r[label] for r in records]
+    return np.array(found if place is None else [None if v is None else v[place] for v in found], float)
+
+
+def _tells(parts: tuple[Records, Records], entry: Entry) -> bool:
+    """Whether enough rows of both splits have the entry, and not all of them alike."""
+    for records in parts:
+        values = _values(records, entry)
+        known = values[np.isfinite(values)]
+        if len(known) < FEWEST or len(np.unique(known if entry[0] == "vad" else known > 0.5)) < 2:
+            return False
+    return True
+
+
+def _of_entry(entry: Entry, train: Records, dev: Records, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(x, labels) of the training rows and of the dev rows that have the entry."""
+    y, t = _values(train, entry), _values(dev, entry)
+    return x[np.isfinite(y)], y[np.isfinite(y)], z[np.isfinite(t)], t[np.isfinite(t)]
+
+
+def _emotion(train: Records, dev: Records, vectors: Vectors, entries: Sequence[Entry]) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
-    sides = [(_matrix(part, vectors), np.array([r["emotion"] for r in part], float)) for part in (train, dev)]
-    models = [_logistic(sides[0][0], sides[0][1][:, entry] > 0.5) for entry in range(7)]
-    said = [np.stack([model.predict_proba(x)[:, 1] for model in models], 1) for x, _ in sides]
-    chosen, judged = (Answers(p, labels, np.ones_like(labels)) for p, (_, labels) in zip(said, sides, strict=True))
-    areas = [roc_auc_score(judged.target[:, k] > 0.5, judged.prediction[:, k]) for k in range(7)]
-    return {"emotion_macro_f1": tuned_macro_f1(chosen, judged), "emotion_macro_auc": float(np.mean(areas))}
+    x, z = _matrix(train, vectors), _matrix(dev, vectors)
+    models, areas = [], []
+    for entry in entries:
+        known, y, judged, t = _of_entry(entry, train, dev, x, z)
+        models.append(_logistic(known, y > 0.5))
+        areas.append(roc_auc_score(t > 0.5, models[-1].predict_proba(judged)[:, 1]))
+
+    def answered(records: Records, rows: np.ndarray) -> Answers:
+        labels = np.stack([_values(records, entry) for entry in entries], 1)
+        said = np.stack([model.predict_proba(rows)[:, 1] for model in models], 1)
+        return Answers(said, np.nan_to_num(labels), np.isfinite(labels).astype(float))
+
+    f1 = tuned_macro_f1(answered(train, x), answered(dev, z))
+    return {"emotion_macro_f1": f1, "emotion_macro_auc": float(np.mean(areas))}
 
 
-def _vad(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+def _vad(train: Records, dev: Records, vectors: Vectors, entries: Sequence[Entry]) -> dict[str, float]:
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, z = _matrix(train, vectors), _matrix(dev, vectors)
-    y, t = (np.array([r["vad"] for r in part]) for part in (train, dev))
-    predicted = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 9))).fit(x, y).predict(z)
-    return {"vad_pearson": float(np.mean([np.corrcoef(predicted[:, i], t[:, i])[0, 1] for i in range(3)]))}
+    x, z, found = _matrix(train, vectors), _matrix(dev, vectors), []
+    for entry in entries:
+        known, y, judged, t = _of_entry(entry, train, dev, x, z)
+        predicted = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 9))).fit(known, y).predict(judged)
+        found.append(np.corrcoef(predicted, t)[0, 1] if np.ptp(predicted) else 0.0)
+    return {"vad_pearson": float(np.mean(found))}
 
 
-def _pairs(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+def _pairs(train: Records, dev: Records, vectors: Vectors, entries: Sequence[Entry]) -> dict[str, float]:
     x, z = (_matrix(p, vectors) - _matrix(p, vectors, "contrast_text") for p in (train, dev))
-    y, t = (np.array([r["preference"] for r in part]) > 0.5 for part in (train, dev))
+    y, t = (_values(part, entries[0]) > 0.5 for part in (train, dev))
     return {"preference_accuracy": float((_logistic(x, y, intercept=False).predict(z) == t).mean())}
 
 
-def _theory(entry: int) -> Callable[[Records, Records, dict[str, np.ndarray]], dict[str, float]]:
-    def probe(train: Records, dev: Records, vectors: dict[str, np.ndarray]) -> dict[str, float]:
-        from sklearn.metrics import roc_auc_score
+def _theory(train: Records, dev: Records, vectors: Vectors, entries: Sequence[Entry]) -> dict[str, float]:
+    from sklearn.metrics import roc_auc_score
 
-        y, t = (np.array([r["ethics"][entry] for r in part]) > 0.5 for part in (train, dev))
-        model = _logistic(_matrix(train, vectors), y)
-        return {f"{ETHICS[entry]}_auc": float(roc_auc_score(t, model.predict_proba(_matrix(dev, vectors))[:, 1]))}
-
-    return probe
+    (entry,) = entries
+    x, y, z, t = _of_entry(entry, train, dev, _matrix(train, vectors), _matrix(dev, vectors))
+    area = roc_auc_score(t > 0.5, _logistic(x, y > 0.5).predict_proba(z)[:, 1])
+    return {f"{ETHICS[entry[1] or 0]}_auc": float(area)}
 
 
-def _labelled(entry: int) -> Callable[[dict[str, Any]], bool]:
-    return lambda r: r["ethics"] is not None and r["ethics"][entry] is not None
-
-
-TASKS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "emotion": lambda r: r["emotion"] is not None,
-    "vad": lambda r: r["vad"] is not None,
-    "preference": lambda r: r["preference"] is not None,
-    **{ETHICS[e]: _labelled(e) for e in (1, 2, 3)},
+ENTRIES: dict[str, list[Entry]] = {
+    "emotion": [("emotion", place) for place in range(len(EMOTIONS))],
+    "vad": [("vad", place) for place in range(len(LABELS["vad"].names))],
+    "preference": [("preference", None)],
+    **{ETHICS[place]: [("ethics", place)] for place in (1, 2, 3)},
 }
-PROBES = {"emotion": _emotion, "vad": _vad, "preference": _pairs, **{ETHICS[e]: _theory(e) for e in (1, 2, 3)}}
+PROBES = {"emotion": _emotion, "vad": _vad, "preference": _pairs, **{ETHICS[place]: _theory for place in (1, 2, 3)}}

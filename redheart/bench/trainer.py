@@ -32,6 +32,7 @@ from torch import nn
 from redheart.caches import cache_directory
 from redheart.config import DataConfig, LabelerConfig, RunConfig, load_config
 from redheart.console import console
+from redheart.data.fingerprint import with_encoder
 from redheart.data.prepare import prepare
 from redheart.data.stream import SampleStream
 from redheart.device import compute_device
@@ -204,4 +205,5 @@ def _hf_trainer(job: dict[str, Any], config: RunConfig) -> float:
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     leg = {"redheart": _redheart, "bare_loop": _bare_loop, "hf_trainer": _hf_trainer}[job["leg"]]
-    print(leg(job, load_config(job["preset"], [*job["set"], f"training.max_steps={job['steps']}"])))
+    config = load_config(job["preset"], [*job["set"], f"training.max_steps={job['steps']}"])
+    print(leg(job, with_encoder(config, SampleStream(job["data"], "train").encoder)))

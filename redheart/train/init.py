@@ -6,6 +6,7 @@ anything is written, so that the file can be trained with.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,11 @@ def init(
     values = {"file": data, "columns": {SOURCE: {text: "text", **columns}}, **encoder}
     gathered = gather([f"{SOURCE}={data}"], parse_section(DataConfig, values), False)
     write_text(out, _written(values, gathered, memory, minutes, out.stem))
-    load_config(str(out))  # what it says can be read
+    try:
+        load_config(str(out))  # what it says can be read
+    except RedHeartError:
+        out.unlink()
+        raise
     return out
 
 
@@ -95,19 +100,14 @@ def _written(data: dict[str, Any], gathered: Gathered, memory: float | None, min
         "# Only what differs from the preset stands here; `redheart train --help-config` explains every key.",
         f"extends: {preset}  # " + ("no GPU" if memory is None else f"{rows} training rows"),
         "data:",
-        *_indented(yaml.safe_dump({"file": data["file"]}, allow_unicode=True), "where you call redheart from"),
+        *_indented(_dumped({"file": data["file"]}), "where you call redheart from"),
         "  columns:  # your column: what it says; field:LOW..HIGH where it runs from LOW to HIGH",
         f"    {SOURCE}:",
-        *(
-            "    " + line
-            for line in _indented(yaml.safe_dump(data["columns"][SOURCE], allow_unicode=True, sort_keys=False))
-        ),
+        *("    " + line for line in _indented(_dumped(data["columns"][SOURCE]))),
     ]
     if "encoder" in data:
         lines.append(f"  encoder:  # reads many languages; {OPTIONAL[MULTILINGUAL]} installs it")
-        lines += [
-            "  " + line for line in _indented(yaml.safe_dump(data["encoder"], default_flow_style=None, sort_keys=False))
-        ]
+        lines += ["  " + line for line in _indented(_dumped(data["encoder"], default_flow_style=None))]
     if epochs < usual:
         rate = SAMPLES_PER_S[preset]
         lines += [
@@ -117,6 +117,11 @@ def _written(data: dict[str, Any], gathered: Gathered, memory: float | None, min
     if memory is not None:
         lines += ["memory:", f"  gpu_memory_gib: {memory:g}"]
     return "\n".join(lines) + "\n"
+
+
+def _dumped(values: dict[str, Any], **style: Any) -> str:
+    """As YAML, an entry a line however long it is: a comment behind a folded line would end its value."""
+    return yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=math.inf, **style)
 
 
 def _indented(text: str, comment: str = "") -> list[str]:

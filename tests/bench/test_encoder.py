@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from redheart.bench.encoder import _ways, bench_encoder
+from redheart.bench.encoder import ENTRIES, _emotion, _split, _tells, _vad, _ways, bench_encoder
 from redheart.schema import PACKAGED, RedHeartError
 
 
@@ -38,3 +39,34 @@ def test_it_probes_what_the_rows_have_and_an_encoder_is_read_once(tmp_path: Path
     assert all(scores["emotion_macro_auc"] > 0.6 for scores in found["dev"].values())
     with pytest.raises(RedHeartError, match="no task has 100 training and 100 dev rows"):
         bench_encoder(["package:minilm"], None, ["everyday"], train_texts=100, dev_texts=50)
+
+
+def test_what_has_no_label_is_no_no(tmp_path: Path):
+    """Entries are trained and judged on the rows that have them; one that too few rows have, or all alike, is left out aloud."""
+    rng, made = np.random.default_rng(0), []
+    for n in range(520):
+        words = rng.choice(["delighted", "gloomy", "furious", "calm"], 2)
+        emotion: list[float | None] = [
+            float("delighted" in words),
+            float("gloomy" in words),
+            None,
+            None,
+            None,
+            None,
+            0.0,
+        ]
+        if n % 2:
+            emotion[0] = None
+        made.append(
+            {"id": str(n), "text": f"{words[0]} {words[1]} {n}", "split": "train" if n % 4 < 2 else "dev", "emotion": emotion,
+             "contrast_text": None, "preference": None, "ethics": None, "vad": [float("calm" in words), None, None]}
+        )  # fmt: skip
+    parts = _split(made, ENTRIES["emotion"], 1000, 1000)
+    told = [entry for entry in ENTRIES["emotion"] if _tells(parts, entry)]
+    assert told == [("emotion", 0), ("emotion", 1)]
+    assert [entry for entry in ENTRIES["vad"] if _tells(parts, entry)] == [("vad", 0)]
+    vectors = {
+        r["text"]: np.array([w in r["text"] for w in ("delighted", "gloomy", "furious", "calm")], float) for r in made
+    }
+    assert _emotion(*parts, vectors, told) == pytest.approx({"emotion_macro_f1": 1, "emotion_macro_auc": 1})
+    assert _vad(*parts, vectors, [("vad", 0)])["vad_pearson"] > 0.9

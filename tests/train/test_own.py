@@ -173,6 +173,21 @@ def interrupted(arguments: Sequence[str | Path], run: Path, step: int) -> tuple[
     return process.returncode, output
 
 
+def test_init_writes_an_entry_a_line_however_long_it_is(tmp_path):
+    folder = tmp_path / "My Documents of the research group" / "Survey on regret in the spring of 2026, cleaned twice"
+    folder.mkdir(parents=True)
+    column, file = (
+        "How sorry were you, all in all, " + "and looking back at it now, " * 5,
+        folder / "texts of the survey.csv",
+    )
+    table(folder / "first.csv")
+    text = (folder / "first.csv").read_text("utf-8-sig")
+    file.write_text(text.replace("sorry", f'"{column}"', 1))
+    init(str(file), "body", [f"{column}=regret"], "none", 1, "en", tmp_path / "long.yaml")
+    written = settings(str(tmp_path / "long.yaml"), None, [], None, None).config.data
+    assert (written.file, written.columns["mine"][column]) == (str(file), "regret")
+
+
 def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table(tmp_path / "texts.csv")
