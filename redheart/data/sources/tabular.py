@@ -132,9 +132,10 @@ def delimiter_of(path: Path, texts: Sequence[str]) -> str:
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:
         head = next((line for line in file if line.strip()), "")
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    bare = re.sub(r'"[^"]*"', "", head)  # without headings in quotes, which may hold any of them
     for delimiter in sorted(DELIMITERS, key=lambda d: d != usual):
         names = next(csv.reader([head], delimiter=delimiter), [])
-        if any(name in texts for name in names) or (delimiter != usual and len(names) > 1 and usual not in head):
+        if any(name in texts for name in names) or (delimiter != usual and len(names) > 1 and usual not in bare):
             if delimiter != usual:
                 console.print(f"{path} is separated by {DELIMITERS[delimiter]}s")
             return delimiter
