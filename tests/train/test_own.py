@@ -18,6 +18,7 @@ import torch
 
 from redheart.closing import close
 from redheart.config import load_config
+from redheart.data.own import SOURCE
 from redheart.data.store import Store
 from redheart.schema import RedHeartError
 from redheart.train.init import init
@@ -185,7 +186,7 @@ def test_init_writes_an_entry_a_line_however_long_it_is(tmp_path):
     file.write_text(text.replace("sorry", f'"{column}"', 1))
     init(str(file), "body", [f"{column}=regret"], "none", 1, "en", tmp_path / "long.yaml")
     written = settings(str(tmp_path / "long.yaml"), None, [], None, None).config.data
-    assert (written.file, written.columns["mine"][column]) == (str(file), "regret")
+    assert (written.file, written.columns[SOURCE][column]) == (str(file), "regret")
 
 
 def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatch):
