@@ -22,8 +22,10 @@ from typing import Annotated, Any
 
 import typer
 
+from redheart.bench.made import keep_made, made_with
 from redheart.config import load_config
 from redheart.console import progress
+from redheart.data.store import Store
 from redheart.evaluation.curves import TOTAL, Line, dev_losses, draw
 from redheart.files import write_json
 from redheart.options import Preset, Set
@@ -64,22 +66,39 @@ def bench_parity(
     every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
     keys = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
     eps = load_config(preset, overrides).optimizer.eps * CONTROL_EPS
+    index = Store(data).index
 
-    def run(name: str, seed: int) -> dict[str, dict[int, float]]:
-        directory, base = work / f"{name}-seed{seed}", "adamw" if name == CONTROL else name
+    def settings_of(name: str, seed: int) -> list[str]:
+        base = "adamw" if name == CONTROL else name
         settings = f"""memory.strategy={strategies[base]} optimizer.name={base} training.seed={seed}
             training.max_steps={steps} training.evaluate_every={every} training.checkpoint_every={steps}
             training.evaluate_rows=1000000 training.synergy_every={10 * steps} training.log_every=50""".split()
-        settings += [f"optimizer.eps={eps!r}"] * (name == CONTROL) + [*overrides]
-        if len(dev_losses(directory).get(TOTAL, {})) < 11:
+        return settings + [f"optimizer.eps={eps!r}"] * (name == CONTROL) + [*overrides]
+
+    def run(name: str, seed: int) -> dict[str, dict[int, float]]:
+        directory = work / f"{name}-seed{seed}"
+        if max(dev_losses(directory).get(TOTAL, {}), default=0) != steps:
             command = [sys.executable, "-m", "redheart", "train", "--preset", preset, "--data", str(data)]
-            command += ["--out", str(directory), "--overwrite", *(x for s in settings for x in ("--set", s))]
+            command += [
+                "--out",
+                str(directory),
+                "--overwrite",
+                *(x for s in settings_of(name, seed) for x in ("--set", s)),
+            ]
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
             done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
             if done.returncode:
                 raise RedHeartError(f"{directory} failed: {done.stderr.strip().splitlines()[-1:]}")
-        return dev_losses(directory)
+        losses = dev_losses(directory)
+        if (last := max(losses.get(TOTAL, {}), default=0)) != steps:
+            raise RedHeartError(
+                f"{directory} ended at step {last}, not {steps}: say its length with --steps, and no training.patience"
+            )
+        return losses
 
+    for name, seed in keys:
+        made = made_with(load_config(preset, settings_of(name, seed)), index)
+        keep_made(work / f"{name}-seed{seed}", made, "another --work")
     curves: dict[tuple[str, int], dict[int, float]] = {}
     answers: dict[str, dict[str, list[float]]] = {}
     with progress("parity", len(keys), 0) as (bar, task), ThreadPoolExecutor(jobs) as pool:
