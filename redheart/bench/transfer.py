@@ -12,7 +12,8 @@ and `scratch`, the large one, for as many steps more as the source cost. All ste
 counts as its share of the FLOPs. Every run warms its learning rate up and lets it fall along a cosine to its end.
 
 Equal tuning: with the first seed every arm runs at every learning rate, and goes on with the one that gave it the lowest dev loss. All
-other settings are the large preset's. A run that is finished is not repeated: an interrupted bench goes on where it was.
+other settings are the large preset's. A run that is finished is not repeated: an interrupted bench goes on where it was. What was made
+with other data or settings, or of another source, is neither used again nor gone on with (bench/made.py).
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from redheart.bench.made import keep_made, made_with
 from redheart.bench.padding import shrink_and_pad
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
 from redheart.data.fingerprint import with_encoder
 from redheart.data.stream import SampleStream
+from redheart.evaluation.calibration import CALIBRATION
 from redheart.evaluation.curves import TOTAL, Line, dev_losses, draw
-from redheart.files import read_sealed_json, write_json, write_sealed_json
+from redheart.files import MANIFEST, read_sealed_json, write_json, write_sealed_json
 from redheart.memory.activations import measure
 from redheart.model.growth import Split
 from redheart.options import Data, Set
 from redheart.owned import make_directory, own
 from redheart.schema import RedHeartError
-from redheart.train.checkpoint import committed
+from redheart.train import checkpoint
 from redheart.train.grow import grow
 from redheart.train.start import train
 
@@ -151,6 +154,15 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+def _weights(source: Path) -> dict[str, str]:
+    """The sha256 of the files of the checkpoint that others start from, without those that tell of times, or may change."""
+    found = checkpoint.best(source) or checkpoint.last(source)
+    if found is None:
+        raise RedHeartError(f"{source} has no checkpoint to start from: delete it, and it is trained again")
+    files = read_sealed_json(found / MANIFEST, f"delete {source}, and it is trained again")["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name not in (CALIBRATION, checkpoint.TRAINER)}
+
+
 class _Bench:
     """The runs of one bench, each in a directory of its own below `out`."""
 
@@ -159,9 +171,10 @@ class _Bench:
     ):  # fmt: skip
         settings = [*overrides, f"training.evaluate_every={evaluate_every}", "checkpoint.keep_last=1"]
         self.data, self.out, self.small, self.steps, self.source_steps = data, out, small, steps, source_steps
-        features = SampleStream(data, "train").encoder
-        self.large = with_encoder(load_config(large, settings), features)
-        self.model_of_small = with_encoder(load_config(small), features).model
+        stream = SampleStream(data, "train")
+        self.index = stream.index
+        self.large = with_encoder(load_config(large, settings), stream.encoder)
+        self.model_of_small = with_encoder(load_config(small), stream.encoder).model
         self.tuning: list[dict[str, Any]] = []
         self.scratch_steps = self.control_steps = steps
         self.flops = {small: self._flops("source"), large: self._flops("scratch")}
@@ -171,7 +184,7 @@ class _Bench:
 
     def _flops(self, arm: str) -> int:
         """Forward and backward of a text of mean length, counted."""
-        split = SampleStream(self.data, "train").index["splits"]["train"]
+        split = self.index["splits"]["train"]
         tokens = max(1, round(split["tokens"] / split["rows"]))
         step = measure(self._config(arm, 0, 1e-4), FLOPS_ROWS, tokens, False, torch.float32, contrasts=0)
         return step.flops // FLOPS_ROWS
@@ -189,24 +202,26 @@ class _Bench:
 
     def curve(self, arm: str, seed: int, learning_rate: float, origin: Path | None) -> Curve:
         """Dev losses of one run, from before the first step on; runs it unless it is finished."""
-        run = self.path(arm, seed, learning_rate)
+        run, config = self.path(arm, seed, learning_rate), self._config(arm, seed, learning_rate)
+        source = None if arm in ("source", "scratch") or origin is None else _weights(origin)
+        keep_made(run, made_with(config, self.index, source=source), "another --out")
         if not (run / "finished.json").is_file():
-            self._run(arm, seed, learning_rate, run, origin)
+            self._run(arm, seed, config, run, origin)
         return read_sealed_json(run / "finished.json", "delete the run's directory")["dev_loss"]
 
-    def _run(self, arm: str, seed: int, learning_rate: float, run: Path, origin: Path | None) -> None:
-        console.print(f"{arm}, seed {seed}, learning rate {learning_rate:g}")
-        config = self._config(arm, seed, learning_rate)
+    def _run(self, arm: str, seed: int, config: RunConfig, run: Path, origin: Path | None) -> None:
+        console.print(f"{arm}, seed {seed}, learning rate {config.optimizer.learning_rate:g}")
         init = origin if arm == "control" else None
         if arm in AFTER_SOURCE:
             assert origin is not None
             init = self.out / f"{arm}-seed{seed}"
+            keep_made(init, made_with(self.large, self.index, source=_weights(origin)), "another --out")
             if not init.exists() and arm == "padded":
                 shrink_and_pad(origin, self.large, init, seed)
             elif not init.exists():
                 split: Split = "asymmetric" if arm == "asymmetric" else "symmetric"
                 grow(origin, self.large, init, seed=seed, moments=arm != "grown", split=split)
-        resume = "last" if committed(run) else None
+        resume = "last" if checkpoint.committed(run) else None
         done = train(config, self.data, run, resume, overwrite=resume is None, init=None if resume else init)
         if done.signal:
             raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")

@@ -1,15 +1,20 @@
 """The transfer bench: its arithmetic on known curves, and one whole bench of tiny runs that is taken up again."""
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from redheart.bench.padding import corner
-from redheart.bench.transfer import compare, steps_to
+from redheart.bench.transfer import bench_transfer, compare, steps_to
+from redheart.files import read_sealed_json, write_sealed_json
 from redheart.model.growth import grow_moment, growth_plans
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
+from redheart.schema import RedHeartError
 from tests.model.test_growth import BOTH
 from tests.model.test_model import SMALL
 from tests.runs import redheart
@@ -94,3 +99,25 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  #
     assert "source, seed 0" in first.stderr
     assert "source, seed 0" not in again.stderr
     assert json.loads(again.stdout) == told
+
+    asked = {"small": tmp_path / "small.yaml", "large": tmp_path / "large.yaml", "source_steps": 4, "steps": 2}
+    asked |= {"evaluate_every": 1, "seed": [0], "learning_rate": [1e-3]}
+    asked |= {name: str(asked[name]) for name in ("small", "large")}
+    other = shutil.copytree(data, tmp_path / "other")
+    index = read_sealed_json(other / "index.json", "")
+    index["splits"]["train"]["shards"][0]["repeat"] = 2
+    write_sealed_json(other / "index.json", index)
+
+    def refused(run: str, data: Path = data, **changed: Any) -> None:
+        with pytest.raises(RedHeartError, match=rf"/{re.escape(run)} was made with other .* name another --out"):
+            bench_transfer(str(data), out, **asked | changed)
+
+    refused("source-seed0-lr0.001", other)
+    refused("source-seed0-lr0.001", source_steps=5)
+    refused("source-seed0-lr0.001", set_=["optimizer.weight_decay=0.5"])
+    refused("grown-seed0-lr0.001", steps=3)
+    refused("grown-seed0-lr0.001", learning_rate=[1e-3, 3e-2])  # the source of the higher rate is the better one
+    shutil.rmtree(out / "grown-seed0-lr0.001")
+    refused("grown-seed0", learning_rate=[1e-3, 3e-2])
+    (out / "source-seed0-lr0.001.made.json").unlink()  # as an earlier version left it
+    refused("source-seed0-lr0.001")
