@@ -7,7 +7,8 @@ AdamW at a one-cycle rate. A control answers what people labelled in training an
 does, those that an LLM added to them included. Each leg keeps its checkpoint of the lowest dev loss. Seconds are those of training, looks
 at the dev loss included. What people labelled in the judged split too is judged by their labels (evaluation/measures.py), with thresholds
 from dev; `test` only where it is asked for.
-A leg that is finished with a seed is not trained again, and where it was judged not judged again.
+A leg that is finished with a seed is not trained again, and where it was judged not judged again; one that is not goes on with the same
+data, settings and code alone (bench/made.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from redheart.bench.made import check_made, keep_made
 from redheart.bench.plain import PlainTransformer, num_parameters, train_control, width_of_size
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
@@ -53,6 +55,7 @@ from redheart.version import VERSION
 
 JUDGING_BATCH = 128
 AGAIN = "delete it, and this leg is trained or judged again"
+ANOTHER = "another --out, or --name of the leg"
 LIBRARIES = ("torch", "transformers", "deepspeed", "scikit-learn")
 
 Load = Callable[[], nn.Module]  # a trained network, on the CPU
@@ -203,6 +206,7 @@ class _Bench:
         settings = config.model_dump(mode="json") | {"code": code_digest()}  # a change of the network is another leg
         if not self._is_finished(leg, seed, settings):
             console.print(f"{leg}, seed {seed}")
+            keep_made(run, {"data": self.content, "settings": settings}, ANOTHER)
             resume = "last" if committed(run) else None
             done = train(config, self.data, run, resume, overwrite=resume is None)
             if done.signal:
@@ -246,11 +250,7 @@ class _Bench:
         path = self.out / f"{leg}-seed{seed}.json"
         if not path.is_file():
             return False
-        kept = read_sealed_json(path, AGAIN)
-        if (kept["data"], kept["settings"]) != (self.content, settings):
-            raise RedHeartError(
-                f"{path} was made with other data, settings or code of the network: name another --out, or --name of the leg"
-            )
+        check_made(path, read_sealed_json(path, AGAIN), {"data": self.content, "settings": settings}, ANOTHER)
         return True
 
     def _finish(

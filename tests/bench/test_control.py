@@ -1,8 +1,11 @@
 """The plain transformer on samples whose labels follow from their tokens, and the bench of it beside a tiny network."""
 
 import json
+import os
+import signal
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from redheart.evaluation.answers import answers, thresholds
 from redheart.evaluation.evaluate import evaluate, forward
 from redheart.files import read_sealed_json, read_sealed_lines
 from redheart.schema import EMOTIONS, LABELS, Batch, RedHeartError
+from redheart.train import stages
 from tests.data.shard_data import write_index
 
 E = 8
@@ -208,6 +212,30 @@ def test_a_whole_bench_and_what_is_kept_of_it(data: Path, tmp_path: Path):
     (out / "control-16-seed0-dev.json").unlink()
     with pytest.raises(RedHeartError, match="is not what was trained"):
         bench_control(str(data), out, **only, controls_only=True, equal_size=False)
+
+
+def test_an_interrupted_leg_goes_on_with_its_own_settings_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = {"widths": [16], "equal_size": False, "seeds": 1, "steps": 4, "evaluations": 1, "set_": TINY}
+    update = stages.update
+
+    def stopping(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*given)
+
+    monkeypatch.setattr(stages, "update", stopping)
+    with pytest.raises(RedHeartError, match="stopped by a signal"):
+        bench_control(str(data), tmp_path, **asked)
+    monkeypatch.setattr(stages, "update", update)
+    for changed in ({"steps": 6}, {"set_": [*TINY, "optimizer.learning_rate=0.005"]}):
+        with pytest.raises(RedHeartError, match=r"/local-seed0 was made with other data, settings or code"):
+            bench_control(str(data), tmp_path, **asked | changed)
+    made = (tmp_path / "local-seed0.made.json").rename(tmp_path / "made.json")  # as an earlier version left it
+    with pytest.raises(RedHeartError, match=r"/local-seed0 was made with other data, settings or code"):
+        bench_control(str(data), tmp_path, **asked)
+    made.rename(tmp_path / "local-seed0.made.json")
+    assert bench_control(str(data), tmp_path, **asked)["legs"]["local"]["seconds"] is None  # taken up again
 
 
 def test_seeds_side_by_side_are_those_of_one_call(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
