@@ -32,6 +32,7 @@ from redheart.bench.made import check_made, keep_made
 from redheart.bench.plain import PlainTransformer, num_parameters, train_control, width_of_size
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
+from redheart.data.fingerprint import with_encoder
 from redheart.data.shards import content_digest
 from redheart.data.stream import SampleStream
 from redheart.device import compute_device, has_gpu
@@ -145,7 +146,7 @@ def _config(
     sizes = [] if batch is None else [f"training.global_batch_size={batch}", f"training.micro_batch_size={batch}"]
     config = load_config(preset, [*sizes, f"training.epochs={epochs}", "checkpoint.keep_last=1", *overrides])
     stream = SampleStream(data, "train", config.data.remote)
-    config = with_edges(config, stream)
+    config = with_encoder(with_edges(config, stream), stream.encoder)
     total = steps or steps_of(config, stream.rows_per_epoch)
     every = math.ceil(total / evaluations)
     changes = {"max_steps": total, "evaluate_every": every, "checkpoint_every": every}

@@ -138,6 +138,11 @@ def test_an_answer_about_a_pair_is_the_difference_of_two_utilities(batch: Batch)
     torch.testing.assert_close(there, -back, atol=1e-5, rtol=1e-4)
 
 
+def test_the_network_is_as_wide_as_the_features_where_nobody_names_a_width(data: Path):
+    unnamed = [setting for setting in TINY if "encoder_width" not in setting]
+    assert _config(str(data), "local", unnamed, 1, 1.0, None, 1).model.encoder_width == E
+
+
 def test_only_what_people_labelled_in_every_split_takes_part(data: Path):
     config = _config(str(data), "local", TINY, 1, 1.0, None, 1)
     bench = _Bench(str(data), data, config, "dev", 3e-4)
