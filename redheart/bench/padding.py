@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from redheart.config import RunConfig
+from redheart.device import tell_deepspeed
 from redheart.files import committed_directory
 from redheart.model.axes import decays
 from redheart.model.growth import Plan, grow_tensor, growth_plans, origins, reachable
@@ -35,6 +36,7 @@ def shrink_and_pad(checkpoint: Path, target: RunConfig, out: Path, seed: int) ->
         else:
             tensor.copy_(grow_tensor(old, tensor.shape, plans[name], float("inf"), torch.Generator()))
     config, progress = handed_on(source, target)
+    tell_deepspeed()  # Transformers imports it where it saves
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)
         write_card(temporary, model, config, progress)

@@ -1,6 +1,7 @@
 """The transfer bench: its arithmetic on known curves, and one whole bench of tiny runs that is taken up again."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from redheart.bench.padding import corner
-from redheart.bench.transfer import bench_transfer, compare, steps_to
+from redheart.bench.padding import corner, shrink_and_pad
+from redheart.bench.transfer import _Bench, bench_transfer, compare, steps_to
+from redheart.config import load_config
+from redheart.data.fingerprint import with_encoder
+from redheart.data.stream import SampleStream
 from redheart.files import read_sealed_json, write_sealed_json
 from redheart.model.growth import grow_moment, growth_plans
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
@@ -68,7 +72,7 @@ def test_shrink_and_pad_puts_the_small_network_into_a_corner():
     assert {"fixed", "copy", "read", "match", "depth", "adds"} == seen
 
 
-def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  # noqa: F811
+def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     tiny = "encoder_width: 768, layers: 1, num_experts: 8, dropout: 0.1"
     for name, sizes in (("small", (12, 1, 8, 1)), ("large", (24, 2, 16, 2))):
         width, heads, task_width, task_heads = sizes
@@ -108,6 +112,8 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  #
     index["splits"]["train"]["shards"][0]["repeat"] = 2
     write_sealed_json(other / "index.json", index)
 
+    monkeypatch.setattr(_Bench, "_flops", lambda *_: 1)  # counting takes seconds; the arms below do not depend on it
+
     def refused(run: str, data: Path = data, **changed: Any) -> None:
         with pytest.raises(RedHeartError, match=rf"/{re.escape(run)} was made with other .* name another --out"):
             bench_transfer(str(data), out, **asked | changed)
@@ -117,6 +123,10 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path):  #
     refused("source-seed0-lr0.001", set_=["optimizer.weight_decay=0.5"])
     refused("grown-seed0-lr0.001", steps=3)
     refused("grown-seed0-lr0.001", learning_rate=[1e-3, 3e-2])  # the source of the higher rate is the better one
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    target = with_encoder(load_config(asked["large"]), SampleStream(data, "train").encoder)
+    shrink_and_pad(out / "source-seed0-lr0.001", target, tmp_path / "padded", 0)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"  # else DeepSpeed says on stdout, before the JSON, that it chose so
     shutil.rmtree(out / "grown-seed0-lr0.001")
     refused("grown-seed0", learning_rate=[1e-3, 3e-2])
     (out / "source-seed0-lr0.001.made.json").unlink()  # as an earlier version left it
