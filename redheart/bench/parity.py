@@ -62,7 +62,12 @@ def bench_parity(
     make_directory(work, "--work")
     if out:
         check_can_make_file(out, "--out", "parity.json")
-    overrides, controls = set_ or [], control or []
+    overrides, controls = set_ or [], list(dict.fromkeys(control or []))
+    if strange := [seed for seed in controls if seed >= seeds]:
+        raise RedHeartError(
+            f"--control {strange[0]} has no run to be compared with, seeds are 0 to {seeds - 1}: name one of these, or "
+            f"--seeds {max(strange) + 1}"
+        )
     every, strategies = max(1, steps // 10), PLAIN if plain else STRATEGIES
     keys = [(name, seed) for seed in range(seeds) for name in STRATEGIES] + [(CONTROL, seed) for seed in controls]
     eps = load_config(preset, overrides).optimizer.eps * CONTROL_EPS

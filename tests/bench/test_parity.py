@@ -60,7 +60,7 @@ def test_finished_runs_are_compared_seed_by_seed(data: Path, tmp_path: Path, tra
     assert out.stat().st_size > 500
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert sorted(trained) == sorted(LAST)
-    assert bench_parity(data, tmp_path / "work", "local", [], 100, 2, 1, None, control=[1]) == told
+    assert bench_parity(data, tmp_path / "work", "local", [], 100, 2, 1, None, control=[1, 1]) == told
     assert len(trained) == len(LAST)
 
 
@@ -85,6 +85,12 @@ def test_a_run_stands_for_its_own_data_settings_and_steps_alone(data: Path, tmp_
     shutil.rmtree(work / "adamw-seed0")
     bench_parity(data, work, "local", [], 100, 1, 1)
     assert trained[2:] == ["adamw-seed0"]
+
+
+def test_a_control_without_its_run_is_refused_before_any_trains(data: Path, tmp_path: Path, trained: list[str]):
+    with pytest.raises(RedHeartError, match=r"--control 2 has .* 0 to 1: name one of these, or --seeds 3"):
+        bench_parity(data, tmp_path / "work", "local", [], 100, 2, 1, control=[1, 2])
+    assert not trained
 
 
 def test_a_run_that_did_not_come_to_its_end_is_trained_again(data: Path, tmp_path: Path, trained: list[str]):
