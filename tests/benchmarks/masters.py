@@ -8,7 +8,7 @@ bf16    DeepSpeedCPUAdam on bfloat16 weights and states, all rounded to the near
 
 The network computes with bfloat16 weights and gives bfloat16 gradients, as training in bf16 does; its arithmetic is fp32, so that a
 processor without bf16 can do it. A seed draws initial weights, order, dropout and rounding, the same for all three. Judged is the dev
-loss of the weights after the last step. A finished leg is not run again.
+loss of the weights after the last step. A finished leg is not run again; one of other data or settings is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from redheart.bench.made import keep_made, made_with
 from redheart.config import RunConfig, load_config
 from redheart.console import console, progress
 from redheart.data.stream import SampleStream
@@ -142,14 +143,17 @@ def main() -> None:
     if a.seeds < 2:
         parser.error("--seeds: two at least, for a deviation between them")
     a.work.mkdir(parents=True, exist_ok=True)
+    index = SampleStream(a.data, "train").index
     legs: dict[str, dict[str, Any]] = {kept: {} for kept in MASTERS}
     for seed in range(a.seeds):
         for kept in MASTERS:
             done = a.work / f"{kept}-{seed}.json"
+            settings = [f"training.seed={seed}", f"training.max_steps={a.steps}", "memory.strategy=plain"]
+            settings += [f"training.{name}_batch_size={a.batch}" for name in ("global", "micro")]
+            config = load_config(a.preset, settings)
+            keep_made(done, made_with(config, index), "another --work")
             if not done.is_file():
-                settings = [f"training.seed={seed}", f"training.max_steps={a.steps}", "memory.strategy=plain"]
-                settings += [f"training.{name}_batch_size={a.batch}" for name in ("global", "micro")]
-                write_json(done, leg(kept, load_config(a.preset, settings), a.data, f"{kept} {seed}"))
+                write_json(done, leg(kept, config, a.data, f"{kept} {seed}"))
             legs[kept][str(seed)] = found = json.loads(done.read_text())
             console.print(f"{kept}, seed {seed}: dev {found['dev_loss']:.4f}, {found['seconds']:.0f} s")
     if not a.out:
