@@ -21,7 +21,11 @@ def made_with(config: RunConfig, index: Mapping[str, Any], **more: Any) -> dict[
 
 def check_made(path: Path, kept: Mapping[str, Any] | None, made: Mapping[str, Any], another: str) -> None:
     """Raises RedHeartError, naming `another` place, where what is at `path` was made otherwise, or (None) nobody knows how."""
-    if kept is None or any(kept.get(key) != value for key, value in made.items()):
+    if kept is None:
+        raise RedHeartError(
+            f"{path} was made by an earlier version, which did not say with what: name {another} (or delete it)"
+        )
+    if any(kept.get(key) != value for key, value in made.items()):
         raise RedHeartError(
             f"{path} was made with other data, settings or code of the network: name {another} (or delete it)"
         )

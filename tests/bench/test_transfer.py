@@ -114,8 +114,8 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(_Bench, "_flops", lambda *_: 1)  # counting takes seconds; the arms below do not depend on it
 
-    def refused(run: str, data: Path = data, **changed: Any) -> None:
-        with pytest.raises(RedHeartError, match=rf"/{re.escape(run)} was made with other .* name another --out"):
+    def refused(run: str, data: Path = data, made: str = "with other", **changed: Any) -> None:
+        with pytest.raises(RedHeartError, match=rf"/{re.escape(run)} was made {made} .* name another --out"):
             bench_transfer(str(data), out, **asked | changed)
 
     refused("source-seed0-lr0.001", other)
@@ -130,4 +130,4 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, mon
     shutil.rmtree(out / "grown-seed0-lr0.001")
     refused("grown-seed0", learning_rate=[1e-3, 3e-2])
     (out / "source-seed0-lr0.001.made.json").unlink()  # as an earlier version left it
-    refused("source-seed0-lr0.001")
+    refused("source-seed0-lr0.001", made="by an earlier version")
