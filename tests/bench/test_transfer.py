@@ -130,4 +130,4 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, mon
     shutil.rmtree(out / "grown-seed0-lr0.001")
     refused("grown-seed0", learning_rate=[1e-3, 3e-2])
     (out / "source-seed0-lr0.001.made.json").unlink()  # as an earlier version left it
-    refused("source-seed0-lr0.001", made="by an earlier version")
+    refused("source-seed0-lr0.001", made="by an earlier version,")
