@@ -7,12 +7,14 @@ unless it is asked for, and marked there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from redheart.config import LossConfig
-from redheart.data.shards import Histograms
 from redheart.schema import LABELS
 from redheart.tasks import TASKS, task_weights
+
+if TYPE_CHECKING:
+    from redheart.data.shards import Histograms
 
 Number = TypeVar("Number", int, float)
 LabelWeights = dict[str, list[float]]  # by label: the summed weight of each entry's labels in the training data

@@ -217,7 +217,8 @@ def _number(value: Any, target: Target, label: Label, where: str) -> Any:
     if isinstance(value, float) and math.isnan(value):
         return InvalidRecord(f"{where} holds {value}: leave a cell empty where there is no label")
     if not low <= value <= high:
-        digits = f"{value:g}" if abs(value) < HUGE else f"{str(value)[:12]}…"  # an integer may be beyond every float
+        beyond = isinstance(value, int) and abs(value) >= HUGE  # of every float
+        digits = f"{str(value)[:12]}…" if beyond else f"{value:g}"
         said = f"{where} holds {digits}, and {target.name} "
         if target.ends is None:
             said += f"runs from {low:g} to {high:g}: if the column runs between other numbers, name them: {target.name}:LOW..HIGH"
