@@ -14,8 +14,9 @@ bash launch/multinode/run_node.sh … -- train …
   --help
 
 LINE is started as it is. It is started again with --resume, and without --init, once it has made a checkpoint. Before that it is started
-again as it began: with --overwrite as well where this supervisor began the run, and nobody saved it. It is not when it ended well or by a signal that it was sent, when it refused its settings, its data or its
-command line (exit codes 1 and 2), and when this supervisor is asked to end: SIGTERM, SIGINT and SIGUSR1 go on to LINE.
+again as it began: with --overwrite as well where this supervisor began the run, and nobody saved it. It is not started again when it ended
+well or by a signal that it was sent, when it refused its settings, its data or its command line (exit codes 1 and 2), and when this
+supervisor is asked to end: SIGTERM, SIGINT and SIGUSR1 go on to LINE.
 TEXT
 }
 wrong() { echo "supervise: $*" >&2; echo "supervise: see --help" >&2; exit 2; }

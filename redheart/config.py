@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema
 
 from redheart import plain_yaml
 from redheart.files import read_text, seal, unseal, write_text
-from redheart.ranks import launched_world_size
+from redheart.ranks import launch_file, launched_world_size
 from redheart.schema import RedHeartError
 from redheart.sections import (
     BesideConfig,
@@ -252,7 +252,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
     said.setdefault("preset", Path(preset).stem)
     values = _resolved([shipped, said], overrides)
     if isinstance(data := values.get("data"), dict) and data.get("file"):
-        under = OWN_UNDER if launched_world_size() == 1 else {}
+        under = OWN_UNDER if launched_world_size() == 1 and launch_file() is None else {}
         values = _resolved([under, shipped, OWN, said], overrides)
     return _as_wide_as_its_encoder(parse_config(values))
 

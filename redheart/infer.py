@@ -129,9 +129,8 @@ class RedHeartPipeline:
     @overload
     def __call__(self, text: Iterable[str]) -> list[dict[str, Any]]: ...
     def __call__(self, text: str | Iterable[str]) -> dict[str, Any] | list[dict[str, Any]]:
-        texts = [
-            row.strip() for row in _rows([text] if isinstance(text, str) else text)[0]
-        ]  # as those it was trained on
+        given = _rows([text] if isinstance(text, str) else text)[0]
+        texts = [one.strip() for one in given]  # as those it was trained on
         self._tell(texts)
         answers = [a for start in range(0, len(texts), TOGETHER) for a in self._answers(texts, start)]
         return answers[0] if isinstance(text, str) else answers

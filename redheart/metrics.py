@@ -76,9 +76,8 @@ def summarise(sums: Tally) -> dict[str, float]:
         "accuracy": ((tp + tn).sum() / total).item(),
     }
     covariance, var_p, var_t = n * pt - p * t, n * pp - p * p, n * tt - t * t
-    moves = (var_p > ROUNDING * n * pp) & (
-        var_t > ROUNDING * n * tt
-    )  # a constant's variance is the rounding of its sums
+    # a constant's variance is the rounding of its sums
+    moves = (var_p > ROUNDING * n * pp) & (var_t > ROUNDING * n * tt)
     if moves.any():
         result["pearson"] = (covariance[moves] / (var_p[moves] * var_t[moves]).sqrt()).mean().item()
     if (tp + fn > 0).any():

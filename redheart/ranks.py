@@ -26,6 +26,12 @@ def _group() -> Any:
     return dist if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
+def launch_file() -> str | None:
+    """The DeepSpeed file that `accelerate launch` was given, without its folder and ending; None without one."""
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    return None if named in ("", "none") else Path(named).stem
+
+
 def rank() -> int:
     return dist.get_rank() if (dist := _group()) else 0
 

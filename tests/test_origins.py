@@ -6,6 +6,7 @@ import pytest
 
 from redheart.config import OWN, OWN_KEYS, OWN_UNDER, config_keys, load_config
 from redheart.origins import origins, shown
+from redheart.train.engine import check_engine
 
 
 def test_every_value_says_whether_it_is_the_defaults_the_presets_or_the_command_lines(tmp_path: Path):
@@ -39,6 +40,15 @@ def test_what_comes_with_a_table_of_ones_own_says_so(tmp_path: Path):
     named = {v.key: v.origin for v in origins("local", [*table, "memory.strategy=plain"])}
     assert named["memory.strategy"] == "command line"
     assert set(_paths(OWN)) | set(_paths(OWN_UNDER)) == OWN_KEYS
+
+
+def test_a_launch_file_is_a_wish_for_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a table of one's own, too, and on one process: `plain` would be refused under it."""
+    table, usual = [f"data.file={tmp_path / 'texts.csv'}"], load_config("local").memory.strategy
+    assert load_config("local", table).memory.strategy == "plain" != usual
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", f"ds_configs/{usual}.json")
+    assert load_config("local", table).memory.strategy == usual
+    check_engine(load_config("local", table))
 
 
 def test_a_key_under_its_old_name_has_the_origin_of_who_said_it(tmp_path: Path):

@@ -112,9 +112,8 @@ def ladder(pmf: torch.Tensor, t: int) -> Iterator[Rung]:
     for size in range(1, num_agents + 1):
         told = [(_specific_information(p_at, p_a, c), c) for c in combinations(range(num_agents), size)]
         order += [(bits, c) for bits, c in sorted(told) if size == 1 or bits >= largest_smaller]
-        largest_smaller = max(
-            largest_smaller, *(bits for bits, _ in told)
-        )  # of every smaller size: sizes differ by rounding, too
+        # of every smaller size: a larger subset that tells no more may tell less by rounding
+        largest_smaller = max(largest_smaller, *(bits for bits, _ in told))
     order.sort(key=lambda entry: entry[0])
     known, remaining = 0.0, list(range(num_agents))
     for bits, subset in order:

@@ -31,7 +31,7 @@ from redheart.schema import RedHeartError
 
 Sizes = RedHeartConfig | ModelConfig | RunConfig
 Split = Literal["symmetric", "asymmetric"]
-UNCHANGED = ("encoder_width", "num_experts", "ablate")  # growth neither widens what is read nor makes another module
+UNCHANGED = ("encoder_width", "num_experts")  # what is read, and how many read it
 FIRST_SHARE = 0.75  # of the first copy, where a split is asymmetric
 
 
@@ -61,7 +61,7 @@ def grow(
 def reachable(source: RedHeartConfig, target_config: Sizes) -> RedHeartConfig:
     """The target's configuration, with the source's encoder, if growth can reach it; otherwise an error that names what it cannot."""
     target = _config_of(target_config)
-    for key in UNCHANGED[:2]:
+    for key in UNCHANGED:
         if getattr(source, key) != getattr(target, key):
             raise RedHeartError(
                 f"growth keeps {key} and the target changes it from {getattr(source, key)} to {getattr(target, key)}: "

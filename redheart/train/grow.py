@@ -130,9 +130,9 @@ def grow(
 
 def _kept(source: RedHeartConfig, target: RunConfig) -> dict[str, Any]:
     """What growth cannot change, where the target's settings name it not and the network has it otherwise."""
-    unnamed = set(UNCHANGED) - target.model.model_fields_set
-    theirs = {key: type(getattr(target.model, key))(getattr(source, key)) for key in UNCHANGED if key in unnamed}
-    return {key: value for key, value in theirs.items() if value != getattr(target.model, key)}
+    theirs = {**{key: getattr(source, key) for key in UNCHANGED}, "ablate": tuple(source.ablate)}
+    named = target.model.model_fields_set
+    return {key: value for key, value in theirs.items() if key not in named and value != getattr(target.model, key)}
 
 
 def handed_on(source: Stored, target: RunConfig) -> tuple[RunConfig, Progress]:

@@ -142,7 +142,7 @@ def accept(
 
     What changes is printed and added to `state.changes`.
     """
-    if run.resolve() != _run_of(source).resolve() and (run / SETTINGS).exists():
+    if run.resolve() != _run_of(source).resolve() and checkpoint.last(run) is not None:
         raise RedHeartError(
             f"{run} holds another run than {source}: leave --out out to go on there, or name a new --out for a branch of it"
         )

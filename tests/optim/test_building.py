@@ -5,8 +5,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from redheart.optim.building import built_alone
+from redheart.train.engine.machinery import SHARED_MEMORY, load_kernel
 
 HOLD = "from redheart.optim.building import built_alone; import time; built_alone('x', lambda: (print('in', flush=True), time.sleep(60)))"
 
@@ -51,3 +53,16 @@ def test_deepspeed_asks_for_the_processor_once(monkeypatch):
     finally:
         machinery._cpu_info.cache_clear()
     assert asked == [1]
+
+
+def test_a_killed_builder_of_deepspeeds_kernel_stops_no_run(tmp_path: Path, monkeypatch):
+    """DeepSpeed waits for the mark; here it is gone when DeepSpeed looks."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    mark = tmp_path / "deepspeed_shm_comm" / "lock"
+    mark.parent.mkdir()
+    mark.touch()
+    builder = SimpleNamespace(NAME="deepspeed_shm_comm", load=lambda verbose: mark.exists())
+    monkeypatch.setattr(get_accelerator(), "create_op_builder", lambda name: builder)
+    assert load_kernel(SHARED_MEMORY) is False

@@ -184,6 +184,9 @@ def test_a_path_to_resume_names_its_run(data, run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     with pytest.raises(RedHeartError, match="holds another run"):
         start(local("training.max_steps=3"), data, other, resume=str(step_1))
+    shutil.rmtree(other / "checkpoints")  # a branch that died before its first checkpoint
+    start(local("training.max_steps=3"), data, other, resume=str(step_1))
+    assert sorted(path.name for path in (other / "checkpoints").glob("step-*"))[-1] == "step-00000003"
 
 
 def test_settings_that_were_changed_in_a_checkpoint_are_refused(run):

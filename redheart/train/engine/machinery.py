@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from redheart.memory.ds_files import FILES as DS_FILES
 from redheart.memory.ds_files import SPLIT
 from redheart.memory.states import bucket_of
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
-from redheart.optim.building import build_root
-from redheart.ranks import is_launched, leave
+from redheart.optim.building import built_alone
+from redheart.ranks import is_launched, launch_file, leave
 from redheart.schema import RedHeartError
 from redheart.signals.native import library as signals_kernels
 
@@ -36,6 +36,8 @@ OTHERS = {"ACCELERATE_USE_CPU": "--cpu", "ACCELERATE_USE_MEGATRON_LM": "--use_me
 # parameters below which ZeRO-3 does not look ahead for the next use of what it has gathered: DeepSpeed 0.19.8 walks through all
 # that is left of the pass at every module, for two minutes in the first steps of a small network, whose tensors stay gathered anyway
 SMALL = 10_000_000
+# DeepSpeed's kernels: of its optimizer, and of ranks on a CPU
+CPU_ADAM, SHARED_MEMORY = "CPUAdamBuilder", "ShareMemCommBuilder"
 FILES = {"gpu_8bit": "zero2"}  # strategies that share the file of another
 
 
@@ -133,12 +135,6 @@ def check_accelerate() -> None:
             )
 
 
-def launch_file() -> str | None:
-    """The DeepSpeed file that `accelerate launch` was given, without its folder and ending."""
-    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-    return None if named in ("", "none") else Path(named).stem
-
-
 def check_launch_file(strategy: str) -> None:
     """Raises RedHeartError where the launch file asks for another strategy, or for a DeepSpeed file that is none of ours."""
     file = launch_file()
@@ -227,18 +223,29 @@ def ds_config_path(strategy: str) -> Path:
     return folder / f"{file}.json"
 
 
+def load_kernel(name: str) -> Any:
+    """DeepSpeed's kernel, compiled where it is not yet. Loaded by DeepSpeed, it would wait without end for a builder that was killed."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(name)
+    return built_alone(builder.NAME, partial(builder.load, verbose=False))
+
+
+def load_communication() -> None:
+    """What DeepSpeed's ranks on a CPU talk with, where it can be compiled: DeepSpeed asks for it when a process group is made."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__
+
+    if not has_gpu() and __compatible_ops__.get(get_accelerator().create_op_builder(SHARED_MEMORY).NAME, False):
+        load_kernel(SHARED_MEMORY)
+
+
 def compile_kernels() -> None:
     """Compiles (once, then cached) the kernels that training here needs, DeepSpeed's and our own, side by side."""
     import_machinery()
-    build_root()
-    from deepspeed.accelerator import get_accelerator
-
-    def of_deepspeed(name: str) -> Callable[[], Any]:
-        return lambda: get_accelerator().create_op_builder(name).load(verbose=False)
-
-    builds: list[Callable[[], Any]] = [of_deepspeed("CPUAdamBuilder"), adam8bit_kernel]
+    builds: list[Callable[[], Any]] = [partial(load_kernel, CPU_ADAM), adam8bit_kernel]
     if not has_gpu():
-        builds += [of_deepspeed("ShareMemCommBuilder"), signals_kernels]
+        builds += [partial(load_kernel, SHARED_MEMORY), signals_kernels]
     with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor() as pool:  # the threads wait for compilers
         for build in [pool.submit(build) for build in builds]:
             build.result()

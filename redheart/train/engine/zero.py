@@ -37,9 +37,12 @@ from redheart.train.engine.base import (
 )
 from redheart.train.engine.fused_copy import fuse_the_copy
 from redheart.train.engine.machinery import (
+    CPU_ADAM,
     START_S,
     deepspeed_config,
     import_machinery,
+    load_communication,
+    load_kernel,
     mixed_precision,
     plugin_of,
     settle_groups,
@@ -68,6 +71,7 @@ class DeepSpeedEngine(Engine):
         backend = "nccl" if has_gpu() else "gloo"
         bf16 = config.training.precision == "bf16"
         plugin = plugin_of(accelerate, settings, accumulation, config)
+        load_communication()
         self._accelerator = accelerate.Accelerator(
             deepspeed_plugin=plugin,
             gradient_accumulation_steps=accumulation,
@@ -139,6 +143,7 @@ class DeepSpeedEngine(Engine):
 
             return bitsandbytes.optim.AdamW8bit(groups, **arguments)
         if on_host:
+            load_kernel(CPU_ADAM)
             return self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
         return torch.optim.AdamW(groups, fused=True, **arguments)
 
