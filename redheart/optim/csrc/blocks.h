@@ -24,7 +24,7 @@ constexpr float kSmallest = 0x1p-58f;      // a block whose largest r is below c
 constexpr float kLarge = 0x1p40f;          // gradients beyond count as this, so that what the step multiplies stays finite
 constexpr float kSmallestRate = 0x1p-40f;  // a step below moves nothing
 constexpr int64_t kFew = 1 << 15;          // elements that one thread does sooner than two agree on
-constexpr int kMostBits = 6, kFewestBits = 3;
+constexpr int kMostBits = 6;
 
 inline float power_of_two(int32_t exponent) { return bits<float>(exponent << 23); }  // biased by 127
 inline int32_t exponent_of(float x) { return bits<int32_t>(x) >> 23; }
@@ -41,9 +41,10 @@ struct Scales {
 inline Scales scales_of(float q_most, float r_most, float r_least, bool room) {
   if (!(r_most >= kSmallest)) return {0.0f, 0.0f, 23 - kMostBits};
   const int32_t least = exponent_of(r_least);
-  int32_t top = exponent_of(r_most), mantissa = kMostBits;
+  int32_t top = exponent_of(r_most), mantissa;
   for (;;) {
-    while (mantissa > kFewestBits && top - least + 1 > 256 >> mantissa) --mantissa;
+    const int32_t octaves = top - least + 1;
+    mantissa = kMostBits - (octaves > 4) - (octaves > 8) - (octaves > 16);  // 256 codes: 4 octaves with 6 bits, 32 with 3
     const int32_t lifted = (bits<int32_t>(r_most) + (room ? (1 << (23 - mantissa)) - 1 : 0)) >> 23;
     if (lifted == top) break;
     top = lifted;
@@ -82,16 +83,6 @@ struct Moments {
   float q_most, r_most, r_least;
 };
 
-inline float most_of(Words x) {
-  uint32_t most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
-  return bits<float>(most);
-}
-inline uint32_t least_of(Bytes x) {
-  uint32_t least = 255;
-  for (int i = 0; i < 4 * kLanes; ++i) least = std::min<uint32_t>(least, x[i]);
-  return least;
-}
 // Two vectors of consecutive numbers, apart as even and odd ones.
 inline void load_pair(const float* at, Floats* even, Floats* odd) {
   part(load<Floats>(at), load<Floats>(at + kLanes), even, odd);
@@ -117,12 +108,21 @@ inline __attribute__((always_inline)) void for_turns(const Turn& turn) {
   }
 }
 
+// How far apart in the noise a turn's elements are: a table, as gcc makes a hundred instructions of what is computed here.
+struct Apart {
+  alignas(64) uint32_t of[4][kLanes] = {};
+  constexpr Apart() {
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < kLanes; ++i) of[j][i] = static_cast<uint32_t>(4 * i + j) * kSpace;
+  }
+};
+constexpr Apart kApart;
+
 // The noise of a turn's four vectors; turns have to be asked for in their order.
 struct Noise {
   Words of[4];
   explicit Noise(uint32_t start) {
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < kLanes; ++i) of[j][i] = start + static_cast<uint32_t>(4 * i + j) * kSpace;
+    for (int j = 0; j < 4; ++j) of[j] = load<Words>(kApart.of[j]) + start;
   }
   inline __attribute__((always_inline)) Words next(int j) {
     const Words now = of[j];
@@ -162,7 +162,7 @@ inline __attribute__((always_inline)) void update_moments(const Arrays& a, const
       r_most = larger(r_most, bits<Words>(r));
     }
   });
-  to.r_most = most_of(r_most);  // of all but what is none; else what is none
+  to.r_most = bits<float>(most_of(r_most));  // of all but what is none; else what is none
   to.r_least = bits<float>((least_of(code_least) << old.shift) + base) * std::sqrt(beta2);  // it is this, or above
   if (base == 0 || beta2 < 0.5f) to.r_least = *std::min_element(to.r, to.r + kBlock);  // where this says little
 }
@@ -192,7 +192,7 @@ inline __attribute__((always_inline)) void update_weights(const Arrays& a, int64
   int8_t* const low = kSplit ? a.low + start : nullptr;
   const float root = s.root, eps = s.eps, shrink = s.shrink;
   const bool still = s.still;
-  Words q_most = {};
+  Floats q_most = {};
   for_turns([&](int group, int within) __attribute__((always_inline)) {
     const int i = group + within, words = group + within / 2;
     Floats p[4];
@@ -211,7 +211,7 @@ inline __attribute__((always_inline)) void update_weights(const Arrays& a, int64
       const int at = i + j * kLanes;
       const Floats r = load<Floats>(to.r + at), divisor = r * root + eps, z = load<Floats>(to.m + at) / (r * divisor), q = z * divisor;
       store(to.m + at, q);
-      q_most = larger(q_most, bits<Words>(q) & static_cast<uint32_t>(INT32_MAX));
+      q_most = larger_size(q_most, q);
       p[j] = p[j] * shrink - z * r;
       if constexpr (kSplit) w[j] = bits<Words>(p[j]) + ((noise.next(j) & 0xffu) | 0x8000u);
     }
@@ -238,7 +238,7 @@ inline __attribute__((always_inline)) void update_weights(const Arrays& a, int64
     store(high + words, halves(w[0], w[1]));
     store(high + words + 32, halves(w[2], w[3]));
   });
-  to.q_most = most_of(q_most);
+  to.q_most = bits<float>(most_of(bits<Words>(q_most)));
 }
 
 // Codes and scales.

@@ -75,20 +75,30 @@ inline Floats square_root(Floats x) {
   return x;
 }
 
+// What a shuffle of bytes makes of dwords: byte kFrom as byte kTo, the other three zero.
+template <int kFrom, int kTo>
+struct Pick {
+  alignas(64) uint32_t of[kLanes] = {};
+  constexpr Pick() {
+    constexpr uint32_t kMask = 0xffu << (8 * kTo), kFirst = (0x80808080u & ~kMask) | (static_cast<uint32_t>(kFrom) << (8 * kTo));
+    for (uint32_t i = 0; i < kLanes; ++i) of[i] = kFirst + (i % 4 * 0x04040404u & kMask);
+  }
+};
+template <int kFrom, int kTo>
+constexpr Pick<kFrom, kTo> kPick{};
+
 // Byte kFrom of every dword as its byte kTo, the other three zero.
 template <int kFrom, int kTo>
 inline Words byte_of(Words x) {
-  constexpr uint32_t kMask = 0xffu << (8 * kTo);
-#if defined(__AVX2__)
-  constexpr uint32_t kPick = (0x80808080u & ~kMask) | (static_cast<uint32_t>(kFrom) << (8 * kTo));
-  if constexpr (kFrom != kTo && kLanes >= 8) {
-    const __m128i within = _mm_setr_epi32(kPick, kPick + (0x04040404u & kMask), kPick + (0x08080808u & kMask), kPick + (0x0c0c0c0cu & kMask));
+  if constexpr (kFrom != kTo) {
 #if defined(__AVX512BW__)
-    if constexpr (kLanes == 16) return bits<Words>(_mm512_shuffle_epi8(bits<__m512i>(x), _mm512_broadcast_i32x4(within)));
+    if constexpr (kLanes == 16) return bits<Words>(_mm512_shuffle_epi8(bits<__m512i>(x), load<__m512i>(kPick<kFrom, kTo>.of)));
 #endif
-    if constexpr (kLanes == 8) return bits<Words>(_mm256_shuffle_epi8(bits<__m256i>(x), _mm256_broadcastsi128_si256(within)));
+#if defined(__AVX2__)
+    if constexpr (kLanes == 8) return bits<Words>(_mm256_shuffle_epi8(bits<__m256i>(x), load<__m256i>(kPick<kFrom, kTo>.of)));
+#endif
   }
-#endif
+  constexpr uint32_t kMask = 0xffu << (8 * kTo);
   constexpr int kUp = 8 * (kTo - kFrom);
   if constexpr (kUp >= 0) return (x << kUp) & kMask;
   return (x >> -kUp) & kMask;
@@ -123,6 +133,9 @@ inline Words to_bytes(const Ints* x, uint32_t floor) {
 
 // 16-bit numbers in the upper halves of even and odd elements, side by side in memory order.
 inline Words halves(Words even, Words odd) {
+#if defined(__AVX512BW__)
+  if constexpr (kLanes == 16) return bits<Words>(_mm512_mask_blend_epi16(0xaaaaaaaau, bits<__m512i>(even >> 16), bits<__m512i>(odd)));
+#endif
 #if defined(__AVX2__)
   if constexpr (kLanes == 8) return bits<Words>(_mm256_blend_epi16(bits<__m256i>(even >> 16), bits<__m256i>(odd), 0xaa));
 #endif
@@ -147,6 +160,34 @@ inline void join(Floats even, Floats odd, Floats* a, Floats* b) {
 }
 
 inline Words larger(Words a, Words b) { return a > b ? a : b; }
+
+// The larger of |b| and a, which is not negative.
+inline Floats larger_size(Floats a, Floats b) {
+#if defined(__AVX512DQ__)
+  if constexpr (kLanes == 16) return bits<Floats>(_mm512_range_ps(bits<__m512>(a), bits<__m512>(b), 0b1011));
+#endif
+  return bits<Floats>(larger(bits<Words>(a), bits<Words>(b) & static_cast<uint32_t>(INT32_MAX)));
+}
+
 inline Bytes smaller(Bytes a, Bytes b) { return a < b ? a : b; }
+
+inline uint32_t most_of(Words x) {
+  uint32_t most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
+  return most;
+}
+inline uint32_t least_of(Bytes x) {
+#if defined(__AVX2__)
+  if constexpr (kLanes >= 8) {
+    __m128i least = load<__m128i>(&x);
+    for (int i = 16; i < 4 * kLanes; i += 16) least = _mm_min_epu8(least, load<__m128i>(reinterpret_cast<const char*>(&x) + i));
+    least = _mm_min_epu8(least, _mm_srli_epi16(least, 8));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_and_si128(least, _mm_set1_epi16(255))))) & 0xffffu;
+  }
+#endif
+  uint32_t least = 255;
+  for (int i = 0; i < 4 * kLanes; ++i) least = std::min<uint32_t>(least, x[i]);
+  return least;
+}
 
 }  // namespace
