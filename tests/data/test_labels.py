@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -34,34 +35,49 @@ def scorer() -> LlmScorer:
     return LlmScorer(LabelerConfig())
 
 
-def written_out(scorer: LlmScorer, text: str) -> torch.Tensor:
-    """Logits of every seventh prompt, run from its first token on with the library's own attention."""
+@pytest.fixture(scope="module")
+def exact() -> LlmScorer:
+    """Without 4-bit weights; loading it and running its instruction is most of what a test of it would take."""
+    return LlmScorer(LabelerConfig(quantization="none"))
+
+
+def written_out(scorer: LlmScorer, texts: list[str]) -> torch.Tensor:
+    """Logits of every thirteenth prompt of each text, by the library's own attention and cache.
+
+    The instruction is the same tokens in all of them and is run once; the very first prompt is run from its first token on.
+    """
     shared = scorer.model.config._attn_implementation
     scorer.model.set_attn_implementation("sdpa")
+
+    def last(ids: list[int], cache: Any = None) -> torch.Tensor:
+        given = torch.tensor([ids])
+        return scorer.model(input_ids=given, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
+
+    rows, start = [], len(scorer.prefix)
     with torch.inference_mode():
-        rows = [scorer.model(input_ids=torch.tensor([p])).logits[0, -1].float() for p in scorer.prompts(text)[::13]]
+        cache = scorer.model.base_model(input_ids=torch.tensor([scorer.prefix]), use_cache=True).past_key_values
+        for text in texts:
+            for prompt_ids in scorer.prompts(text)[::13]:
+                assert prompt_ids[:start] == scorer.prefix
+                rows.append(last(prompt_ids[start:], copy.deepcopy(cache)) if rows else last(prompt_ids))
     scorer.model.set_attn_implementation(shared)
-    return torch.stack(rows)
+    return torch.stack(rows).unflatten(0, (len(texts), -1))
 
 
 def packed(scorer: LlmScorer, texts: list[str]) -> torch.Tensor:
     return scorer.logits(scorer.states(texts)).flatten(1, 2)[:, ::13]
 
 
-def test_packed_logits_equal_those_of_prompts_written_out():
-    exact = LlmScorer(LabelerConfig(quantization="none"))
-    for text, found in zip(TEXTS, packed(exact, TEXTS), strict=True):
-        assert torch.allclose(found, written_out(exact, text), atol=1e-3)
+def test_packed_logits_equal_those_of_prompts_written_out(exact: LlmScorer):
+    assert torch.allclose(packed(exact, TEXTS), written_out(exact, TEXTS), atol=1e-3)
 
 
 @pytest.mark.slow
 def test_packed_probabilities_in_4_bits_stay_within_two_hundredths(scorer: LlmScorer):
-    for text, found in zip(TEXTS, packed(scorer, TEXTS), strict=True):
-        assert (found.softmax(-1) - written_out(scorer, text).softmax(-1)).abs().max() < 0.02
+    assert (packed(scorer, TEXTS).softmax(-1) - written_out(scorer, TEXTS).softmax(-1)).abs().max() < 0.02
 
 
-def test_a_text_s_answers_do_not_depend_on_its_neighbours():
-    exact = LlmScorer(LabelerConfig(quantization="none"))
+def test_a_text_s_answers_do_not_depend_on_its_neighbours(exact: LlmScorer):
     alone = np.concatenate([exact.score([t]) for t in TEXTS])
     assert np.abs(exact.score(TEXTS) - alone).max() < 1e-3
 
@@ -160,36 +176,37 @@ def test_scores_are_mapped_to_what_people_say_of_training_texts():
     assert np.abs(mapped - score**2).mean() < 0.06
 
 
-def test_a_kill_costs_the_last_answer_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    corpus = records(20)
+def test_a_kill_costs_the_last_answer_at_most(exact: LlmScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("redheart.data.llm_labels.LlmScorer", lambda _: exact)
+    corpus = records(8)
     config = DataConfig(labeler=LabelerConfig(batch_size=4))
     first = [json.loads(json.dumps(r)) for r in corpus]
     fill_labels(first, tmp_path, config)
     file = tmp_path / "labels-rank0.txt"
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
-    assert len(lines) == 20
-    file.write_bytes(b"".join(lines[:13]) + lines[13][:100])  # the kill
+    assert len(lines) == 8
+    file.write_bytes(b"".join(lines[:5]) + lines[5][:100])  # the kill
     asked: list[str] = []
-    score = LlmScorer.score
-    monkeypatch.setattr(LlmScorer, "score", lambda self, texts: asked.extend(texts) or score(self, texts))
+    score = exact.score
+    monkeypatch.setattr(exact, "score", lambda texts: asked.extend(texts) or score(texts))
     second = [json.loads(json.dumps(r)) for r in corpus]
     result = fill_labels(second, tmp_path, config)
-    assert len(asked) == 7
-    assert len(file.read_bytes().splitlines()) == 20
-    assert result.report["texts"] == 20
+    assert len(asked) == 3
+    assert len(file.read_bytes().splitlines()) == 8
+    assert result.report["texts"] == 8
     for a, b in zip(first, second, strict=True):
         assert np.allclose(
             [v for v in a["bentham"] if v is not None], [v for v in b["bentham"] if v is not None], atol=0.03
         )
-    monkeypatch.setattr(LlmScorer, "__init__", lambda *a: pytest.fail("all answers are there"))
+    monkeypatch.setattr("redheart.data.llm_labels.LlmScorer", lambda _: pytest.fail("all answers are there"))
     third = [json.loads(json.dumps(r)) for r in corpus]
     fill_labels(third, tmp_path, config)
     assert third == second
     content = bytearray(file.read_bytes())
     content[sum(map(len, lines[:3])) + 40] ^= 1  # a flipped bit: that text is asked about again
     file.write_bytes(content)
-    assert len(lines_so_far(tmp_path, "labels")) == 19
+    assert len(lines_so_far(tmp_path, "labels")) == 7
 
 
 @pytest.mark.slow
