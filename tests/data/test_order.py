@@ -2,9 +2,8 @@
 
 import itertools
 import json
+import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import pytest
 
 from redheart.data.order import Order, _chunks, bucket, global_batch, positions, rank_slice
 from redheart.data.stream import SampleStream
-from tests.data.shard_data import write_directory
-from tests.runs import ROOT, environment
+from tests.data.shard_data import read_and_log, write_directory
+from tests.runs import FORKED
 
 
 def split_of(sizes: list[int], repeats: list[int] | None = None, seed: int = 0) -> dict:
@@ -149,6 +148,7 @@ def test_a_start_costs_the_same_at_any_position():
 
 
 def test_kills_and_other_world_sizes_lose_and_repeat_nothing(tmp_path: Path):
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as `forked` has it: the server is everyone's
     data, batch, steps = tmp_path / "data", 12, 84  # two epochs of 500 rows
     data.mkdir()
     write_directory(data, [200, 180, 120])
@@ -158,20 +158,11 @@ def test_kills_and_other_world_sizes_lose_and_repeat_nothing(tmp_path: Path):
     for phase, world in enumerate((1, 2, 4, 3)):
         logs = [tmp_path / f"log-{phase}-{rank}" for rank in range(world)]
         readers = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "tests.data.shard_data",
-                    data,
-                    log,
-                    *map(str, (rank, world, start, steps, batch)),
-                ],
-                cwd=ROOT,
-                env=environment(),
-            )
+            FORKED.Process(target=read_and_log, args=(str(data), str(log), rank, world, start, steps, batch))
             for rank, log in enumerate(logs)
         ]
+        for reader in readers:
+            reader.start()
         if phase < 3:
             wanted = start + chance.randrange(5, 20)
             while min(len(_lines(log)) for log in logs) < wanted - start:
@@ -180,7 +171,8 @@ def test_kills_and_other_world_sizes_lose_and_repeat_nothing(tmp_path: Path):
                 time.sleep(chance.random() * 0.02)
                 reader.kill()
         for reader in readers:
-            assert reader.wait(60) == (-9 if phase < 3 else 0)
+            reader.join(60)
+            assert reader.exitcode == (-9 if phase < 3 else 0)
         parts = [{line["step"]: line["ids"] for line in _lines(log)} for log in logs]
         common = min(max(p) for p in parts) + 1
         end = steps if phase == 3 else common - chance.randrange(0, 3)  # the last checkpoint lies a little back
