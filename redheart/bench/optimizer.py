@@ -24,7 +24,7 @@ import torch
 import typer
 
 from redheart.bench.timing import interleaved
-from redheart.device import compute_device, has_gpu, tell_deepspeed
+from redheart.device import compute_device, has_gpu, variables_kept
 from redheart.memory.budget import PEAKS, forget_peaks, resident_peak
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
@@ -32,6 +32,7 @@ from redheart.optim.adam8bit import kernel
 from redheart.optim.state import BLOCK, MASTERS
 from redheart.options import Rounds
 from redheart.schema import RedHeartError
+from redheart.train.engine.machinery import import_machinery
 
 OURS, TORCH, BITSANDBYTES = "cpu_adamw_8bit", "torch_fused_adamw", "bitsandbytes_cpu"
 DEEPSPEED, DEEPSPEED_BF16 = "deepspeed_cpu_adam", "deepspeed_cpu_adam_bf16"
@@ -79,6 +80,8 @@ def bench_optimizer(
 
 
 def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
+    with variables_kept():  # no process group comes of it
+        import_machinery()  # else every optimizer of DeepSpeed's asks for the processor anew, for more than a second
     from bitsandbytes.optim import AdamW8bit
 
     few = min(n, MOST_BITSANDBYTES)
@@ -189,7 +192,6 @@ def parameter(n: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
 
 
 def _deepspeed_adam(p: torch.nn.Parameter, **settings: Any) -> torch.optim.Optimizer:
-    tell_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam([p], lr=1e-4, adamw_mode=True, **settings)
