@@ -1,5 +1,6 @@
 """What every test stands on: fixed seeds, few threads, no network, and the CPU."""
 
+import gc
 import os
 import random
 
@@ -22,3 +23,9 @@ def _fixed_seeds():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from the global generator)
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: else every garbage collection, and a run asks for several, walks through all of it."""
+    gc.collect()
+    gc.freeze()
