@@ -128,7 +128,8 @@ def growth_plans(source: RedHeartConfig, empty: RedHeartModel) -> dict[str, Plan
     with torch.device("meta"):
         small = RedHeartModel(source)
     old, new = dict(axes_of(small)), dict(axes_of(empty))
-    sizes = {name: (x.shape, small.state_dict()[name].shape) for name, x in empty.state_dict().items()}
+    tensors = small.state_dict()
+    sizes = {name: (x.shape, tensors[name].shape) for name, x in empty.state_dict().items()}
     plans = {}
     for name, (after, before) in sizes.items():
         pairs = zip(old[name], new[name], before, after, strict=True)
