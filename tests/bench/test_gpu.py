@@ -14,7 +14,7 @@ from redheart.bench.gpu_worker import matmul, operation
 from redheart.cli import app
 from redheart.config import dump_config, load_config
 from redheart.schema import RedHeartError
-from tests.runs import ROOT, environment
+from tests.runs import ROOT, environment, forked
 from tests.train.tiny import SETTINGS
 
 # few modules: what is tested is the bench, not the network
@@ -41,7 +41,14 @@ def preset(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_it_runs_to_its_end_on_the_cpu(preset: str, tmp_path: Path):
+def test_it_runs_to_its_end_on_the_cpu(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its processes are forked here; test_a_process_that_fails_tells_why starts them as the bench does."""
+
+    def fork(command, **_):
+        done = forked(command[2], *command[3:])
+        return subprocess.CompletedProcess(command, done.returncode, done.stdout + done.stderr)
+
+    monkeypatch.setattr(processes.subprocess, "run", fork)
     out = tmp_path / "results"
     asked = ["--strategies", "zero2_offload_8bit", "--tokens", "8", "--steps", "2"]
     done = CliRunner().invoke(app, ["bench", "gpu", "--presets", preset, *asked, "--out", str(out), "--json"])

@@ -73,7 +73,9 @@ def test_shrink_and_pad_puts_the_small_network_into_a_corner():
 
 
 def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    tiny = "encoder_width: 768, layers: 1, num_experts: 8, dropout: 0.1"
+    # few modules: the growth of all of them is tested beside the network
+    few = "[analyzers.emotion, analyzers.regret, analyzers.surd, heads.surd, aux.dsp, aux.kalman]"
+    tiny = f"encoder_width: 768, layers: 1, num_experts: 8, dropout: 0.1, ablate: {few}"
     for name, sizes in (("small", (12, 1, 8, 1)), ("large", (24, 2, 16, 2))):
         width, heads, task_width, task_heads = sizes
         model = f"{{width: {width}, heads: {heads}, task_width: {task_width}, task_heads: {task_heads}, {tiny}}}"
