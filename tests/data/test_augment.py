@@ -71,10 +71,18 @@ def test_every_gate_refuses_what_it_is_for():
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llm() -> LlmScorer:
+    """The real one; loading it and running its instruction is most of what a test of it would take."""
+    return LlmScorer(LabelerConfig(quantization="none"))
+
+
+@pytest.fixture(scope="module")
+def written(llm: LlmScorer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work of one run over the records, by the real LLM and encoder."""
     work = tmp_path_factory.mktemp("work")
-    augment(records(), FACTS, work, config("paraphrase"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("redheart.data.llm_labels.LlmScorer", lambda _: llm)
+        augment(records(), FACTS, work, config("paraphrase"))
     return work
 
 
@@ -122,7 +130,8 @@ def test_counterfactuals_become_contrast_texts_of_rows_without_one(work: Path, m
         assert (a["text"], a["id"], b["contrast_text"]) == (b["text"], b["id"], None)
 
 
-def test_a_kill_costs_the_last_batch_at_most(work: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_kill_costs_the_last_batch_at_most(work: Path, llm: LlmScorer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("redheart.data.llm_labels.LlmScorer", lambda _: llm)
     settings = config("paraphrase", min_similarity=-1, max_shift=1)
     first = augment(records(), FACTS, work, settings)
     file = work / "written-rank0.txt"
@@ -131,14 +140,12 @@ def test_a_kill_costs_the_last_batch_at_most(work: Path, monkeypatch: pytest.Mon
     assert all(np.isfinite(json.loads(line)["before"]).all() for line in lines)
     file.write_bytes(b"".join(lines[:4]) + lines[4][:100])  # the kill
     asked: list[str] = []
-    write = LlmScorer.write
-    monkeypatch.setattr(
-        LlmScorer, "write", lambda self, prompts, most: asked.extend(prompts) or write(self, prompts, most)
-    )
+    write = llm.write
+    monkeypatch.setattr(llm, "write", lambda prompts, most: asked.extend(prompts) or write(prompts, most))
     second = augment(records(), FACTS, work, settings)
     assert len(asked) == 2
     assert [r["text"] for r in second[0]] == [r["text"] for r in first[0]]
-    monkeypatch.setattr(LlmScorer, "__init__", lambda *a: pytest.fail("all is written"))
+    monkeypatch.setattr("redheart.data.llm_labels.LlmScorer", lambda _: pytest.fail("all is written"))
     assert augment(records(), FACTS, work, settings) == second
     content = bytearray(file.read_bytes())
     content[content.index(b'"text"') + 12] ^= 1  # a flipped bit: that text is written about again
