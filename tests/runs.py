@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ QUICK = [
     "training.checkpoint_every=1000",
     "--set",
     "training.global_batch_size=8",
+]
+# of half the width of `local` and a third of its layers: what a whole run is about does not depend on its size
+SMALL = [
+    *("--set", "model.width=48", "--set", "model.heads=3", "--set", "model.layers=2"),
+    *("--set", "model.task_width=32", "--set", "model.task_heads=2"),
 ]
 
 
@@ -78,19 +84,9 @@ def forked(module: str, *arguments: str | Path, ranks: int = 0, timeout: int = 2
         worlds = [
             {**meeting, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks)} for r in range(ranks)
         ]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder) / f"out-{r}", Path(folder) / f"err-{r}") for r in range(len(worlds))]
-        processes = [
-            FORKED.Process(
-                target=_become, args=(module, [*map(str, arguments)], environment() | world, *map(str, file))
-            )
-            for world, file in zip(worlds, files, strict=True)
-        ]
-        for process in processes:
-            process.start()
+        processes = [_fork(module, arguments, world, *file) for world, file in zip(worlds, files, strict=True)]
         deadline = time.monotonic() + timeout
         for process in processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -103,6 +99,19 @@ def forked(module: str, *arguments: str | Path, ranks: int = 0, timeout: int = 2
         code = next((p.exitcode for p in processes if p.exitcode), 0)
         output = files[0][0].read_text()
     return subprocess.CompletedProcess([module, *map(str, arguments)], code, output, errors)
+
+
+def _fork(
+    module: str, arguments: Sequence[str | Path], world: dict[str, str], out: Path, err: Path
+) -> ForkServerProcess:
+    """Starts `python -m MODULE …` from the server, its output in files."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server reads it once, when it starts
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    forkserver.ensure_running()
+    given = (module, [*map(str, arguments)], environment() | world, str(out), str(err))
+    process = FORKED.Process(target=_become, args=given)
+    process.start()
+    return process
 
 
 def _become(module: str, arguments: list[str], variables: dict[str, str], out: str, err: str) -> None:
@@ -161,18 +170,20 @@ def start_and_signal(
         f"training.max_steps={steps}",
         *settings,
     ]
-    command = [sys.executable, "-m", "redheart", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    deadline = time.monotonic() + 120
-    while max(losses(run), default=0) < at_step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = (Path(folder) / name for name in ("out", "err"))
+        process = _fork("redheart", arguments, {}, out, err)
+        told = lambda: "".join(file.read_text(errors="replace") for file in (out, err) if file.exists())  # noqa: E731
+        deadline = time.monotonic() + 120
+        while max(losses(run), default=0) < at_step:
+            assert process.is_alive(), told()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(120)
+        assert process.exitcode is not None, told()
+        return process.exitcode, told()
 
 
 def scalars(run: Path, tag: str) -> dict[int, float]:

@@ -12,6 +12,7 @@ from redheart.data.prepare import prepare
 from redheart.data.sources import everyday
 
 BY_HAND = f"everyday={everyday.folder() / 'everyday.json'}"  # these texts leave the LLM something to label
+WHOLE = 10
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -35,7 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 uninterrupted steps on DeepSpeed ZeRO-2 with the optimizer on the host."""
-    from tests.runs import train
+    """WHOLE uninterrupted steps on DeepSpeed ZeRO-2 with the optimizer on the host."""
+    from tests.runs import SMALL, train
 
-    return made_once(tmp_path_factory, "whole", lambda run: train(data, run, 20, "--set", "training.evaluate_every=10"))
+    evaluate = ("--set", f"training.evaluate_every={WHOLE // 2}")
+    return made_once(tmp_path_factory, "whole", lambda run: train(data, run, WHOLE, *SMALL, *evaluate))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from redheart.config import load_config
 from redheart.memory.budget import status_bytes
 from redheart.model import growth
+from redheart.model.build import build_model
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train import grow as door
@@ -28,6 +29,10 @@ from tests.runs import QUICK, redheart
 
 def sizes(width: int = 24, heads: int = 2, task_width: int = 16, **more) -> dict:
     return {"width": width, "heads": heads, "layers": 2, "task_width": task_width, "task_heads": heads, **more}
+
+
+# twice as wide as `whole_run`, and otherwise the same
+TWICE = ["model.heads=6", "model.layers=2", "model.task_heads=4"]
 
 
 def run_config(**changes):
@@ -205,13 +210,15 @@ def test_a_changed_function_is_refused_and_nothing_stays(
 
     monkeypatch.setattr(door, "grown_tensors", damaged)
     with pytest.raises(RedHeartError, match=r"theory_gate_logits differs by .* nothing was written"):
-        door.grow(whole_run, load_config("base"), tmp_path / "base", verify=True)
+        door.grow(whole_run, load_config("local", TWICE), tmp_path / "twice", verify=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trained_network_grows_is_verified_and_trains_on(data: Path, whole_run: Path, tmp_path: Path):
-    out = tmp_path / "base"
-    grown = redheart("grow", "--checkpoint", whole_run, "--to", "base", "--out", out, "--verify", "--moments", "--json")
+    out = tmp_path / "twice"
+    wanted = ["local", *(word for setting in TWICE for word in ("--set", setting))]
+    to = ["--to", *wanted, "--out", out]
+    grown = redheart("grow", "--checkpoint", whole_run, *to, "--verify", "--moments", "--json")
     assert grown.returncode == 0, grown.stderr
     told = json.loads(grown.stdout)
     expected = {
@@ -224,11 +231,12 @@ def test_a_trained_network_grows_is_verified_and_trains_on(data: Path, whole_run
         "host_peak_gib",
     }
     assert set(told) == expected
-    assert told["params_after"] == pytest.approx(4 * told["params_before"], rel=0.02)
+    assert told["params_after"] == sum(p.numel() for p in build_model(load_config("local", TWICE), None).parameters())
+    assert told["params_after"] > 2 * told["params_before"]
     assert 0 < told["max_abs_difference"] <= 1e-5
     assert told["loss_after"] == pytest.approx(told["loss_before"], abs=1e-4)
 
-    arguments = ["train", "--preset", "base", "--data", data, *QUICK, "--set", "training.max_steps=2", "--json"]
+    arguments = ["train", "--preset", *wanted, "--data", data, *QUICK, "--set", "training.max_steps=2", "--json"]
     arguments += ["--set", "memory.strategy=plain", "--set", "training.global_batch_size=8"]
     run = tmp_path / "run"
     trained = redheart(*arguments, "--init", out, "--out", run)

@@ -19,6 +19,7 @@ from redheart.model.select import MODULES
 from redheart.owned import exclusive
 from tests.runs import (
     BIN,
+    SMALL,
     distance,
     forked,
     last_weights,
@@ -28,6 +29,7 @@ from tests.runs import (
     start_and_signal,
     train,
 )
+from tests.train.conftest import WHOLE
 
 ACCELERATE = [
     str(BIN / "accelerate"),
@@ -37,6 +39,7 @@ ACCELERATE = [
     "--main_process_port",
     "0",
 ]
+AS_WHOLE = [*SMALL, "--set", f"training.evaluate_every={WHOLE // 2}"]  # `whole_run`
 
 
 def assert_same_losses(got: dict[int, float], expected: dict[int, float]) -> None:
@@ -49,10 +52,10 @@ def assert_same_losses(got: dict[int, float], expected: dict[int, float]) -> Non
 
 def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, tmp_path: Path):
     for strategy in ("plain", "zero2_offload"):
-        done = train(data, tmp_path / strategy, 6, "--set", f"memory.strategy={strategy}")
+        done = train(data, tmp_path / strategy, 6, *SMALL, "--set", f"memory.strategy={strategy}")
         assert "built successfully" not in done.stderr  # what DeepSpeed prints is in its log
     torch.manual_seed(0)
-    start = build_model(load_config("local"), None).state_dict()
+    start = build_model(load_config("local", SMALL[1::2]), None).state_dict()
     plain, deepspeed = last_weights(tmp_path / "plain"), last_weights(tmp_path / "zero2_offload")
     # relative to how far training has moved; without weight decay it would be 30 times as far. Element by element rounding
     # shows more: Adam divides a tiny gradient by its own size
@@ -62,10 +65,10 @@ def test_plain_torch_and_deepspeed_end_with_the_same_parameters(data: Path, tmp_
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whole_run, tmp_path, number):
     run = tmp_path / "interrupted run"
-    code, output = start_and_signal(data, run, 20, 5, number, "--set", "training.evaluate_every=10")
+    code, output = start_and_signal(data, run, WHOLE, 2, number, *AS_WHOLE)
     assert code == 128 + number, output
     stopped_at = json.loads((read_pointer(run / "checkpoints" / "last") / "trainer.json").read_text())["step"]
-    assert 5 <= stopped_at < 20
+    assert 2 <= stopped_at < WHOLE
     hint = next(line for line in output.splitlines() if line.startswith("go on with: "))
     resumed = redheart(*shlex.split(hint.removeprefix("go on with: redheart ")))  # carries every --set of the run
     assert resumed.returncode == 0, resumed.stderr
@@ -97,23 +100,23 @@ def test_a_launch_into_a_run_that_trains_already_ends_at_once_on_every_rank(
 
 
 def test_8_bit_adam_under_zero_resumes_bitwise_and_learns(data: Path, tmp_path: Path):
-    """How near to fp32 it stays is asserted where it can be told: tests/optim, `redheart bench parity`. Twenty steps of a whole
+    """How near to fp32 it stays is asserted where it can be told: tests/optim, `redheart bench parity`. Steps of a whole
     network are chaotic: two processors end as far apart as two optimizers (17.4 and 16.1 have been seen)."""
-    settings = ["--set", "memory.strategy=zero2_offload_8bit", "--set", "training.evaluate_every=10"]
+    settings = [*AS_WHOLE, "--set", "memory.strategy=zero2_offload_8bit"]
     whole, run = tmp_path / "whole", tmp_path / "resumed"
-    train(data, whole, 20, *settings, "--set", "training.checkpoint_every=8", "--set", "checkpoint.keep_last=9")
-    shutil.copytree(whole / "checkpoints" / "step-00000008", run / "checkpoints" / "step-00000008")
-    train(data, run, 20, *settings, "--resume", run / "checkpoints" / "step-00000008")
+    train(data, whole, WHOLE, *settings, "--set", "training.checkpoint_every=6", "--set", "checkpoint.keep_last=9")
+    shutil.copytree(whole / "checkpoints" / "step-00000006", run / "checkpoints" / "step-00000006")
+    train(data, run, WHOLE, *settings, "--resume", run / "checkpoints" / "step-00000006")
     expected, got = last_weights(whole), last_weights(run)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[k], got[k]) for k in expected)
     dev = scalars(whole, "0_overview/dev_loss")
-    assert dev[20] < 0.9 * dev[0]
+    assert dev[WHOLE] < 0.9 * dev[0]
 
 
 def test_two_ranks_under_accelerate_give_the_losses_of_one_process(data: Path, whole_run: Path, tmp_path: Path):
     arguments = [*ACCELERATE, "--num_processes", "2", "-m", "redheart"]
-    train(data, tmp_path / "two", 20, "--set", "training.evaluate_every=10", launcher=arguments)
+    train(data, tmp_path / "two", WHOLE, *AS_WHOLE, launcher=arguments)
     trainer = json.loads((read_pointer(tmp_path / "two" / "checkpoints" / "last") / "trainer.json").read_text())
     assert trainer["world_size"] == 2
     assert_same_losses(losses(tmp_path / "two"), losses(whole_run))
@@ -121,7 +124,7 @@ def test_two_ranks_under_accelerate_give_the_losses_of_one_process(data: Path, w
 
 def test_two_ranks_under_deepspeed_give_the_losses_of_one_process(data: Path, whole_run: Path, tmp_path: Path):
     launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29677", "--module", "redheart"]
-    train(data, tmp_path / "two", 12, "--set", "training.max_steps=20", launcher=launcher)
+    train(data, tmp_path / "two", WHOLE, *SMALL, launcher=launcher)
     trainer = json.loads((read_pointer(tmp_path / "two" / "checkpoints" / "last") / "trainer.json").read_text())
     assert trainer["world_size"] == 2
     assert_same_losses(losses(tmp_path / "two"), losses(whole_run))
@@ -129,7 +132,7 @@ def test_two_ranks_under_deepspeed_give_the_losses_of_one_process(data: Path, wh
 
 @pytest.mark.slow  # the default suite compares the gradients (tests/model/test_model.py)
 def test_cutting_the_batch_into_micro_batches_changes_nothing(data: Path, whole_run: Path, tmp_path: Path):
-    train(data, tmp_path / "cut", 20, "--set", "training.micro_batch_size=4", "--set", "training.evaluate_every=10")
+    train(data, tmp_path / "cut", WHOLE, *AS_WHOLE, "--set", "training.micro_batch_size=4")
     assert_same_losses(losses(tmp_path / "cut"), losses(whole_run))
 
 
@@ -144,19 +147,19 @@ def test_tensorboard_holds_what_a_run_is_judged_by(whole_run: Path):
         *norms,
     ]:
         values = scalars(whole_run, tag)
-        assert len(values) == 20, tag
+        assert len(values) == WHOLE, tag
         assert all(0 < v < math.inf for v in values.values()), tag
     rate = scalars(whole_run, "0_overview/learning_rate")
-    assert rate[1] == pytest.approx(7e-4)  # one step of warm-up in twenty
-    assert all(rate[k] > rate[k + 1] for k in range(2, 20))
-    assert set(scalars(whole_run, "0_overview/dev_loss")) == {0, 10, 20}
+    assert rate[1] == pytest.approx(7e-4)  # one step of warm-up
+    assert all(rate[k] > rate[k + 1] for k in range(2, WHOLE))
+    assert set(scalars(whole_run, "0_overview/dev_loss")) == {0, WHOLE // 2, WHOLE}
     squares = sum(scalars(whole_run, norm)[7] ** 2 for norm in norms)
     assert squares**0.5 == pytest.approx(scalars(whole_run, "0_overview/grad_norm")[7], rel=1e-4)
 
 
 def test_the_dev_loss_falls(whole_run: Path):
     dev = scalars(whole_run, "0_overview/dev_loss")
-    assert dev[20] < 0.9 * dev[0]
+    assert dev[WHOLE] < 0.9 * dev[0]
 
 
 def test_a_run_that_gets_no_better_ends_early_and_goes_on_where_it_is_told_to(data: Path, tmp_path: Path):
@@ -164,7 +167,7 @@ def test_a_run_that_gets_no_better_ends_early_and_goes_on_where_it_is_told_to(da
         tmp_path / "spoilt",
         ("--set", "optimizer.learning_rate=1.0", "--set", "training.evaluate_every=1", "--json"),
     )
-    told = json.loads(train(data, out, 20, *spoilt, "--set", "training.patience=2").stdout)
+    told = json.loads(train(data, out, 20, *SMALL, *spoilt, "--set", "training.patience=2").stdout)
     assert told["steps"] == told["best_step"] + 2 < 20
     assert told["calibration"]  # it has come to its end
     assert read_pointer(out / "checkpoints" / "best") == out / "checkpoints" / f"step-{told['best_step']:08d}"
@@ -176,7 +179,7 @@ def test_a_run_that_gets_no_better_ends_early_and_goes_on_where_it_is_told_to(da
 
 
 def test_a_dry_run_changes_no_parameter_and_saves_nothing(data: Path, tmp_path: Path):
-    result = train(data, tmp_path / "dry", 3, "--no-param-update", "--json")
+    result = train(data, tmp_path / "dry", 3, *SMALL, "--no-param-update", "--json")
     told = json.loads(result.stdout)
     assert told["last_dev_loss"] == told["initial_dev_loss"]
     assert not (tmp_path / "dry" / "checkpoints").exists()
@@ -194,7 +197,7 @@ def test_everything_lies_under_the_run_directory_and_can_be_used(data: Path, who
     page = (whole_run / "report.html").read_text()
     for line in [
         *report["verdict"]["lines"],
-        "20 optimizer steps of the last launch",
+        f"{WHOLE} optimizer steps of the last launch",
         "kept: step",
         "the user's own",
     ]:
@@ -216,7 +219,7 @@ def test_everything_lies_under_the_run_directory_and_can_be_used(data: Path, who
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(data: Path, tmp_path: Path):
     run = tmp_path / "run"
-    train(data, run, 4, "--set", "training.checkpoint_every=2", "--set", "memory.strategy=plain")
+    train(data, run, 4, *SMALL, "--set", "training.checkpoint_every=2", "--set", "memory.strategy=plain")
     victim = run / "checkpoints" / "step-00000004" / "plain_state.pt"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1

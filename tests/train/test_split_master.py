@@ -122,10 +122,10 @@ def run(ranks: int, **wanted: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("strategy", [STRATEGIES[0], pytest.param(STRATEGIES[1], marks=pytest.mark.slow)])
 def test_two_ranks_become_one(strategy: str, tmp_path: Path):
-    whole = run(2, strategy=strategy, steps=6, save_at=2, save=str(tmp_path / "a"), twice=True)
+    whole = run(2, strategy=strategy, steps=4, save_at=2, save=str(tmp_path / "a"), twice=True)
     assert whole["optimizer"] == "CPUAdamW8bit"
     assert whole["bitwise"]
-    one = run(1, strategy=strategy, steps=4, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_at=4)
+    one = run(1, strategy=strategy, steps=2, load=str(tmp_path / "a"), save=str(tmp_path / "b"), save_at=2)
     assert one["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-4)  # the same weights
     # in bf16 one and two ranks of ZeRO-3 part by a hundredth within eight steps, with fp32 masters too
     assert one["losses"] == pytest.approx(whole["losses"][2:], rel=2e-3 if "zero2" in strategy else 2e-2)

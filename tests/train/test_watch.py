@@ -14,6 +14,7 @@ from redheart.files import write_pointer
 from redheart.schema import RedHeartError
 from redheart.train.watch import page_so_far, server
 from tests.browser import browser, look, scrolls_sideways
+from tests.train.conftest import WHOLE
 
 
 def test_the_page_so_far_is_served_to_this_machine_alone(whole_run: Path):
@@ -40,7 +41,7 @@ def test_the_kept_step_is_the_best_checkpoint_s_and_no_other(whole_run: Path, tm
     """Not that of the lowest dev loss: training.best_metric may be another."""
     run = shutil.copytree(whole_run, tmp_path / "run")
     best = run / "checkpoints" / "best"
-    for step in (10, 20):
+    for step in (WHOLE // 2, WHOLE):
         write_pointer(best, f"step-{step:08d}")
         assert set(re.findall(r"kept: step \d+", html.unescape(page_so_far(run)))) == {f"kept: step {step}"}
     best.unlink()

@@ -90,16 +90,16 @@ def run(ranks: int, **wanted: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("strategy", ["zero2_offload_8bit", pytest.param("zero3_offload_8bit", marks=pytest.mark.slow)])
 def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
-    whole = run(2, strategy=strategy, steps=14, save_at=2, save=str(tmp_path / "a"), twice=True)
+    whole = run(2, strategy=strategy, steps=8, save_at=2, save=str(tmp_path / "a"), twice=True)
     assert whole["optimizer"] == "CPUAdamW8bit"
     assert whole["bitwise"]  # as many ranks: native states
     assert whole["losses"][-1] < whole["losses"][0]
-    one = run(1, strategy=strategy, steps=6, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
-    two = run(2, strategy=strategy, steps=6, load=str(tmp_path / "b"), save=str(tmp_path / "c"))
+    one = run(1, strategy=strategy, steps=3, load=str(tmp_path / "a"), save=str(tmp_path / "b"))
+    two = run(2, strategy=strategy, steps=3, load=str(tmp_path / "b"), save=str(tmp_path / "c"))
     assert one["losses"][0] == pytest.approx(whole["losses"][2], rel=1e-5)
-    assert one["losses"] == pytest.approx(whole["losses"][2:8], rel=1e-3)
+    assert one["losses"] == pytest.approx(whole["losses"][2:5], rel=1e-3)
     # twice blocks of 8 bits began elsewhere, and the steps drift apart
-    assert two["losses"] == pytest.approx(whole["losses"][8:], rel=1e-2)
+    assert two["losses"] == pytest.approx(whole["losses"][5:], rel=1e-2)
     assert not list(tmp_path.glob("*.universal"))
 
 
@@ -113,9 +113,9 @@ def assert_exported(checkpoint: Path, **wanted: Any) -> None:
 
 
 def test_one_rank_resumes_bitwise_under_zero_3_and_its_losses_are_zero_2s(tmp_path: Path):
-    three = run(1, strategy="zero3_offload_8bit", steps=6, save_at=3, save=str(tmp_path / "a"), twice=True)
+    three = run(1, strategy="zero3_offload_8bit", steps=4, save_at=2, save=str(tmp_path / "a"), twice=True)
     assert_exported(tmp_path / "a", strategy="zero3_offload_8bit")
-    two = run(1, strategy="zero2_offload_8bit", steps=6, save=str(tmp_path / "b"))
+    two = run(1, strategy="zero2_offload_8bit", steps=4, save=str(tmp_path / "b"))
     assert three["bitwise"]
     assert three["losses"] == pytest.approx(two["losses"], rel=2e-3)
     assert len(three["norms"]) == len(MODULES)  # no module's gradient goes missing on its way into a partition
