@@ -50,7 +50,7 @@ from redheart.schema import JUDGED_ORIGINS, LABEL_COLUMNS, RedHeartError
 from redheart.tasks import constant_losses, task_weights
 from redheart.train.checkpoint import committed
 from redheart.train.export import load_model, resolve
-from redheart.train.stages import steps_of
+from redheart.train.length import steps_of
 from redheart.train.start import train, with_edges
 from redheart.version import VERSION
 

@@ -24,7 +24,7 @@ from redheart.files import write_text
 from redheart.memory.budget import gib
 from redheart.owned import check_can_make
 from redheart.schema import LABELS, PACKAGED, RedHeartError
-from redheart.train.stages import steps_of
+from redheart.train.length import steps_of
 
 LARGE = 2000  # rows from which on the network of 330M parameters has something to learn from
 SAMPLES_PER_S = {"local": 88, "330m": 43}  # on two CPU cores; with its own strategy on an H100 (figures)

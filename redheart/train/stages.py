@@ -20,9 +20,6 @@ from redheart.tasks import loss_counts, packed_losses
 from redheart.train.engine import Engine, Update
 from redheart.train.synergy import predictions
 
-PASSES = 4  # over the training split, where nobody says otherwise: dev losses have bent upwards by then, or nearly
-LEAST_STEPS = 100  # of few rows even four passes teach nothing
-
 
 @dataclass(frozen=True)
 class Window:
@@ -173,16 +170,6 @@ def split_global_batch(global_batch_size: int, micro_batch_size: int, world_size
     share = global_batch_size // world_size
     micro = next(m for m in range(min(micro_batch_size, share), 0, -1) if share % m == 0)
     return micro, share // micro
-
-
-def steps_of(config: RunConfig, num_rows: int) -> int:
-    """max_steps, or as many as `epochs` passes over the rows take; without either PASSES, and at least LEAST_STEPS."""
-    settings = config.training
-    if settings.max_steps:
-        return settings.max_steps
-    if settings.epochs:
-        return max(1, math.ceil(settings.epochs * num_rows / settings.global_batch_size))
-    return max(LEAST_STEPS, math.ceil(PASSES * num_rows / settings.global_batch_size))
 
 
 def looking_ten_times(config: RunConfig, total_steps: int) -> RunConfig:

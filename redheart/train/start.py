@@ -28,11 +28,12 @@ from redheart.train.checkpoint import Progress
 from redheart.train.claim import RESULT, Claim, naming_no_room
 from redheart.train.engine import PlainEngine, check_engine
 from redheart.train.engine.machinery import START_S
+from redheart.train.length import steps_of
 from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.own import prepared
 from redheart.train.resume import accept, command, order_of_rows
-from redheart.train.stages import looking_ten_times, split_global_batch, steps_of
+from redheart.train.stages import looking_ten_times, split_global_batch
 from redheart.train.stalls import stacks
 from redheart.train.stored import fitting
 from redheart.train.trainer import Trainer
