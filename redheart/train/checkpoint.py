@@ -265,7 +265,7 @@ def locate(wanted: str, run: Path) -> Path:
         directory = last(run) if wanted == "last" else best(run)
         if directory is None:
             raise RedHeartError(
-                f"--resume: {run} has no {wanted} checkpoint: start it without --resume, or name the run with --out"
+                f"--resume: {run} has no {wanted} checkpoint: begin without --resume (again: --overwrite), or name the run with --out"
             )
     else:
         directory = Path(wanted)

@@ -65,9 +65,8 @@ class Claim:
         ours, earlier = owned(self.run, KIND), _of_an_earlier_version(self.run)
         if launched_rank() == 0 and (ours or earlier) and not resuming and not (overwrite and ours):
             replace = "replace it with --overwrite" if ours else "remove it yourself (an earlier version wrote it)"
-            raise RedHeartError(
-                f"{self.run} holds a run already: go on with --resume, {replace}, or name another --out"
-            )
+            kept = "already: go on with --resume," if last(self.run) else "already, with no checkpoint yet:"
+            raise RedHeartError(f"{self.run} holds a run {kept} {replace}, or name another --out")
 
     def _lock(self) -> None:
         self._held.enter_context(exclusive(self.run, "training"))

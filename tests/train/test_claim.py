@@ -50,7 +50,7 @@ def test_overwriting_removes_the_run_and_nothing_else(data: Path, run: Path):
     (run / "checkpoints.old").mkdir()
     (run / "report.md").write_text("mine: evaluate never wrote one")
     before = {p.name for p in run.iterdir()}
-    with pytest.raises(RedHeartError, match="holds a run already"):
+    with pytest.raises(RedHeartError, match="holds a run already: go on with --resume, replace"):
         train(config(1), data, run)
     train(config(1), data, run, overwrite=True)
     assert [d.name for d in committed(run)] == ["step-00000001"]
@@ -58,6 +58,11 @@ def test_overwriting_removes_the_run_and_nothing_else(data: Path, run: Path):
     assert {p.name for p in run.iterdir()} == before
     assert (run / "thesis.txt").read_text() == "mine"
     assert (run / "report.md").read_text().startswith("mine")
+    shutil.rmtree(run / "checkpoints")  # killed before its first one: nothing to go on from
+    with pytest.raises(RedHeartError, match="no checkpoint yet: replace it with --overwrite"):
+        train(config(1), data, run)
+    with pytest.raises(RedHeartError, match=r"has no last checkpoint: .*--overwrite"):
+        train(config(1), data, run, resume="last")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "checkpoints", "tensorboard", "ds_config.json"])
