@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from redheart.evaluation.answers import Answers
+from redheart.tasks import TASKS
 
 MIN_TEXTS = 20
 BASELINES = ("constant", "linear")
@@ -76,12 +77,14 @@ class Verdict:
 
 
 def judge(network: Mapping[str, Answers], others: Mapping[str, Mapping[str, Answers]]) -> Verdict:
-    """`network` and each of BASELINES in `others`: predictions by answer, in the label's units, on the same held-out rows."""
+    """`network` and each of BASELINES in `others`: predictions by answer, in the label's units, on the same held-out rows. Where all labels
+    are alike there is nothing to tell apart; those of pairs never are, which are read either way round."""
+    told = {name: a for name, a in network.items() if a.varies or TASKS[name].kind == "binary"}
     against = {
-        b: {name: difference(ours, others[b][name]) for name, ours in network.items() if name in others[b]}
+        b: {name: difference(ours, others[b][name]) for name, ours in told.items() if name in others[b]}
         for b in BASELINES
     }
-    return Verdict({name: len(a.target) for name, a in network.items()}, against)
+    return Verdict({name: len(a.target) for name, a in told.items()}, against)
 
 
 def difference(ours: Answers, theirs: Answers) -> Difference:

@@ -53,6 +53,14 @@ def test_few_texts_say_nothing_however_clear_they_look():
     assert one.finding(1000) == "open"
 
 
+def test_nothing_is_told_where_all_labels_are_alike_but_of_pairs():
+    ours, theirs = (Answers(np.full((30, 1), p) + 0.01 * np.eye(30, 1), *np.ones((2, 30, 1))) for p in (0.9, 0.5))
+    names = ("acceptability", "preference")
+    said = judge(dict.fromkeys(names, ours), {b: dict.fromkeys(names, theirs) for b in BASELINES})
+    assert said.lines() == ["better than the best constant on preference", "ahead of a linear model on preference"]
+    assert set(said.to_json()["answers"]) == {"preference"}
+
+
 def test_equal_networks_are_called_better_about_as_rarely_as_the_interval_says():
     wrong = sum(
         difference(answers(0.2, 60, 1, 2 * i), answers(0.2, 60, 1, 2 * i + 1)).finding(60) != "open" for i in range(200)
