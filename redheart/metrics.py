@@ -57,8 +57,9 @@ def macro_f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
 
 
 def summarise(sums: Tally) -> dict[str, float]:
-    """count (labelled entries), rows (with a labelled entry), mae, rmse, accuracy, pearson (mean over the columns where it exists)
-    and macro_f1 (where some column has a positive label); {} where nothing is labelled.
+    """count (labelled entries), rows (with a labelled entry), mae, rmse, accuracy, pearson (mean over the columns whose labels vary,
+    0 where the prediction does not; left out where no prediction does) and macro_f1 (where some column has a positive label); {} where
+    nothing is labelled.
 
     ValueError where an entry is not finite: no figure stands for it.
     """
@@ -77,9 +78,10 @@ def summarise(sums: Tally) -> dict[str, float]:
     }
     covariance, var_p, var_t = n * pt - p * t, n * pp - p * p, n * tt - t * t
     # a constant's variance is the rounding of its sums
-    moves = (var_p > ROUNDING * n * pp) & (var_t > ROUNDING * n * tt)
-    if moves.any():
-        result["pearson"] = (covariance[moves] / (var_p[moves] * var_t[moves]).sqrt()).mean().item()
+    varies, moves = (var_t > ROUNDING * n * tt), (var_p > ROUNDING * n * pp)
+    if (varies & moves).any():
+        r = torch.where(moves, covariance / (var_p * var_t).sqrt(), 0.0)
+        result["pearson"] = r[varies].mean().item()
     if (tp + fn > 0).any():
         result["macro_f1"] = float(macro_f1(tp.numpy(), fp.numpy(), fn.numpy()))
     return result

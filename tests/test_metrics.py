@@ -47,6 +47,16 @@ def test_a_constant_prediction_has_no_correlation_to_speak_of():
         assert "pearson" not in summarise(tally(torch.full_like(many, value), many, torch.ones_like(many)))
 
 
+def test_a_column_whose_prediction_is_constant_counts_as_0_and_one_whose_labels_are_alike_not_at_all():
+    """The same of sums and of rows: one figure of a report is no other than the next."""
+    p, t = P.clone(), T.clone()
+    p[:, 0], t[:, 2] = 0.4, 0.1
+    expected = pearsonr(p[:, 1], t[:, 1])[0] / 2
+    assert summarise(tally(p, t, ALL))["pearson"] == pytest.approx(expected, rel=1e-5)
+    by_rows = sums("score", Answers(p.numpy(), t.numpy(), ALL.numpy()), None)
+    assert metric("score", by_rows.sum(0)) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_counted_and_has_no_metric(bad: float):
     broken = P.clone()
