@@ -3,7 +3,8 @@ mean-pooled; SURD's shares also a look-up by the predicted regret.
 
 Scores: ridge regression per entry. Emotions (yes or no at 0.5): logistic regression per entry. Pairs: logistic
 regression on the difference of the pooled vectors, without intercept, so that swapping the texts swaps the answer.
-All are fitted on the training split with the same label weights, and judged by the same tallies as the model.
+All are fitted on the training split with the same label weights, and judged by the same tallies as the model. An entry without a label
+there has no baseline, which is said as NaN, and an answer none where such an entry is to be judged.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 
 from redheart.causality.levels import level_of
 from redheart.data.stream import SampleStream
+from redheart.evaluation.answers import Answers, collect
 from redheart.evaluation.evaluate import Row, add_tallies
-from redheart.metrics import empty_tally, summarise
+from redheart.metrics import empty_tally, not_finite, summarise
 from redheart.schema import LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS, Task
 
@@ -83,13 +85,22 @@ class Baseline:
 
 
 def judged(predictors: Mapping[str, Predict], held_out: SampleStream) -> dict[str, dict[Row, dict[str, float]]]:
-    """Metrics by (task, origin), as Evaluation.metrics, of each of those who predict a batch: [B, size] by task."""
+    """Metrics by (task, origin), as Evaluation.metrics, of each of those who predict a batch: [B, size] by task, NaN where they cannot."""
     rows = [(n, o) for n, task in TASKS.items() if task.final for o in ORIGINS]
     tallies = {kind: {row: empty_tally(LABELS[TASKS[row[0]].label].size) for row in rows} for kind in predictors}
     for batch in held_out.in_order(256):
         for kind, predict in predictors.items():
             add_tallies(tallies[kind], predict(batch), batch)
-    return {k: {row: s for row, sums in t.items() if (s := summarise(sums))} for k, t in tallies.items()}
+    return {
+        kind: {row: s for row, sums in rows_.items() if not not_finite(sums) and (s := summarise(sums))}
+        for kind, rows_ in tallies.items()
+    }
+
+
+def answered(baseline: Baseline, held_out: SampleStream) -> dict[str, Answers]:
+    """What it says there, without answers that have a labelled entry of which it says nothing."""
+    said = collect(baseline, held_out, finite=False)
+    return {name: a for name, a in said.items() if np.isfinite(a.prediction[a.known]).all()}
 
 
 def baselines(train: SampleStream) -> dict[str, Baseline]:
@@ -137,8 +148,9 @@ def _constants(task: Task, data: Pooled, best: Best) -> list[Predictor]:
 def _constant(task: Task, data: Pooled, column: int, best: Best = mean) -> Predictor:
     target, weight = data.labels[task.label][:, column], data.weights[task.label][:, column]
     known = weight > 0
-    # of two texts: neither
-    value = best(target[known], weight[known]) if known.any() and task.kind != "binary" else 0.5
+    if task.kind == "binary":
+        return lambda x: np.full(len(x), 0.5)  # of two texts: neither
+    value = best(target[known], weight[known]) if known.any() else np.nan
     return lambda x: np.full(len(x), value)
 
 
@@ -164,7 +176,7 @@ def look_up(train: SampleStream, model: Predict) -> Predict | None:
 def _linear(task: Task, data: Pooled) -> list[Predictor]:
     """One per entry; ridge for the entries of the same labelled rows is solved at once, each with an alpha of its own.
 
-    Falls to the constant only where no line can be drawn: fewer than two labels, or all alike."""
+    Falls to the constant only where no line can be drawn: fewer than two labels, or all alike; of none there is none."""
     weights = data.weights[task.label]
     alike: dict[bytes, list[int]] = {}
     for column in range(weights.shape[1]):
@@ -179,12 +191,16 @@ def _linear(task: Task, data: Pooled) -> list[Predictor]:
             y = y > 0.5
         sides = 1 if task.kind == "binary" else 2  # a pair is read either way round
         drawn = [i for i in range(len(columns)) if len(np.unique(y[:, i])) >= sides]
-        found |= {c: _constant(task, data, c) for i, c in enumerate(columns) if i not in drawn}
+        found |= {c: _constant(task, data, c) if known.size else _none for i, c in enumerate(columns) if i not in drawn}
         if drawn:
             fit = _ridge if task.kind == "score" else _logistic
             predict = fit(task, x, y[:, drawn], weights[known, columns[0]])
             found |= {columns[i]: partial(_entry, predict, place) for place, i in enumerate(drawn)}
     return [found[column] for column in range(weights.shape[1])]
+
+
+def _none(x: np.ndarray) -> np.ndarray:
+    return np.full(len(x), np.nan)
 
 
 def _entry(predict: Predictor, place: int, x: np.ndarray) -> np.ndarray:

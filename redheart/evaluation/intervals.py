@@ -16,6 +16,7 @@ from redheart.evaluation.answers import Answers, cuts, resampled, sums
 from redheart.tasks import TASKS
 
 COLUMNS = ("answer", "texts", "metric", "Red Heart", "constant", "linear", "above the constant", "above linear")
+FIGURES = ("constant", "linear", "above_constant", "above_linear")  # beside the network's own
 Sides = tuple[Mapping[str, Answers], Mapping[str, Answers]]  # answers on dev and on the held-out split, by task
 
 
@@ -32,26 +33,23 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one answer on so many texts: the metric of all three, and how far the network's lies above the others'."""
+    """Of one answer on so many texts: the metric of all three, and how far the network's lies above the others'; None of a baseline that
+    there is not."""
 
     task: str
     rows: int
     metric: str
     model: Interval
-    constant: Interval
-    linear: Interval
-    above_constant: Interval
-    above_linear: Interval
+    constant: Interval | None
+    linear: Interval | None
+    above_constant: Interval | None
+    above_linear: Interval | None
 
     def cells(self) -> list[str]:
         """Of a row under COLUMNS."""
-        values = (
-            f"{self.constant.value:.3f}",
-            f"{self.linear.value:.3f}",
-            str(self.above_constant),
-            str(self.above_linear),
-        )
-        return [self.task, str(self.rows), self.metric, str(self.model), *values]
+        values = ("–" if one is None else f"{one.value:.3f}" for one in (self.constant, self.linear))
+        above = ("–" if one is None else str(one) for one in (self.above_constant, self.above_linear))
+        return [self.task, str(self.rows), self.metric, str(self.model), *values, *above]
 
     def to_json(self) -> dict[str, Any]:
         return {name: v._asdict() if isinstance(v, Interval) else v for name, v in vars(self).items()}
@@ -59,7 +57,8 @@ class Measured:
 
 def measured(model: Sides, constant: Sides, linear: Sides, same_rows: bool) -> list[Measured]:
     """One per final answer that people labelled on the held-out split; `same_rows`: that is dev itself (answers.cuts). A multilabel answer
-    is left out where dev lacks it, or where no label on the held-out split is positive; any where all labels are alike."""
+    is left out where dev lacks it, or where no label on the held-out split is positive; any where all labels are alike. A baseline may
+    lack an answer."""
     found = []
     for task, held_out in model[1].items():
         kind: str = TASKS[task].kind
@@ -67,13 +66,15 @@ def measured(model: Sides, constant: Sides, linear: Sides, same_rows: bool) -> l
             continue
         if kind == "multilabel" and (task not in model[0] or not ((held_out.target > 0.5) & held_out.known).any()):
             continue
-        sides = []
-        for on_dev, answers in (model, constant, linear):
-            cut = cuts(on_dev[task], answers[task], same_rows) if kind == "multilabel" else None
-            sides.append(sums(kind, answers[task], cut))
-        values = resampled(kind, *sides)
-        values += [values[0] - values[1], values[0] - values[2]]
-        found.append(Measured(task, len(held_out.target), METRIC[kind], *map(_interval, values)))
+        sides = {}
+        for side, (on_dev, answers) in (("model", model), ("constant", constant), ("linear", linear)):
+            if task in answers:
+                cut = cuts(on_dev[task], answers[task], same_rows) if kind == "multilabel" else None
+                sides[side] = sums(kind, answers[task], cut)
+        values = dict(zip(sides, resampled(kind, *sides.values()), strict=True))
+        values |= {f"above_{side}": values["model"] - values[side] for side in sides if side != "model"}
+        figures = {name: _interval(values[name]) if name in values else None for name in FIGURES}
+        found.append(Measured(task, len(held_out.target), METRIC[kind], _interval(values["model"]), **figures))
     return found
 
 

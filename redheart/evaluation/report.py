@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from redheart.causality.synergy import Informing
 from redheart.console import table
 from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import Answers, collect
-from redheart.evaluation.baselines import Predict, baselines, judged, look_up
+from redheart.evaluation.baselines import Predict, answered, baselines, judged, look_up
 from redheart.evaluation.calibration import uncalibrated
 from redheart.evaluation.causes import LEAST, Causes
 from redheart.evaluation.causes import picture as draw
@@ -43,6 +43,7 @@ LOSS_COLUMNS = (
 )
 CAUSE_COLUMNS = ("kind", "what tells", "bits")
 LABEL_COLUMNS = ("kind", "what tells", "bits of the labels", "bits of the predictions")
+FITTED = {"linear": "linear", "constant": "constant/mse"}  # what the verdict calls them
 TUNED_ON = {False: "dev", True: "the other half of dev"}
 ARROW = {"mae": "↓", "tuned_f1": "↑", "macro_f1": "↑", "accuracy": "↑", "pearson": "↑"}  # which way is better
 
@@ -65,18 +66,20 @@ class Line:
 def compare(
     result: Evaluation,
     model: RedHeartModel,
-    train: SampleStream,
+    train: SampleStream | None,
     dev: SampleStream,
     held_out: SampleStream,
     scored: tuple[Mapping[str, Answers], Mapping[str, Answers]],
     judged_answers: Mapping[str, Answers],
+    judged_on: SampleStream,
 ) -> tuple[list[Line], list[Measured], Verdict]:
     """The lines of the report, labels of people first, and metrics with intervals. `tuned_f1`: macro-F1 with the thresholds of
     answers.cuts, for every side; the network's own from what it `scored` on dev and on the held-out split (calibration.score_split).
-    The verdict is on `judged_answers`: what it says there, calibrated."""
+    The verdict is on `judged_answers`: what it says on `judged_on`, calibrated. Without rows to train them on there are no baselines."""
     predict = lambda batch: predict_all(forward(model, batch.to("cpu", torch.float32)))  # noqa: E731
-    others: dict[str, Predict] = {**baselines(train)}
-    if "regret" in {row[0] for row in result.metrics} and (table_ := look_up(train, predict)):
+    fitted = baselines(train) if train else {}
+    others: dict[str, Predict] = {**fitted}
+    if train and "regret" in {row[0] for row in result.metrics} and (table_ := look_up(train, predict)):
         others["look_up"] = table_
     metrics = judged(others, held_out)
     lines = []
@@ -89,16 +92,17 @@ def compare(
             summary = result.metrics[row]
             lines.append(Line(*row, row[1] in JUDGED_ORIGINS, int(summary["rows"]), metric, summary[metric], *values))
     linear, constant = (
-        (collect(side, dev), collect(side, held_out)) for side in (others["linear"], others["constant/macro_f1"])
+        (collect(fitted[side], dev, finite=False), answered(fitted[side], held_out)) if fitted else ({}, {})
+        for side in ("linear", "constant/macro_f1")
     )
     on_dev, on_held_out = ({name: uncalibrated(name, given) for name, given in side.items()} for side in scored)
     found = measured((on_dev, on_held_out), constant, linear, tuned_on_itself(held_out))
     for one in found:
         if one.metric == "macro_f1":
-            f1 = one.model.value, one.linear.value, one.constant.value
-            lines.insert(0, Line(one.task, "people", True, one.rows, "tuned_f1", *f1))
-    others_said = {"linear": linear[1], "constant": collect(others["constant/mse"], held_out)}
-    return lines, found, judge(judged_answers, others_said)
+            f1 = (side and side.value for side in (one.linear, one.constant))
+            lines.insert(0, Line(one.task, "people", True, one.rows, "tuned_f1", one.model.value, *f1))
+    said = {b: answered(fitted[side], judged_on) for b, side in FITTED.items() if side in fitted}
+    return lines, found, judge(judged_answers, said)
 
 
 def tuned_on_itself(held_out: SampleStream) -> bool:
@@ -123,7 +127,8 @@ FOOTNOTE = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything there is to say about one checkpoint on one split. `dev_losses` rows: task, before, at the checkpoint, constant."""
+    """Everything there is to say about one checkpoint on one split. `dev_losses` rows: task, before, at the checkpoint, constant; None
+    where that is a figure of other rows."""
 
     title: str
     facts: Mapping[str, object]
@@ -132,7 +137,7 @@ class Report:
     lines: list[Line]
     measured: list[Measured]
     verdict: Verdict
-    dev_losses: list[tuple[str, float, float, float]]
+    dev_losses: list[tuple[str, float | None, float, float | None]]
     causes: Causes | None  # what informs regret; None where there are too few texts
     reliability: list[Reliability]
     calibrated_by: str  # which rows the calibration was fitted on
@@ -140,29 +145,23 @@ class Report:
     confusion: tuple[tuple[str, ...], np.ndarray] | None  # of emotions: entries, and texts [true, said] (confusion)
     untrained: list[str] | None = None  # answers, or answers' entries, that no label trained; None: not known
     label_counts: LabelCounts = field(default_factory=dict)  # what trained the others
-
-    def without_untrained(self) -> Report:
-        """The same without the lines, losses and causes of answers that no label trained; they stay named."""
-        gone = set(self.untrained or ())
-        losses = {name: v for name, v in self.evaluation.losses.items() if TASKS[name].label not in gone}
-        return replace(
-            self,
-            evaluation=replace(self.evaluation, losses=losses),
-            lines=[line for line in self.lines if line.task not in gone],
-            measured=[one for one in self.measured if one.task not in gone],
-            dev_losses=[row for row in self.dev_losses if row[0] not in gone],
-            reliability=[one for one in self.reliability if one.task not in gone],
-            wrong=[one for one in self.wrong if not gone & {one.answer, one.answer.partition(".")[0]}],
-            confusion=None if "emotion" in gone else self.confusion,
-        )
+    shows_untrained: bool = False  # they are in the figures, and marked; else no figure is of them
+    notes: Sequence[str] = ()  # which rows stand in for others, or are missing
 
     def footnote(self) -> str:
         """What the tables need to be read right."""
+        lines = [FOOTNOTE, *self.notes]
         if self.untrained is None:
-            return FOOTNOTE + "\nWhich answers were trained is not known: an earlier version made this checkpoint."
-        if not self.untrained:
-            return FOOTNOTE
-        return f"{FOOTNOTE}\nNo label trained these answers, and they mean nothing: {', '.join(self.untrained)}."
+            lines.append("Which answers were trained is not known: an earlier version made this checkpoint.")
+        elif self.untrained:
+            lines.append(f"No label trained these answers, and they mean nothing: {', '.join(self.untrained)}.")
+        return "\n".join(lines)
+
+    def _marked(self, rows: Iterable[Sequence[str]]) -> list[list[str]]:
+        """Rows of a table that begin with an answer, with those marked that no label trained."""
+        silent = self.untrained if self.untrained and self.shows_untrained else []
+        marks = {name.partition(".")[0]: "partly trained" for name in silent} | dict.fromkeys(silent, "not trained")
+        return [[f"{name} ({marks[name]})" if name in marks else name, *rest] for name, *rest in rows]
 
     def terminal_tables(self) -> list[Any]:
         sections = (self._losses(), self._lines(), self._calibration(), *self._causes())
@@ -210,19 +209,19 @@ class Report:
             "In brackets the 95 % interval of a bootstrap over the rows, paired where it is of a difference. macro_f1: with the threshold "
             f"of every entry chosen on {TUNED_ON[self.split == 'dev']}; pearson: of a constant it is 0. Labels of people alone."
         ]
-        rows = [one.cells() for one in self.measured]
+        rows = self._marked(one.cells() for one in self.measured)
         return Section(
             f"{self.split.capitalize()} split: how well, and how sure that is", (), INTERVAL_COLUMNS, rows, notes
         )
 
     def _losses(self) -> Section:
         number = lambda name: counted(self.label_counts, TASKS[name].label) or "not counted"  # noqa: E731
-        rows = [[name, number(name), *(f"{v:.4f}" for v in values)] for name, *values in self.dev_losses]
-        return Section("What was learned", (), LOSS_COLUMNS, rows)
+        figure = lambda v: "–" if v is None else f"{v:.4f}"  # noqa: E731
+        rows = [[name, number(name), *map(figure, values)] for name, *values in self.dev_losses]
+        return Section("What was learned", (), LOSS_COLUMNS, self._marked(rows))
 
     def _lines(self) -> Section:
-        marked = {name: f"{name} (not trained)" for name in self.untrained or ()}
-        rows = [[marked.get(task, task), *rest] for task, *rest in map(cells, self.lines)]
+        rows = self._marked(map(cells, self.lines))
         return Section(f"{self.split.capitalize()} split, {self.evaluation.rows} samples", (), COLUMNS, rows)
 
     def _meanings(self) -> list[str]:
@@ -239,7 +238,7 @@ class Report:
             f"As the network gives them and calibrated ({self.calibrated_by}). ECE: expected calibration error, {BINNED}; of ratings "
             "and strengths in the label's units, as their Brier score is the mean squared error."
         ]
-        rows = [one.cells() for one in self.reliability]
+        rows = self._marked(one.cells() for one in self.reliability)
         drawn = draw_reliability(self.reliability) if rows else None
         return Section(f"Calibration ({self.calibrated_by})", (), RELIABILITY_COLUMNS, rows, notes, drawn)
 

@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`against`: by baseline, then by answer; `texts`: labelled held-out texts by answer."""
+    """`against`: by baseline, then by answer, where there is that baseline; `texts`: labelled held-out texts by answer."""
 
     texts: dict[str, int]
     against: dict[str, dict[str, Difference]]
@@ -70,18 +70,18 @@ class Verdict:
         return {
             "lines": self.lines(),
             "answers": {
-                name: {"texts": n} | {b: asdict(self.against[b][name]) for b in BASELINES}
+                name: {"texts": n} | {b: asdict(self.against[b][name]) for b in BASELINES if name in self.against[b]}
                 for name, n in self.texts.items()
             },
         }
 
 
 def judge(network: Mapping[str, Answers], others: Mapping[str, Mapping[str, Answers]]) -> Verdict:
-    """`network` and each of BASELINES in `others`: predictions by answer, in the label's units, on the same held-out rows. Where all labels
-    are alike there is nothing to tell apart; those of pairs never are, which are read either way round."""
+    """`network` and those of BASELINES that there are in `others`: predictions by answer, in the label's units, on the same held-out rows.
+    Where all labels are alike there is nothing to tell apart; those of pairs never are, which are read either way round."""
     told = {name: a for name, a in network.items() if a.varies or TASKS[name].kind == "binary"}
     against = {
-        b: {name: difference(ours, others[b][name]) for name, ours in told.items() if name in others[b]}
+        b: {name: difference(ours, others[b][name]) for name, ours in told.items() if name in others.get(b, {})}
         for b in BASELINES
     }
     return Verdict({name: len(a.target) for name, a in told.items()}, against)

@@ -17,6 +17,7 @@ from redheart.evaluation.evaluate import evaluate
 from redheart.evaluation.examples import confusion, worst
 from redheart.evaluation.reliability import calibrated, reliability
 from redheart.evaluation.report import Report, compare, tuned_on_itself
+from redheart.evaluation.rows import Rows, beside
 from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.losses.combine import factors
 from redheart.memory.swap import place
@@ -24,6 +25,7 @@ from redheart.model.redheart import parameter_counts
 from redheart.owned import check_can_make_file
 from redheart.schema import EMOTIONS, RedHeartError
 from redheart.tasks import TASKS, task_weights
+from redheart.train.checkpoint import Progress
 from redheart.train.claim import is_run, own_report
 from redheart.train.export import load_model, resolve
 from redheart.train.told import data_and_commands, how_it_ran
@@ -49,13 +51,17 @@ def validate(
     directory = resolve(checkpoint)
     model, config, progress, calibration = load_model(directory)
     data = data or progress.data
-    train, dev, held_out = (SampleStream(data, s, config.data.remote) for s in ("train", "dev", split))
+    trained = trained_entries(progress.labels, config.loss) if progress.labels else None
+    silent = None if trained is None else untrained_names(trained)
+    of = None if untrained else trained
+    held_out = Rows(data, split, config.data.remote, of)
     if not held_out.num_rows:
         raise RedHeartError(f"{data} has no rows in split {split!r}: prepare more samples, or choose another --split")
     if held_out.encoder != progress.encoder:
         raise RedHeartError(
             f"{data} was encoded by {held_out.encoder}, but {directory} was trained on {progress.encoder}"
         )
+    train, dev, own_dev, notes = beside(held_out, data, progress.data, config.data.remote, of)
     weights = factors(task_weights(config.loss), progress.scales, config.loss.constant_floor)
     swapped = place(model, device, config.memory.swap if swap is None else swap)
     result = evaluate(model, held_out, config.loss, weights, device)
@@ -64,23 +70,27 @@ def validate(
         "preset": config.preset,
         "parameters": f"{sum(parameter_counts(model).values()):,}",
         "checkpoint": f"{directory.name} ({progress.step} optimizer steps on {progress.world_size} processes)",
-        "samples": f"{train.num_rows} in training, {held_out.num_rows} in {split}",
+        "samples": f"{train.num_rows if train else 'none'} in training, {held_out.num_rows} in {split}",
         "encoder": f"{held_out.encoder['name']}, hidden layers {held_out.encoder['layers']}",
     }
     if cut := cut_texts(held_out.index):
         facts["texts cut"] = "; ".join(cut)
     rows = config.training.evaluate_rows
-    before, now = progress.initial_dev_losses, evaluate(model, dev, config.loss, weights, device, max_rows=rows)
-    after = now.losses  # of these very weights: the last look at dev before a checkpoint was written may be steps older
-    losses = [(n, before[n], v, progress.scales[n]) for n, v in after.items() if n in before and TASKS[n].final]
-    trained = trained_entries(progress.labels, config.loss) if progress.labels else None
-    silent = None if trained is None else untrained_names(trained)
+    # of these very weights: the last look at dev before a checkpoint was written may be steps older
+    now = evaluate(model, dev, config.loss, weights, device, max_rows=rows)
+    losses = [_dev_loss(progress, n, v, dev, own_dev) for n, v in now.losses.items() if TASKS[n].final]
+    if not any(TASKS[name].final for name in result.losses):
+        notes.append(f"Nothing is judged: in split {split}, {data} has labels of no answer that was trained.")
     itself = tuned_on_itself(held_out)
     on_dev = score_split(model, dev, device)
     scored = on_dev, on_dev if itself else score_split(model, held_out, device)
     maps, fitted_on = _maps(calibration, dev, on_dev, itself)
-    learned = {name: a for name, a in calibrated(scored[1], maps, itself).items() if name not in (silent or ())}
-    lines, sure, verdict = compare(result, model, train, dev, held_out, scored, learned)
+    judged, said = held_out, scored[1]
+    if untrained and silent:  # shown, but nothing to be judged by
+        judged = Rows(data, split, config.data.remote, trained)
+        said = score_split(model, judged, device)
+    learned = calibrated(said, maps, itself)
+    lines, sure, verdict = compare(result, model, train, dev, held_out, scored, learned, judged)
     causes = causes_of_regret(model, held_out, () if untrained else silent or ())
     reliable = reliability(scored[1], maps, itself)
     title = f"Red Heart: what {config.preset} learned"
@@ -103,9 +113,9 @@ def validate(
         confusion=confused,
         untrained=silent,
         label_counts=progress.label_counts,
+        shows_untrained=untrained,
+        notes=notes,
     )
-    if not untrained:
-        report = report.without_untrained()
     if swapped.names:
         console.print(str(swapped.report()))
     run = directory.parent.parent if directory.parent.name == "checkpoints" else None
@@ -116,8 +126,16 @@ def validate(
     if out is None:
         return report, None
     curves = learning_curves(scalars(run), progress.step) if run else None
-    report.write(out, curves, [*how_it_ran(run), *data_and_commands(run, directory, data, split, train.index)])
+    report.write(out, curves, [*how_it_ran(run), *data_and_commands(run, directory, data, split, held_out.index)])
     return report, out
+
+
+def _dev_loss(
+    progress: Progress, name: str, now: float, dev: Rows, own: bool
+) -> tuple[str, float | None, float, float | None]:
+    """A row of Report.dev_losses. What training kept is of all labels on the run's own dev rows."""
+    before = None if dev.has_others(name) else progress.initial_dev_losses.get(name)
+    return (name, before, now, progress.scales[name]) if own else (name, None, now, None)
 
 
 def _maps(
@@ -126,6 +144,8 @@ def _maps(
     """(what calibrates the answers on the held-out split, in words on which rows it was fitted)."""
     if itself:
         return {}, "each half of dev by what the other half says"
+    if calibration is None and not dev.num_rows:
+        return {}, "the checkpoint has none, and no dev rows are there to fit one on: as the network says"
     if calibration is None:
         return fit(on_dev), "the checkpoint has none: fitted on dev for this report"
     same = calibration.dev == dev_digest(dev)
