@@ -30,6 +30,7 @@ from redheart.evaluation.trained import LabelCounts, counted
 from redheart.evaluation.verdict import Verdict, judge
 from redheart.files import write_text
 from redheart.model.redheart import RedHeartModel
+from redheart.owned import make_directory
 from redheart.schema import JUDGED_ORIGINS
 from redheart.tasks import TASKS
 
@@ -200,6 +201,7 @@ class Report:
 
     def write(self, path: Path, curves: Picture | None, more: Sequence[Section]) -> None:
         """`path` (markdown), with its pictures beside it, and the same as one page, its name with .html."""
+        make_directory(path.parent, "--report")  # before the pictures
         sections = [*self.sections(curves), *more]
         write_text(path, to_markdown(self.title, sections, path.parent))
         write_text(path.with_suffix(".html"), to_html(self.title, sections))

@@ -73,7 +73,7 @@ def test_a_test_set_alone_is_judged_beside_the_runs_own_train_and_dev_rows(run, 
 
 
 def test_without_any_training_rows_the_figures_stand_alone(run, own, tmp_path, monkeypatch, capsys):
-    new, report = write(tmp_path / "new", test=rows("test")), tmp_path / "report.md"
+    new, report = write(tmp_path / "new", test=rows("test")), tmp_path / "not there yet" / "report.md"
     (run.parent / "data").rename(run.parent / "elsewhere")
     try:
         code, out, err = command(
