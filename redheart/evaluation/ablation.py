@@ -75,11 +75,11 @@ def effects(
 ) -> list[Effect]:
     """One Effect per answer; `whole` and `without` are (dev, held-out) answers of the two networks; `same_rows`: held out is dev
     itself (answers.cuts). An answer that is gone without the module counts as nothing: metric 0. Left out as in intervals.measured is
-    what has labels all alike, a multilabel answer that dev lacks too, and emotions that nobody has."""
+    what has labels all alike, but of pairs, a multilabel answer that dev lacks too, and emotions that nobody has."""
     lines = []
     for name, one in whole[1].items():
         kind = TASKS[name].kind
-        if not one.varies:
+        if not one.varies and kind != "binary":
             continue
         if kind == "multilabel" and (name not in whole[0] or not ((one.target > 0.5) & one.known).any()):
             continue

@@ -57,12 +57,12 @@ class Measured:
 
 def measured(model: Sides, constant: Sides, linear: Sides, same_rows: bool) -> list[Measured]:
     """One per final answer that people labelled on the held-out split; `same_rows`: that is dev itself (answers.cuts). A multilabel answer
-    is left out where dev lacks it, or where no label on the held-out split is positive; any where all labels are alike. A baseline may
-    lack an answer."""
+    is left out where dev lacks it, or where no label on the held-out split is positive; any where all labels are alike, but of
+    pairs, which are read either way round. A baseline may lack an answer."""
     found = []
     for task, held_out in model[1].items():
         kind: str = TASKS[task].kind
-        if not held_out.varies:
+        if not held_out.varies and kind != "binary":
             continue
         if kind == "multilabel" and (task not in model[0] or not ((held_out.target > 0.5) & held_out.known).any()):
             continue

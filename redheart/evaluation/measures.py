@@ -25,8 +25,8 @@ def measure(
 ) -> Measured:
     """Of every final answer that has one of the `entries` [NUM_LABEL_COLUMNS] (bool, in the order of LABEL_COLUMNS).
 
-    `dev` chooses thresholds; `same_rows`: held out is dev itself (answers.cuts). Nothing is measured where all labels are alike, or
-    where the network lacks the answer.
+    `dev` chooses thresholds; `same_rows`: held out is dev itself (answers.cuts). Nothing is measured where all labels are alike, but
+    of pairs, which are read either way round, or where the network lacks the answer.
     """
     found: Measured = {}
     for label in LABELS:
@@ -43,9 +43,9 @@ def measure(
 
 def _measured(name: str, label: str, dev: Answers, held_out: Answers, same_rows: bool) -> Measured:
     labels = held_out.target[held_out.known]
-    if not len(labels) or (labels == labels[0]).all():
-        return {}
     kind: str = TASKS[label].kind
+    if not len(labels) or ((labels == labels[0]).all() and kind != "binary"):
+        return {}
     if kind == "multilabel" and not (labels > 0.5).any():
         return {}
     if kind == "score" and np.isin(labels, (0, 1)).all():

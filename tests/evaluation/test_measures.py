@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import pearsonr, ttest_1samp
 from sklearn.metrics import accuracy_score, f1_score
 
+from redheart.evaluation.ablation import effects
 from redheart.evaluation.answers import Answers, cuts, thresholds
 from redheart.evaluation.measures import measure, over_seeds, paired
 from redheart.schema import EMOTIONS, ETHICS, LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS
@@ -79,6 +80,18 @@ def test_pairs_have_no_f1():
     dev, test = made("preference", 0), made("preference", 1)
     found = measure({"preference": dev}, {"preference": test}, entries(preference=None), same_rows=False)
     assert found == {"preference": ("accuracy", pytest.approx(accuracy_score(test.target, test.prediction > 0.5)))}
+
+
+def test_pairs_that_name_the_better_text_first_are_measured_too():
+    test = made("preference", 1)
+    first = {"preference": Answers(test.prediction, np.ones_like(test.target), test.known, test.halves)}
+    found = measure(first, first, entries(preference=None), same_rows=False)
+    assert found == {"preference": ("accuracy", pytest.approx((test.prediction > 0.5).mean()))}
+    removed = {
+        "preference": Answers(np.full_like(test.target, 0.5), np.ones_like(test.target), test.known, test.halves)
+    }
+    (effect,) = effects("parts", "removed", (first, first), (removed, removed))
+    assert (effect.whole, effect.without) == (found["preference"][1], 0.5)
 
 
 def test_intervals_are_students():

@@ -1,6 +1,7 @@
 """The report as a page: what stands in it is text, it fits a phone, and the figures under it are right."""
 
 import html
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,10 @@ def test_intervals_of_a_bootstrap_over_rows():
     (found,) = measured(split(ours), split(other), split(ours), False)
     alike = {"regret": given(np.arange(4.0)[:, None], np.ones((4, 1)))}
     assert measured((alike, alike), (alike, alike), (alike, alike), False) == []
+    first = replace(
+        ours, prediction=right.astype(float), target=np.ones((400, 1))
+    )  # the better text always named first
+    assert measured(split(first), split(other), split(first), False) == [found]
     share = right.mean()
     assert (found.metric, found.rows, found.model.value) == ("accuracy", 400, pytest.approx(share))
     half = 1.96 * (share * (1 - share) / 400) ** 0.5  # of a share, by the normal approximation
