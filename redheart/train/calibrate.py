@@ -34,6 +34,7 @@ from redheart.train import checkpoint
 from redheart.train.checkpoint import Progress
 from redheart.train.claim import is_run
 from redheart.train.export import AGAIN, Trained, load_weights, resolve
+from redheart.train.resume import check_as_trained
 
 
 class Calibrated(NamedTuple):
@@ -76,6 +77,8 @@ def calibrate(path: Path, data: str | None = None, device: str = "cpu") -> Calib
             raise RedHeartError(
                 f"{dev.store.location} was encoded by {dev.encoder}, but {directory} was trained on {progress.encoder}"
             )
+        if data is None:
+            check_as_trained(progress, dev.index)
         return _calibrate(directory, loaded, dev, device, 32)
 
 

@@ -193,6 +193,15 @@ def order_of_rows(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_as_trained(state: Progress, index: Mapping[str, Any]) -> None:
+    """Raises RedHeartError where what a network was trained on was prepared anew since: rows held out now may be those it learned."""
+    if state.order and state.order != order_of_rows(index):
+        raise RedHeartError(
+            f"{state.data} holds other rows than this was trained on (it was prepared anew): --data {shlex.quote(state.data)} takes "
+            "them all the same, --data OTHER names what it was"
+        )
+
+
 def command(run: Path) -> str:
     """What to type to go on with `run`: its last checkpoint keeps every setting, and says which data it is trained on."""
     line = shlex.join(["redheart", "train", "--out", str(run), "--resume"])

@@ -28,6 +28,7 @@ from redheart.tasks import TASKS, task_weights
 from redheart.train.checkpoint import Progress
 from redheart.train.claim import is_run, own_report
 from redheart.train.export import load_model, resolve
+from redheart.train.resume import check_as_trained
 from redheart.train.told import data_and_commands, how_it_ran
 
 
@@ -50,7 +51,7 @@ def validate(
             raise RedHeartError(f"--report {out}: name the .md, and the .html comes beside it")
     directory = resolve(checkpoint)
     model, config, progress, calibration = load_model(directory)
-    data = data or progress.data
+    own, data = data is None, data or progress.data
     trained = trained_entries(progress.labels, config.loss) if progress.labels else None
     silent = None if trained is None else untrained_names(trained)
     of = None if untrained else trained
@@ -61,6 +62,8 @@ def validate(
         raise RedHeartError(
             f"{data} was encoded by {held_out.encoder}, but {directory} was trained on {progress.encoder}"
         )
+    if own:
+        check_as_trained(progress, held_out.index)
     train, dev, own_dev, notes = beside(held_out, data, progress.data, config.data.remote, of)
     weights = factors(task_weights(config.loss), progress.scales, config.loss.constant_floor)
     swapped = place(model, device, config.memory.swap if swap is None else swap)

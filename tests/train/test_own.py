@@ -21,8 +21,10 @@ from redheart.config import load_config
 from redheart.data.own import SOURCE
 from redheart.data.store import Store
 from redheart.schema import RedHeartError
+from redheart.train.calibrate import calibrate
 from redheart.train.init import init
 from redheart.train.own import settings
+from redheart.train.validate import validate
 from tests.runs import ROOT, environment, last_weights, redheart
 
 TINY = [
@@ -105,6 +107,19 @@ def test_a_table_that_has_changed_is_refused_on_a_resume_that_names_it(folder, f
         assert settings(None, None, [], run, "last", *named).data == str(run / "data")
     finally:
         data.write_bytes(before)
+
+
+def test_data_that_was_prepared_anew_is_not_taken_for_what_was_trained_on(tmp_path):
+    """A start that is refused after its table was prepared leaves the earlier run beside the new rows."""
+    data, run = table(tmp_path / "texts.csv"), tmp_path / "run"
+    again = ["train", "--data", data, *COLUMNS, "--out", run, *TINY, "--set", "training.max_steps=1"]
+    assert redheart(*again).returncode == 0
+    data.write_text(data.read_text().replace("by the lake", "on the hill"))
+    refused = redheart(*again, "--overwrite", "--set", "training.best_metric=nonsense")
+    assert (refused.returncode, "nonsense" in refused.stderr) == (1, True)
+    for door in (lambda: validate(run, None, "test", None), lambda: calibrate(run)):
+        with pytest.raises(RedHeartError, match=r"run/data holds other rows than this was trained on .*--data"):
+            door()
 
 
 def test_what_closes_a_run_leaves_stdout_to_its_json(folder, first, capsys):
