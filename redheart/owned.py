@@ -90,6 +90,13 @@ def adopt(directory: Path, kind: str, names: Iterable[str]) -> None:
     write_sealed_json(directory / MARKER, {"kind": kind, "names": list(names)})
 
 
+def disown_others(directory: Path, kind: str, names: Iterable[str]) -> None:
+    """Says that of the names that were ours these alone still are: what the user calls by another one later is the user's."""
+    before, names = owned(directory, kind), set(names)
+    if not names.issuperset(before):
+        write_sealed_json(directory / MARKER, {"kind": kind, "names": [name for name in before if name in names]})
+
+
 def remove_owned(directory: Path, kind: str) -> None:
     """Removes what the product wrote in `directory`, and nothing else; the marker goes last."""
     for name in owned(directory, kind):

@@ -9,7 +9,7 @@ from pathlib import Path
 from redheart.data.shards import INDEX, content_digest
 from redheart.data.store import Store, verify_shard
 from redheart.files import read_text
-from redheart.owned import own, owned, remove, remove_owned
+from redheart.owned import adopt, disown_others, own, owned, remove
 from redheart.schema import SPLITS, RedHeartError
 
 KIND = "data"
@@ -18,16 +18,29 @@ CARD, REJECTED, WORK = "README.md", "rejected.jsonl", "work"
 
 def claim(out: Path, shards: Iterable[str], rejected: bool = False) -> None:
     """Says that the names of a data directory with these shards are ours; RedHeartError where the user has one of them."""
-    files = [INDEX, CARD, *([REJECTED] if rejected else []), *shards]
-    own(out, KIND, [*files, *(f"{name}.tmp" for name in files), WORK])
+    own(out, KIND, _names(shards, rejected))
 
 
-def clear(out: Path) -> None:
-    """Removes what earlier preparations wrote into `out`, and nothing else."""
+def start_afresh(out: Path) -> None:
+    """Removes unfinished work in `out`. A result that is there stays until the new one is ready to take its place (`make_room`)."""
     ours = written(out)
+    if ours and not owned(out, KIND):
+        adopt(out, KIND, ours)  # a copy without its marker
+    if WORK in ours:
+        remove(out / WORK)
+
+
+def make_room(out: Path, shards: Iterable[str]) -> None:
+    """Removes the result of an earlier preparation from `out`, and nothing else, before these shards are written."""
+    ours = [name for name in written(out) if name not in (WORK, REJECTED)]
     for name in sorted(ours, key=lambda n: n != INDEX):  # the index goes first: without it the rest is unfinished work
         remove(out / name)
-    remove_owned(out, KIND)
+    disown_others(out, KIND, _names(shards, rejected=True))
+
+
+def _names(shards: Iterable[str], rejected: bool) -> list[str]:
+    files = [INDEX, CARD, *([REJECTED] if rejected else []), *shards]
+    return [*files, *(f"{name}.tmp" for name in files), WORK]
 
 
 def written(out: Path) -> list[str]:

@@ -261,13 +261,15 @@ def _saved(path: Path) -> dict[str, np.ndarray]:
     return load(content[64:])
 
 
-def wait_for(files: Sequence[Path], patience_s: float = 1800.0) -> None:
+def wait_for(
+    files: Sequence[Path], is_there: Callable[[Path], bool] = Path.is_file, patience_s: float = 1800.0
+) -> None:
     """Waits until other processes have written `files`; an error names the first that is missing after `patience_s` of no news."""
     announced = False
-    missing, since = [f for f in files if not f.is_file()], time.monotonic()
+    missing, since = [f for f in files if not is_there(f)], time.monotonic()
     while missing:
         time.sleep(0.2)
-        left = [f for f in missing if not f.is_file()]
+        left = [f for f in missing if not is_there(f)]
         if len(left) < len(missing):
             since = time.monotonic()
         elif not announced and time.monotonic() - since > 10:

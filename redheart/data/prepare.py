@@ -3,8 +3,8 @@ index. Resumable.
 
 The rows of a split are dealt into shards by the hash of their id, so that every shard is a random part of it. Work in progress
 stands in OUT/work: the LLM's answers and one file of encoded features per shard. A second call goes on from there;
-`index.json`, written last, commits the result. Launched with several processes, each labels and encodes its share; the first one
-alone claims the directory and writes the result.
+`index.json`, written last, commits the result. An earlier result is removed when only its successor's shards are left to write.
+Launched with several processes, each labels and encodes its share; the first one alone claims the directory and writes the result.
 """
 
 from __future__ import annotations
@@ -22,8 +22,18 @@ from redheart.console import console
 from redheart.data.augment import PROMPTS, augment
 from redheart.data.card import cut_texts, dataset_card
 from redheart.data.derive import surd_labels, training_edges
-from redheart.data.directory import CARD, KIND, REJECTED, WORK, claim, clear, refuse_sources_of_ours, written
-from redheart.data.encode import contrast_means, encode_parts, load_part
+from redheart.data.directory import (
+    CARD,
+    KIND,
+    REJECTED,
+    WORK,
+    claim,
+    make_room,
+    refuse_sources_of_ours,
+    start_afresh,
+    written,
+)
+from redheart.data.encode import contrast_means, encode_parts, load_part, wait_for
 from redheart.data.gather import Gathered, digest_of, gather, mix, set_aside, take, tell_crossing, write_rejected
 from redheart.data.labelling import chosen, fill_labels, form_digest
 from redheart.data.neighbours import describe, near_leaks
@@ -80,10 +90,12 @@ def prepare(
     force: bool = False,
     skip_invalid: bool = False,
     renew: bool = False,
+    wait: bool = False,
 ) -> PrepareReport:
     """Prepares a data directory; see the module's docstring. Raises RedHeartError on any input that breaks the schema.
 
-    `force`: afresh, whatever earlier work is there; `renew`: only where it is of other sources or settings.
+    `force`: afresh, whatever earlier work is there; `renew`: only where it is of other sources or settings. `wait`: each
+    process of a launch returns when the result is there.
     """
     check_launch()
     gathered = gather(sources, config, skip_invalid)
@@ -99,7 +111,10 @@ def prepare(
     with ExitStack() as held:
         if after_main(lambda: _claim(sources, out, plan, deal(records, config), gathered, force, renew, held)) == DONE:
             return _reuse(out, report, config)
-        return _make(records, gathered, out, config, plan, report)
+        report = _make(records, gathered, out, config, plan, report)
+    if wait and launched_rank() > 0:
+        wait_for([out / INDEX], lambda _: _holds(out, plan))
+    return report
 
 
 def _make(
@@ -131,10 +146,12 @@ def _make(
     for record, derived in zip(records, surd_labels(records, pooled), strict=True):
         if record["surd"] is None and derived is not None:
             record["surd"], record["label_origin"]["surd"] = derived, "derived"
+    levels = training_edges(records)
+    make_room(out, _files(parts))
     splits = _write(parts, out, work, config, encoder, dropped, report)
     index = {
         "version": FORMAT_VERSION, "plan": plan, "chunk": CHUNK, "window_shards": WINDOW_SHARDS, "encoder": encoder,
-        "labeler": labelled.fingerprint, "levels": training_edges(records),
+        "labeler": labelled.fingerprint, "levels": levels,
         "sources": report.sources, "read": read, "report": asdict(report), "splits": splits,
     }  # fmt: skip
     write_text(out / CARD, dataset_card(index))
@@ -197,10 +214,12 @@ def _claim(
     make_directory(out, "--out")
     held.enter_context(exclusive(out, "preparing"))
     if force:
-        clear(out)
-    if _is_done(out, plan):
-        if WORK in owned(out, KIND):
-            remove(out / WORK)  # of a preparation that ended before it had cleaned up
+        start_afresh(out)
+    elif _is_done(out, plan):
+        if WORK in owned(out, KIND) and (renew or _plan_at_work(out) in (None, plan)):
+            remove(
+                out / WORK
+            )  # of a preparation that ended before it had cleaned up; what began to replace this one stays
         return DONE
     claim(out, _files(parts), bool(gathered.refused))
     if _plan_at_work(out) not in (None, plan):
@@ -215,11 +234,22 @@ def _claim(
 
 def _is_done(out: Path, plan: str) -> bool:
     """Whether the result is there; RedHeartError where it is another one."""
-    if INDEX not in written(out):
+    ours = written(out)
+    if INDEX not in ours:
         return False  # none, or the user's own: `claim` says so
-    if Store(out).index["plan"] != plan:
-        raise RedHeartError(f"{out} holds data of {OTHER}")
-    return True
+    if Store(out).index["plan"] == plan:
+        return True
+    if WORK in ours and _plan_at_work(out) == plan:
+        return False  # an earlier call was told to replace it
+    raise RedHeartError(f"{out} holds data of {OTHER}")
+
+
+def _holds(out: Path, plan: str) -> bool:
+    """Whether the result is there, asked while another process writes it."""
+    try:
+        return Store(out).index["plan"] == plan
+    except RedHeartError:  # the earlier one was removed
+        return False
 
 
 def _plan_at_work(out: Path) -> str | None:
@@ -230,8 +260,8 @@ def _plan_at_work(out: Path) -> str | None:
 def _is_other(out: Path, plan: str) -> bool:
     """Whether we prepared something else there, or began to."""
     ours = written(out)
-    made = Store(out).index["plan"] if INDEX in ours else None
-    return made not in (None, plan) or (WORK in ours and _plan_at_work(out) not in (None, plan))
+    plans = {Store(out).index["plan"] if INDEX in ours else None, _plan_at_work(out) if WORK in ours else None} - {None}
+    return bool(plans) and plan not in plans
 
 
 def _files(parts: Sequence[Part]) -> list[str]:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from redheart.config import RunConfig
 from redheart.console import console, unheard
-from redheart.data.encode import wait_for
 from redheart.data.gather import digest_of, gather
 from redheart.data.own import SOURCE, check_answers, meant
 from redheart.data.prepare import prepare
-from redheart.data.shards import INDEX, Histograms
+from redheart.data.shards import Histograms
 from redheart.data.store import Store
 from redheart.schema import LABELS, RedHeartError
 from redheart.train import resume as runs
@@ -60,8 +59,7 @@ def _check_unchanged(table: Path, call: Call) -> None:
 def prepared(config: RunConfig, run: Path, resuming: bool) -> Path:
     """The directory of what is prepared of `config.data.file`; made where it is not there yet. Every rank calls it."""
     assert config.data.file is not None
-    prepare([f"{SOURCE}={config.data.file}"], run / OWN_DATA, config.data, renew=not resuming)
-    wait_for([run / OWN_DATA / INDEX])  # ranks but the first are done earlier
+    prepare([f"{SOURCE}={config.data.file}"], run / OWN_DATA, config.data, renew=not resuming, wait=True)
     if constant := _constant(Store(run / OWN_DATA).index["splits"]["train"]["histograms"]):
         console.print(f"every training row says the same of {', '.join(constant)}: nothing can be learned from that")
     return run / OWN_DATA

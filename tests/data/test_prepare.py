@@ -183,6 +183,58 @@ def _killed_at_the_index(path: Path, value: dict) -> None:
     write_sealed_json(path, value)
 
 
+def test_what_cannot_be_prepared_replaces_nothing(copy: Path, source: str, made: Path):
+    encoder = EncoderConfig(layers=(4, 9))
+    for force in ({"force": True}, {"renew": True}):
+        refuses("hidden layers 0 to 6", [source], copy, CONFIG.model_copy(update={"encoder": encoder}), **force)
+        assert shards(copy) == shards(made)
+        assert prepare([source], copy, CONFIG).reused  # every shard is what the index says
+    assert prepare([source], copy, CONFIG, renew=True).reused
+    assert not (copy / "work").exists()
+
+
+def test_a_killed_replacement_is_gone_on_with_and_leaves_the_old_result_whole_until_the_new_one_is_written(
+    copy: Path, source: str, made: Path, monkeypatch
+):
+    other = CONFIG.model_copy(update={"rows_per_shard": 2})
+    for place in ("make_room", "_write", "write_sealed_json"):
+        with monkeypatch.context() as broken:
+            broken.setattr(module, place, _killed_at_the_index if place == "write_sealed_json" else _killed)
+            with pytest.raises(KeyboardInterrupt):
+                prepare([source], copy, other, force=place == "make_room")
+        assert (copy / INDEX).exists() == (place == "make_room")
+        encoded = {p: p.stat().st_mtime_ns for p in (copy / "work").glob("encoded-*")}
+        if place == "make_room":
+            assert prepare([source], copy, CONFIG).reused  # and what began to replace it stays
+            first = encoded
+        assert encoded == first
+    assert not prepare([source], copy, other).reused
+    assert set(shards(copy)) == {*shards(made), "train-00001.arrow"}
+    prepare([source], copy, CONFIG, force=True)
+    assert not (copy / "train-00001.arrow").exists()
+    (copy / "train-00001.arrow").write_text("mine")  # no name of ours any more
+    prepare([source], copy, CONFIG, force=True)
+    assert (copy / "train-00001.arrow").read_text() == "mine"
+    assert shards(copy) == shards(made)
+
+
+def test_a_process_that_waits_does_not_take_the_earlier_result_for_the_new_one(copy: Path, source: str, monkeypatch):
+    asked = []
+    other = CONFIG.model_copy(update={"rows_per_shard": 2})
+    with monkeypatch.context() as second:
+        second.setattr(module, "launched_rank", lambda: 1)
+        second.setattr(module, "after_main", lambda action: "")
+        second.setattr(module, "_make", lambda *_: _[-1])
+        second.setattr(module, "wait_for", lambda files, is_there: asked.extend([*files, is_there]))
+        prepare([source], copy, other, renew=True, wait=True)
+    index, is_there = asked
+    assert not is_there(index)
+    prepare([source], copy, other, renew=True)
+    assert is_there(index)
+    index.unlink()
+    assert not is_there(index)
+
+
 def test_rejected_rows_of_an_earlier_call_are_not_this_calls(tmp_path: Path):
     out, file = tmp_path / "out", tmp_path / "texts.csv"
     prepare([rows(file, extra=",joy,train")], out, CONFIG, skip_invalid=True)
