@@ -251,7 +251,7 @@ def tell_crossing(records: Sequence[Mapping[str, Any]]) -> None:
 
 def deal_few(rows: list[dict[str, Any]], name: str) -> None:
     """Deals rows without splits where chance, by their ids, left dev or test fewer than ENOUGH texts: to each a sixth of the labelled
-    texts, at most ENOUGH, spread over their labels. Says so."""
+    texts, at most ENOUGH, spread over their labels, none of them the last that would train with what it says. Says so."""
     groups = _by_text(rows)
     count = Counter(group[0]["split"] for group in groups)
     if min(count["dev"], count["test"]) >= ENOUGH:
@@ -264,9 +264,14 @@ def deal_few(rows: list[dict[str, Any]], name: str) -> None:
     each = min(ENOUGH, max(1, len(labelled) // 6)) if len(labelled) >= len(SPLITS) else 0
     for row in rows:
         row["split"] = "train"
+    says = _says([group for *_, group in labelled])
+    training = Counter(value for values in says for value in values)
     for number in range(each):
-        start = number * len(labelled) // each
-        for place, split in ((start, "dev"), (start + 1, "test")):
+        stretch = list(range(number * len(labelled) // each, (number + 1) * len(labelled) // each))
+        for split in ("dev", "test"):
+            place = next((p for p in stretch if all(training[value] > 1 for value in says[p])), stretch[0])
+            stretch.remove(place)
+            training.subtract(says[place])
             for row in labelled[place][-1]:
                 row["split"] = split
     dealt = Counter(row["split"] for row in rows)
@@ -275,6 +280,23 @@ def deal_few(rows: list[dict[str, Any]], name: str) -> None:
         f"{name} has no column `split`: {dealt['train']} rows in train"
         + (f", {dealt['dev']} in dev, {dealt['test']} in test" if each else why)
     )
+
+
+def _says(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[set[tuple[str, int, float]]]:
+    """(label, entry, value) of each group's labels; not of entries with about as many values as rows, which nothing can be kept of."""
+    says = [
+        {
+            (name, entry, value)
+            for row in group
+            for name in LABELS
+            for entry, value in enumerate(row[name] if isinstance(row[name], list) else [row[name]])
+            if value is not None
+        }
+        for group in groups
+    ]
+    rows = Counter(key for values in says for key in {value[:2] for value in values})
+    distinct = Counter(value[:2] for value in set().union(*says))
+    return [{v for v in values if distinct[v[:2]] <= max(2, rows[v[:2]] // 2)} for values in says]
 
 
 def _rows(source: _Opened) -> Iterator[tuple[str, Any]]:

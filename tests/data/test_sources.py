@@ -353,6 +353,18 @@ def test_a_small_table_without_splits_keeps_rows_of_either_kind_for_dev_and_test
     assert records == collect(f"m={path}").records
 
 
+@pytest.mark.parametrize("rare", [1, 2, 3])
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_what_few_rows_of_a_small_table_say_is_trained_first(tmp_path: Path, rare: int, value: str):
+    """Beside a label that hardly says the same twice, of which no value can be kept for training."""
+    usual = {"0": "1", "1": "0"}[value]
+    lines = [f"Text number {n}.,{value if n < rare else usual},{n / 97:.3f}\n" for n in range(60)]
+    path = put(tmp_path / "a.csv", "text,regret,acceptability\n" + "".join(lines))
+    records = collect(f"m={path}").records
+    assert float(value) in {r["regret"] for r in records if r["split"] == "train"}
+    assert Counter(r["split"] for r in records) == {"train": 40, "dev": 10, "test": 10}
+
+
 def test_splits_that_are_said_or_large_enough_by_chance_stay(tmp_path: Path):
     path = put(tmp_path / "a.csv", "text,split\nOne.,test\nTwo.,\nThree.,train\n")
     assert collect(f"m={path}").records[0]["split"] == "test"
