@@ -40,6 +40,9 @@ def test_texts_come_from_arguments_stdin_or_a_column_with_the_rest_of_its_row(
     day = datetime.date(2026, 1, 2)
     pq.write_table(pa.table({"day": [day], "text": ["one"], "n": [None]}), tmp_path / "texts.parquet")
     assert texts_of([], tmp_path / "texts.parquet", None)[1] == [{"day": day, "text": "one", "n": None}]
+    far = pa.array([253402300799 * 10**6], pa.timestamp("us", tz="Asia/Seoul"))  # a date that Python does not know
+    pq.write_table(pa.table({"until": far, "text": ["one"]}), tmp_path / "far.parquet")
+    assert texts_of([], tmp_path / "far.parquet", None)[1][0]["until"] == "10000-01-01 08:59:59.000000+0900"
     (tmp_path / "strings.json").write_text('["one"]')
     with pytest.raises(RedHeartError, match="record 0 is no object with a field 'text'"):
         texts_of([], tmp_path / "strings.json", None)

@@ -269,6 +269,40 @@ def test_a_table_of_others_is_mapped(tmp_path: Path):
     assert (record["text"], record["regret"], record["source"]) == ("One.", 0.5, "q")
 
 
+def test_columns_that_nobody_named_stop_nothing(tmp_path: Path):
+    far = pa.array([253402300799 * 10**6] * 2, pa.timestamp("us", tz="Asia/Seoul"))  # the year 10000 there
+    odd = pa.Array.from_buffers(
+        pa.string(), 2, [None, *map(pa.py_buffer, (np.array([0, 1, 2], np.int32), b"\xff\xfe"))]
+    )
+    for ids, read in (([1.0, None], "1"), (far, None), ([[1], [2]], None)):
+        table = {"body": ["One.", "Two."], "sorry": [1.0, 0.0], "valid_until": far, "odd": odd, "id": ids}
+        pq.write_table(pa.table(table), tmp_path / "a.parquet")
+        wanted = {"m": {"body": "text", "sorry": "regret"}}
+        first, second = collect(f"m={tmp_path / 'a.parquet'}", columns=wanted).records
+        assert (first["text"], second["regret"]) == ("One.", 0)
+        assert first["id"] == read or (read is None and len(first["id"]) == 20)  # one that repeats is none of a row
+    with pytest.raises(RedHeartError, match=r"no column 'tone'.*body, sorry, valid_until, odd, id"):
+        collect(f"m={tmp_path / 'a.parquet'}", columns={"m": {"body": "text", "tone": "regret"}})
+    with pytest.raises(RedHeartError, match=r"field id: .* is not a word"):
+        collect(f"m={tmp_path / 'a.parquet'}", columns={"m": {**wanted["m"], "id": "id"}})
+    (tmp_path / "d.jsonl").write_text('{"text": "One.", "id": 7.0}\n')
+    assert collect(f"m={tmp_path / 'd.jsonl'}").records[0]["id"] == "7"
+
+
+def test_the_text_that_a_preference_compares_with_stays(tmp_path: Path):
+    put(tmp_path / "a.csv", "text,contrast_text,better,other\nOne.,Two.,1,Three.\n")
+    for columns, other in (({}, "Two."), ({"other": "contrast_text"}, "Three.")):
+        (record,) = collect(
+            f"m={tmp_path / 'a.csv'}", columns={"m": {"text": "text", "better": "preference", **columns}}
+        ).records
+        assert record["contrast_text"] == other
+    (record,) = collect(f"m={tmp_path / 'a.csv'}", columns={"m": {"text": "text", "better": "regret"}}).records
+    assert record["contrast_text"] is None
+    put(tmp_path / "b.csv", "text,better\nOne.,1\n")
+    with pytest.raises(RedHeartError, match=r"contrast_text is missing: name the column.* --label other=contrast_text"):
+        collect(f"m={tmp_path / 'b.csv'}", columns={"m": {"text": "text", "better": "preference"}})
+
+
 def test_what_a_csv_cell_means_depends_on_its_field(tmp_path: Path):
     put(tmp_path / "a.csv", "id,text,regret,emotion,lang\n17,2020,.5,joy,\n\n18,[noise],1,,en\n19,null,,,en\n")
     first, second, third = collect(f"mine={tmp_path / 'a.csv'}").records

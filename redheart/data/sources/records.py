@@ -139,7 +139,10 @@ def parse_record(raw: Any, where: str, source: str) -> dict[str, Any]:
         value = given.get(name)
         record[name] = None if value is None else _label(name, value, f"{where}, field {name}")
     if record["preference"] is not None and contrast is None:
-        raise InvalidRecord(f"{where}, field preference: it compares two texts, and contrast_text is missing")
+        raise InvalidRecord(
+            f"{where}, field preference: it compares two texts, and contrast_text is missing: name the column of the "
+            "other text, as in --label other=contrast_text (`train`), or data.columns"
+        )
     record["label_origin"] = _origins(given.get("label_origin", "human"), record, where)
     return record
 

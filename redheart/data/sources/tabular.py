@@ -1,9 +1,9 @@
 """The user's files: .csv, .tsv, .parquet, .json, .jsonl, with `data.columns` to say which of their columns is which of our fields.
 
 `data.columns: {NAME: {their_column: our_field}}`; a field may be one entry of a vector, such as `vad.valence`. With a mapping, columns
-that it does not name are dropped (`split` stays, and `id` where its values differ); without one, the columns must have our names. In a
-CSV an empty cell is null, and a label is a number, JSON, yes, no, true, false, or the name of an emotion; texts and ids stay as they are
-written, "2020" too. Of JSON, a label may be missing in records as long as one has it.
+that it does not name are dropped (`split` stays, `id` where its values differ, and `contrast_text` beside a preference); without one,
+the columns must have our names. In a CSV an empty cell is null, and a label is a number, JSON, yes, no, true, false, or the name of an
+emotion; texts and ids stay as they are written, "2020" too. Of JSON, a label may be missing in records as long as one has it.
 Nothing is scaled but what says so: `mood: vad.valence:1..5` reads a column that runs from 1 to 5, and `5..1` one that runs the other way.
 """
 
@@ -15,19 +15,24 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redheart.console import console
 from redheart.data.sources.records import ALIASES, FIELDS, InvalidRecord, encoding_of, read_records
 from redheart.data.sources.rows import Row, all_lines
 from redheart.schema import LABELS, Label, RedHeartError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TARGETS = (*FIELDS, *(f"{name}.{entry}" for name, label in LABELS.items() if not label.scalar for entry in label.names))
 WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}  # of labels that run from 0 to 1
+KEPT = ("split", "id", "contrast_text")  # of a mapped table, without being named
 HUGE = 10**300
 ENDS = re.compile(r"(.+?):([-+]?[\d.]+)\.\.([-+]?[\d.]+)")
 
@@ -74,13 +79,14 @@ def read(path: Path, name: str, columns: Mapping[str, str]) -> Iterator[Row]:
     targets = {column: target_of(ours, f"data.columns.{name}") for column, ours in columns.items()}
     texts = [column for column, ours in targets.items() if ours.field == "text"] or ["text", "content"]
     written = delimiter_of(path, texts) if path.suffix.lower() in (".csv", ".tsv") else ""
+    wanted = {*columns, *KEPT} if columns else None
     survey = _survey(path, name, written) if columns else Survey(frozenset(), False)
     hides_id = survey.id_repeats and not any(target.field == "id" for target in targets.values())
     if hides_id:
         console.print(
             f"{path}: values of its column 'id' repeat, and are not taken for ids of its rows (`id: id` would)"
         )
-    for place, raw in as_written(path, name, written):
+    for place, raw in as_written(path, name, written, wanted):
         if isinstance(raw, dict):
             row = {k: v for k, v in raw.items() if k != "id"} if hides_id else raw
             yield place, to_record(row, targets, place, written, survey.columns)
@@ -97,23 +103,24 @@ class Survey(NamedTuple):
 
 def _survey(path: Path, name: str, written: str) -> Survey:
     columns, seen, repeats = set[str](), set[str](), False
-    for _, raw in as_written(path, name, written):
+    for _, raw in as_written(path, name, written, {"id"}):
         if isinstance(raw, dict):
             columns |= raw.keys()
-            value = str(raw["id"]).strip() if raw.get("id") is not None else ""
+            value = (_identity(raw.get("id"), False) or "").strip()
             repeats = repeats or (value != "" and value in seen)
             seen.add(value)
     return Survey(columns, repeats)
 
 
-def as_written(path: Path, name: str, delimiter: str) -> Iterator[Row]:
-    """A file's rows under its own names; in a CSV, whose columns `delimiter` parts, every value is text."""
+def as_written(path: Path, name: str, delimiter: str, wanted: Set[str] | None = None) -> Iterator[Row]:
+    """A file's rows under its own names; in a CSV, whose columns `delimiter` parts, every value is text. Of Parquet, columns that are
+    not `wanted` are null."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise RedHeartError(f"source {name}: {path} is none of {', '.join(SUFFIXES)}: convert it to one of them")
     if suffix in (".csv", ".tsv"):
         return all_lines(path, (), delimiter)
-    return _parquet(path) if suffix == ".parquet" else read_records(path, name)
+    return _parquet(path, wanted) if suffix == ".parquet" else read_records(path, name)
 
 
 def header(path: Path, name: str) -> list[str]:
@@ -171,16 +178,17 @@ def to_record(
         return InvalidRecord(f"{place}: there is no column {missing[0]!r}{meant}; there are {there}{which}")
     targets = dict(columns)
     taken = {target.name for target in columns.values()}
-    for key in raw if not columns else ("split", "id"):
-        if key in raw and key not in taken:
+    compares = any(target.field == "preference" for target in columns.values())
+    for key in raw if not columns else KEPT:
+        if key in raw and key not in taken and (not columns or key != "contrast_text" or compares):
             targets.setdefault(key, Target(key))
     record: dict[str, Any] = {}
     for column, target in targets.items():
         value = _cell(raw[column], target, written) if written else raw.get(column)
         if target.field in LABELS:
             value = _without_decimals(value)
-        if target.field == "id" and isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
+        if target.field == "id":
+            value = _identity(value, column in columns or not columns)
         if value is None:
             continue  # as if it were not given
         label = LABELS.get(target.field)
@@ -193,6 +201,15 @@ def to_record(
         else:
             record[target.field] = value
     return record
+
+
+def _identity(value: Any, is_named: bool) -> Any:
+    """An id as text; a gap makes pandas keep whole numbers as 1.0. What is no id is null where nobody named the column."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, int | Decimal | date) and not isinstance(value, bool):
+        return str(value)
+    return value if is_named or isinstance(value, str) else None
 
 
 def _without_decimals(value: Any) -> Any:
@@ -253,7 +270,7 @@ def _float(text: str) -> float | None:
         return None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRecord]]:
+def _parquet(path: Path, wanted: Set[str] | None) -> Iterator[tuple[str, dict[str, Any] | InvalidRecord]]:
     import pyarrow.parquet as pq
 
     number = 0
@@ -262,13 +279,33 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | InvalidRecord]]
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise RedHeartError(f"{path}: two columns have the same name ({', '.join(names)}): rename one")
+        read = [name for name in names if wanted is None or name in wanted]
         for batch in file.iter_batches():
             for row in range(batch.num_rows):
                 number += 1
-                place = f"{path.name}: row {number}"
-                try:
-                    yield place, batch.slice(row, 1).to_pylist()[0]
-                except UnicodeDecodeError as error:
-                    yield place, InvalidRecord(f"{place}: not UTF-8 ({error.reason} at byte {error.start})")
+                yield f"{path.name}: row {number}", _cells(batch, row, names, read, f"{path.name}: row {number}")
     except (OSError, ValueError) as error:
         raise RedHeartError(f"{path} is not a readable Parquet file ({error})") from error
+
+
+def _cells(
+    batch: pa.RecordBatch, row: int, names: Sequence[str], read: Sequence[str], place: str
+) -> dict[str, Any] | InvalidRecord:
+    cells: dict[str, Any] = dict.fromkeys(names)
+    for name in read:
+        cell = batch.column(name).slice(row, 1)
+        try:
+            cells[name] = _python(cell)
+        except UnicodeDecodeError as error:
+            return InvalidRecord(f"{place}: not UTF-8 ({error.reason} at byte {error.start})")
+        except (ArithmeticError, ValueError, LookupError, NotImplementedError) as error:
+            return InvalidRecord(f"{place}: column {name!r} cannot be read ({error})")
+    return cells
+
+
+def _python(cell: pa.Array) -> Any:
+    """The value of an array of one; dates that Python does not know, such as those behind the year 9999, as text."""
+    try:
+        return cell.to_pylist()[0]
+    except (ArithmeticError, ValueError, LookupError):
+        return cell.cast("string").to_pylist()[0]
