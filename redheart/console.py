@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -73,14 +73,20 @@ def emit(value: Any, wanted: bool) -> None:
     lost: list[str] = []
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     print(strict_json(value, lost, unicode))
+    tell_lost(lost)
+
+
+def tell_lost(lost: Sequence[str]) -> None:
+    """Says which numbers `strict_json` has made null."""
     if lost:
         some = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         console.print(f"null in the JSON, because it is not a finite number: {some}")
 
 
-def strict_json(value: Any, lost: list[str], unicode: bool = True) -> str:
-    """JSON on one line that strict parsers take: NaN and infinities become null, their dotted paths are appended to `lost`."""
-    return json.dumps(_finite(value, "", lost), ensure_ascii=not unicode, allow_nan=False)
+def strict_json(value: Any, lost: list[str], unicode: bool = True, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON on one line that strict parsers take: NaN and infinities become null, their dotted paths are appended to `lost`. `default`
+    as in json.dumps."""
+    return json.dumps(_finite(value, "", lost), ensure_ascii=not unicode, allow_nan=False, default=default)
 
 
 def _finite(value: Any, path: str, lost: list[str]) -> Any:

@@ -219,7 +219,7 @@ def train(
     (2, True)
     """
     with leaving_no_trace():
-        given, answers = None if data is None else os.fspath(data), [f"{c}={a}" for c, a in (labels or {}).items()]
+        given, answers = _place(data), [f"{c}={a}" for c, a in (labels or {}).items()]
         call = _settings(None, preset, overrides(settings), Path(out), resume, given, text, answers)
         start = Path(init) if init is not None else None
         result = _train(call.config, call.data, call.run, resume, overwrite, update_parameters, start)
@@ -243,11 +243,17 @@ def evaluate(
     """
     with leaving_no_trace():
         where = Path(report) if report is not None else None
-        return Evaluated(
-            *validate(
-                Path(checkpoint), None if data is None else os.fspath(data), split, where, device, swap, untrained
-            )
-        )
+        return Evaluated(*validate(Path(checkpoint), _place(data), split, where, device, swap, untrained))
+
+
+def _place(data: Path_ | None) -> str | None:
+    """`data` as on the command line."""
+    if data is None or isinstance(data, str | os.PathLike):
+        return None if data is None else os.fspath(data)
+    raise RedHeartError(
+        f"data is a {type(data).__name__}, and what is wanted is a path, or what `redheart.prepare` gives: "
+        'redheart.prepare({"own": data}, "data/own")'
+    )
 
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
@@ -271,7 +277,10 @@ def _dotted(settings: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]
 def _files(source: Any, folder: Path) -> Iterator[str]:
     """NAME=PATH of each source; what is no path is written to a file in `folder`."""
     if not isinstance(source, Mapping):
-        yield from source
+        names = list(source) if isinstance(source, list | tuple) else [source]
+        if not all(isinstance(name, str) for name in names):
+            raise RedHeartError(f'source is a {type(source).__name__}: give it a name, such as {{"own": source}}')
+        yield from names
         return
     for name, value in source.items():
         if isinstance(value, str | os.PathLike):

@@ -226,8 +226,10 @@ def flat(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(texts: Iterable[str]) -> tuple[list[str], Any]:
     """(texts, index of a Series or None). RedHeartError names the first row that is no text, or an empty one."""
-    if isinstance(texts, dict) or hasattr(texts, "columns") or getattr(texts, "ndim", 1) != 1:
-        raise RedHeartError(f"a {type(texts).__name__} is no list of texts: give one column of it")
+    is_list = isinstance(texts, Iterable) and not isinstance(texts, dict)
+    if not is_list or hasattr(texts, "columns") or getattr(texts, "ndim", 1) != 1:
+        instead = "one column of it" if hasattr(texts, "__len__") else "a string, or a list of strings"
+        raise RedHeartError(f"a {type(texts).__name__} is no list of texts: give {instead}")
     rows, index = list(texts), getattr(texts, "index", None)
     index = index if hasattr(index, "tolist") else None  # a list's `index` is a method
     if not rows:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redheart.console import console
+from redheart.console import console, strict_json, tell_lost
 from redheart.data.sources import tabular
 from redheart.data.sources.records import InvalidRecord, LeftOut
 from redheart.files import write_text
@@ -84,7 +83,9 @@ def write_answers(path: Path, rows: Sequence[Mapping[str, Any]], answers: Sequen
         console.print(f"the table has columns {', '.join(same)} itself: the answers are predicted.…", markup=False)
     made = [{**row, **{ours[n]: v for n, v in answer.items()}} for row, answer in zip(rows, answers, strict=True)]
     if path.suffix.lower() == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in made)
+        lost: list[str] = []
+        text = "".join(strict_json(row, lost, default=str) + "\n" for row in made)
+        tell_lost(lost)
     else:
         columns = [*theirs, *ours.values()]
         values = ([_cell(row.get(name), name in theirs) for name in columns] for row in made)
@@ -108,4 +109,4 @@ def _line(cells: Sequence[Any]) -> str:
 def _cell(value: Any, theirs: bool) -> Any:
     if isinstance(value, list) and not theirs:
         return " ".join(value)
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
+    return strict_json(value, [], default=str) if isinstance(value, list | dict) else value

@@ -151,6 +151,8 @@ def test_many_texts_are_answered_part_by_part(home, monkeypatch):
         (pd.DataFrame({"text": ["a"]}), "a DataFrame is no list of texts: give one column of it"),
         (np.array([["a"]]), "a ndarray is no list of texts"),
         ({"text": "a"}, "a dict is no list of texts"),
+        (None, "a NoneType is no list of texts: give a string"),
+        (7, "a int is no list of texts: give a string"),
     ],
 )
 def test_what_is_no_text_is_named_with_its_row(home, texts, words):
@@ -233,6 +235,17 @@ def test_frames_and_data_sets_of_many_kinds_are_sources(home):
         redheart.prepare({"mine": datasets.DatasetDict(train=rows)}, "data/no", **OFF)
     with pytest.raises(RedHeartError, match="two columns have the name 'text': rename one"):
         redheart.prepare({"mine": pd.concat([kinds, kinds[["text"]]], axis=1)}, "data/no", **OFF)
+
+
+def test_a_frame_where_a_path_belongs_is_told_where_it_goes(home):
+    frame = pd.DataFrame({"text": ["One."], "regret": [1.0]})
+    with pytest.raises(RedHeartError, match=r"data is a DataFrame, .* path.*redheart\.prepare\({"):
+        redheart.train(frame, "runs/no", labels={"regret": "regret"})
+    with pytest.raises(RedHeartError, match="data is a list"):
+        redheart.evaluate("runs/first", frame.to_dict("records"))
+    for source in (frame, frame.to_dict("records")):
+        with pytest.raises(RedHeartError, match=r"source is a (DataFrame|list): give it a name"):
+            redheart.prepare(source, "data/no")
 
 
 def test_what_comes_back_says_what_it_is(home):

@@ -80,6 +80,13 @@ def test_answers_stand_behind_the_columns_of_their_rows(tmp_path: Path):
     ]
 
 
+def test_numbers_that_json_has_no_word_for_are_null(tmp_path: Path, capsys):
+    write_answers(tmp_path / "a.jsonl", [{"text": "one", "x": float("nan"), "y": [float("inf"), 1]}], [{"regret": 0.5}])
+    line = (tmp_path / "a.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"text": "one", "x": None, "y": [None, 1], "regret": 0.5}
+    assert "not a finite number: x (nan), y[0] (inf)" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_csv_of_answers_is_read_back_whatever_its_texts_hold(tmp_path: Path):
     texts = ["bare\rreturn", "both\r\nends", "line\nend", "a, b", 'say "no"', "plain"]
     write_answers(tmp_path / "a.csv", [{"text": text} for text in texts], [{"regret": 0.5}] * len(texts))

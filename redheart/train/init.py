@@ -7,6 +7,7 @@ anything is written, so that the file can be trained with.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def init(
         raise RedHeartError(
             f"{data} {'is a directory' if Path(data).is_dir() else 'does not exist'}: name the file of your table"
         )
-    names = header(Path(data), SOURCE)
+    names = header(Path(data), SOURCE, [text] if text else ())
     console.print(f"its columns: {', '.join(names)}")
     text = text or _ask("Which column holds the texts", "--text", names[0])
     if text not in names:
@@ -60,7 +61,8 @@ def init(
         console.print(
             f"answers: {', '.join(LABELS)}; entries such as emotion.joy; vad.valence:1..5 where the column runs from 1 to 5"
         )
-        labels = _ask("Which columns are answers, as COLUMN=ANSWER, with spaces between", "--label").split()
+        question = "Which columns are answers, as COLUMN=ANSWER, with spaces between"
+        labels = _words(_ask(f"{question} (quote a name that has some)", "--label"))
     columns = columns_of(labels)
     card = card or _ask("Memory of your GPU, such as 8GiB, or none", "--gpu-memory", "none")
     memory = None if card.casefold() == "none" else gib(card, "--gpu-memory")
@@ -126,6 +128,13 @@ def _dumped(values: dict[str, Any], **style: Any) -> str:
 
 def _indented(text: str, comment: str = "") -> list[str]:
     return [f"  {line}" + (f"  # {comment}" if comment else "") for line in text.splitlines()]
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote without its other half, such as an apostrophe
+        return text.split()
 
 
 def _minutes(text: str) -> float:

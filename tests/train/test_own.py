@@ -21,6 +21,7 @@ from redheart.config import load_config
 from redheart.data.own import SOURCE
 from redheart.data.store import Store
 from redheart.schema import RedHeartError
+from redheart.train import init as module
 from redheart.train.calibrate import calibrate
 from redheart.train.init import init
 from redheart.train.own import settings
@@ -272,6 +273,19 @@ def test_init_asks_on_a_terminal_and_says_which_encoder_reads_another_language(t
     encoder = load_config(str(tmp_path / "ko.yaml")).data.encoder
     assert (encoder.name, encoder.languages) == ("package:e5-small-ko", ("ko",))
     assert "setup_env.sh --e5" in (tmp_path / "ko.yaml").read_text()
+
+
+def test_init_reads_headings_with_blanks_and_a_table_whose_name_of_texts_tells_how_it_is_separated(
+    tmp_path, monkeypatch
+):
+    text = table(tmp_path / "first.csv").read_text("utf-8-sig")
+    (tmp_path / "texts.csv").write_text(text.replace("sorry", "sorry, really", 1))
+    asked = iter(["body", "'sorry, really=regret' happy=emotion.joy"])
+    columns = {"body": "text", "sorry, really": "regret", "happy": "emotion.joy"}
+    monkeypatch.setattr(module, "_ask", lambda *_: next(asked))
+    for name, given in (("a", ("body", ["sorry, really=regret", "happy=emotion.joy"])), ("b", (None, []))):
+        init(str(tmp_path / "texts.csv"), *given, "none", 1, "en", tmp_path / f"{name}.yaml")
+        assert load_config(str(tmp_path / f"{name}.yaml")).data.columns == {"own": columns}
 
 
 def own_columns(file: str) -> list[str]:

@@ -123,10 +123,10 @@ def as_written(path: Path, name: str, delimiter: str, wanted: Set[str] | None = 
     return _parquet(path, wanted) if suffix == ".parquet" else read_records(path, name)
 
 
-def header(path: Path, name: str) -> list[str]:
-    """The names of a table's columns, or of all records' fields."""
-    delimiter = delimiter_of(path, ()) if path.suffix.lower() in (".csv", ".tsv") else ""
-    rows = (row for _, row in as_written(path, name, delimiter) if isinstance(row, dict))
+def header(path: Path, name: str, texts: Sequence[str] = ()) -> list[str]:
+    """The names of a table's columns, or of all records' fields; `texts`: what the column of texts may be called."""
+    delimiter = delimiter_of(path, texts) if path.suffix.lower() in (".csv", ".tsv") else ""
+    rows = (row for _, row in as_written(path, name, delimiter, set()) if isinstance(row, dict))
     found = dict.fromkeys(key for row in rows for key in row)
     if not found:
         raise RedHeartError(f"{path} has no rows")
@@ -134,19 +134,30 @@ def header(path: Path, name: str) -> list[str]:
 
 
 def delimiter_of(path: Path, texts: Sequence[str]) -> str:
-    """What separates the columns: the character that parts one of the `texts` columns from the others in the header, else what the
-    file's name says, a tab or a comma; it is tried first."""
+    """What separates the columns: the character that parts one of the `texts` columns from the others in the header, or, without any,
+    the header and the first row into as many columns; else what the file's name says, a tab or a comma, which is tried first."""
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:
-        head = next((line for line in file if line.strip()), "")
+        lines = (line for line in file if line.strip())
+        head, row = next(lines, ""), next(lines, "")
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     bare = re.sub(r'"[^"]*"', "", head)  # without headings in quotes, which may hold any of them
-    for delimiter in sorted(DELIMITERS, key=lambda d: d != usual):
-        names = next(csv.reader([head], delimiter=delimiter), [])
-        if any(name in texts for name in names) or (delimiter != usual and len(names) > 1 and usual not in bare):
+    order = sorted(DELIMITERS, key=lambda d: d != usual)
+    alike = [d for d in order if not texts and len(_parted(head, d)) == len(_parted(row, d)) > 1]
+    for delimiter in alike or order:
+        names = _parted(head, delimiter)
+        known = bool(alike) or any(name in texts for name in names)
+        if known or (delimiter != usual and len(names) > 1 and usual not in bare):
             if delimiter != usual:
                 console.print(f"{path} is separated by {DELIMITERS[delimiter]}s")
             return delimiter
     return usual
+
+
+def _parted(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:  # a cell beyond csv's limit, which is told when the row is read
+        return []
 
 
 def check_columns(columns: Mapping[str, Mapping[str, str]]) -> None:
