@@ -78,7 +78,10 @@ class SpikeGuard:
         if not math.isfinite(total):
             return
         answers = " ".join(sorted(name for name in losses if "/" not in name))
-        loss = total / sum(self._constant[name] for name in losses)
+        constant = sum(self._constant[name] for name in losses)
+        if constant <= 0:  # a batch without a label, or of labels that never vary: nothing to measure it by
+            return
+        loss = total / constant
         wanted, before = self._config.guard, self._state.recent_losses
         alike = before.get(answers, [])[-wanted.window :]
         recent, least = (alike, 0.0) if len(alike) == wanted.window else (before.get(ALL, []), WORSE)
@@ -87,6 +90,8 @@ class SpikeGuard:
             return
         usual = median(recent)
         deviation = max(NORMAL * median(abs(x - usual) for x in recent), FLOOR * usual)
+        if deviation <= 0:  # most of the losses before it were 0
+            return
         spike = Spike(step, loss, usual, (loss - usual) / deviation)
         if spike.z <= wanted.threshold or loss <= least:
             return

@@ -179,6 +179,24 @@ def test_what_a_spike_is(tmp_path: Path):
     assert state.spikes == 2
 
 
+def test_batches_without_labels_are_no_reason_to_judge(tmp_path: Path):
+    """Neither where nothing is left that could be compared, nor where most losses before were 0; a batch with labels is judged."""
+    state = Progress(scales={"a": 0.5, "b": 0.0, "balance": 1.0})
+    factors = {"a": 2.0, "b": 1.0, "balance": 1.0}
+    guard = SpikeGuard(config(), tmp_path, state, factors, Events(tmp_path), may_rewind=True)
+    for found in ({}, {"b": 0.5}):
+        guard.look(0, found, 0.5 * len(found))
+    assert state.recent_losses == {}
+    for step in range(9):
+        guard.look(step, {"balance": 0.0}, 0.0)
+    guard.look(9, {"a": 5.0}, 10.0)
+    assert state.spikes == 0
+    for step in range(10, 18):
+        guard.look(step, {"a": 0.5}, 1.0)
+    guard.look(18, {"a": 5.0}, 10.0)
+    assert state.spikes == 1
+
+
 def test_what_an_earlier_version_kept_of_losses_is_left_behind(tmp_path: Path):
     kept = asdict(Progress(recent_losses={"emotion": [0.5]}))
     assert parse_progress(kept, tmp_path).recent_losses == {"emotion": [0.5]}
