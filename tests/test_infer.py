@@ -22,8 +22,8 @@ from redheart.infer import RedHeartPipeline
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
 from redheart.tasks import TASKS
-from redheart.train.checkpoint import Progress
 from redheart.train.export import export, load_model
+from redheart.train.progress import Progress
 from redheart.train.start import train
 from redheart.train.validate import validate
 from tests.data.shard_data import write_index

@@ -36,8 +36,8 @@ from redheart.ranks import is_main
 from redheart.schema import Batch
 from redheart.tasks import TASKS
 from redheart.train.aside import Aside, SampleLog
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
+from redheart.train.progress import Progress
 
 GIB = 2**30
 

@@ -31,9 +31,9 @@ from redheart.memory.swap import place
 from redheart.owned import exclusive
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
-from redheart.train.checkpoint import Progress
 from redheart.train.claim import is_run
 from redheart.train.export import AGAIN, Trained, load_weights, resolve
+from redheart.train.progress import Progress
 from redheart.train.resume import check_as_trained
 
 

@@ -22,8 +22,9 @@ from redheart.model.select import ExecutionMode
 from redheart.owned import check_new
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
-from redheart.train.checkpoint import Progress, parse_progress, read_progress
+from redheart.train.checkpoint import read_progress
 from redheart.train.engine import consolidated_weights
+from redheart.train.progress import Progress, parse_progress
 
 AGAIN = "export the checkpoint again"
 SETTINGS = "redheart.json"  # beside config.json: the run's configuration and where it stood

@@ -31,9 +31,9 @@ from redheart.model.select import ExecutionMode
 from redheart.owned import check_new
 from redheart.schema import RedHeartError
 from redheart.tasks import task_weights
-from redheart.train.checkpoint import Progress
 from redheart.train.export import write_card
 from redheart.train.moments import open_moments, write_grown
+from redheart.train.progress import Progress
 from redheart.train.stored import INDEX, SINGLE, Stored, open_stored, streamed
 
 SHARD_SIZE = 512 * 2**20  # bytes of one safetensors file

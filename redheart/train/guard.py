@@ -17,8 +17,8 @@ from redheart.owned import own
 from redheart.ranks import is_launched, is_main
 from redheart.schema import RedHeartError
 from redheart.train.aside import Events
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
+from redheart.train.progress import Progress
 from redheart.train.stages import LossSums
 
 GRACE_S, ALONE_S = 5.0, 0.5  # under a launcher, and without one

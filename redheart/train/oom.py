@@ -24,9 +24,10 @@ from redheart.model.prior import Raw, start_at
 from redheart.model.redheart import RedHeartModel
 from redheart.ranks import barrier, is_main, launched_world_size, together
 from redheart.schema import Batch, RedHeartError
-from redheart.train.checkpoint import REBUILD, Progress
+from redheart.train.checkpoint import REBUILD
 from redheart.train.engine import DeepSpeedEngine, Engine, free_memory, make_engine
 from redheart.train.moments import carry
+from redheart.train.progress import Progress
 from redheart.train.stages import Window, loss_of, split_global_batch
 from redheart.train.stored import fill, fitting
 

@@ -19,7 +19,7 @@ from redheart.console import console
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
-from redheart.train.checkpoint import Progress
+from redheart.train.progress import Progress
 
 DEFAULT_PRESET = "local"
 SETTINGS = "config.yaml"

@@ -22,8 +22,8 @@ from redheart.ranks import any_rank, is_main, is_out_of_memory, sum_over_ranks, 
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
 from redheart.train.aside import Events
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
+from redheart.train.progress import Progress
 
 MIB = 2**20
 

@@ -30,8 +30,8 @@ from redheart.ranks import barrier
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
 from redheart.train.aside import Events
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
+from redheart.train.progress import Progress
 from redheart.train.saving import Saver
 
 NORMAL = 1.4826  # MADs in a normal distribution's standard deviation

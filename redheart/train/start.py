@@ -24,7 +24,6 @@ from redheart.tasks import constant_answers, constant_losses
 from redheart.train import checkpoint
 from redheart.train.agree import agree
 from redheart.train.calibrate import calibrate_best
-from redheart.train.checkpoint import Progress
 from redheart.train.claim import RESULT, Claim, naming_no_room
 from redheart.train.engine import PlainEngine, check_engine
 from redheart.train.engine.machinery import START_S
@@ -32,6 +31,7 @@ from redheart.train.length import steps_of
 from redheart.train.named import check_names
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.own import prepared
+from redheart.train.progress import Progress
 from redheart.train.resume import accept, command, order_of_rows
 from redheart.train.stages import looking_ten_times, split_global_batch
 from redheart.train.stalls import stacks

@@ -20,9 +20,10 @@ from redheart.model.build import model_config
 from redheart.model.loading import Shape, open_safetensors, read_tensor, refuse_other_tensors, shapes_of, verify_export
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
-from redheart.train.checkpoint import Progress, read_progress
+from redheart.train.checkpoint import read_progress
 from redheart.train.engine import consolidated_weights
 from redheart.train.export import AGAIN, read_settings, resolve
+from redheart.train.progress import Progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # Transformers' names
 

@@ -23,9 +23,9 @@ from redheart.tasks import task_weights
 from redheart.train import oom, stages
 from redheart.train.aside import Events
 from redheart.train.board import Board
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine
 from redheart.train.guard import NonFiniteGuard, StopRequest
+from redheart.train.progress import Progress
 from redheart.train.saving import Saver
 from redheart.train.spikes import SpikeGuard
 from redheart.train.synergy import Synergy

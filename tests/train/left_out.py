@@ -3,7 +3,7 @@
 import sys
 
 from redheart.cli import main
-from redheart.train.checkpoint import Progress
+from redheart.train.progress import Progress
 from redheart.train.trainer import Trainer
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from redheart.evaluation.examples import Example
 from redheart.tasks import TASKS
 from redheart.train import board, trainer
 from redheart.train.board import _table
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import Update
+from redheart.train.progress import Progress
 from redheart.train.saving import Saver
 from redheart.train.start import train as start
 from redheart.train.synergy import Synergy

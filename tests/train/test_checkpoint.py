@@ -15,7 +15,8 @@ from redheart.config import load_config
 from redheart.files import MANIFEST, read_pointer, verify_manifest, write_manifest, write_pointer, write_text
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint
-from redheart.train.checkpoint import Progress, best, clear, committed, find, go_on, holds, last, read_progress, save
+from redheart.train.checkpoint import best, clear, committed, find, go_on, holds, last, read_progress, save
+from redheart.train.progress import Progress
 
 CONFIG = load_config("local")
 OPERATIONS = ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync")

@@ -20,9 +20,9 @@ from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train import grow as door
 from redheart.train import stored as stored_room
-from redheart.train.checkpoint import Progress
 from redheart.train.export import load_model, write_card
 from redheart.train.moments import open_moments
+from redheart.train.progress import Progress
 from redheart.train.stored import fill, fitting, load_stored, open_stored
 from tests.runs import QUICK, redheart
 

@@ -9,10 +9,10 @@ from redheart.config import load_config
 from redheart.model.redheart import RedHeartConfig
 from redheart.optim import CPUAdamW8bit
 from redheart.schema import RedHeartError
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import PlainEngine
 from redheart.train.engine.moments import CHUNK, Piece, adopt
 from redheart.train.moments import open_moments
+from redheart.train.progress import Progress
 from redheart.train.stored import Stored
 from tests.train.test_plain import WANTED, engine, steps
 from tests.train.test_zero import run

@@ -19,8 +19,9 @@ from redheart.memory.activations import MicroStep
 from redheart.memory.plan import Request, parameters_of, predict
 from redheart.schema import RedHeartError
 from redheart.train import checkpoint, saving
-from redheart.train.checkpoint import Progress, committed, read_progress
+from redheart.train.checkpoint import committed, read_progress
 from redheart.train.guard import StopRequest
+from redheart.train.progress import Progress
 from redheart.train.start import train as start
 from redheart.train.trainer import Trainer
 from tests.runs import last_weights, train

@@ -15,7 +15,8 @@ from redheart.data.stream import SampleStream
 from redheart.files import read_sealed_json, write_sealed_json
 from redheart.schema import RedHeartError
 from redheart.train.aside import Events
-from redheart.train.checkpoint import Progress, committed, parse_progress
+from redheart.train.checkpoint import committed
+from redheart.train.progress import Progress, parse_progress
 from redheart.train.spikes import SpikeGuard
 from redheart.train.start import train as start
 from tests.runs import forked, last_weights, losses, train

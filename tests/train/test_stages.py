@@ -14,8 +14,9 @@ from redheart.data.stream import SampleStream
 from redheart.files import read_sealed_json, write_sealed_json
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
-from redheart.train.checkpoint import Progress, read_progress
+from redheart.train.checkpoint import read_progress
 from redheart.train.engine import PlainEngine, parameter_groups
+from redheart.train.progress import Progress
 from redheart.train.stages import learning_rate_at, split_global_batch
 from redheart.train.start import train
 

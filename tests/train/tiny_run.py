@@ -25,9 +25,9 @@ from redheart.model.build import Place, build_model
 from redheart.model.redheart import RedHeartConfig
 from redheart.ranks import barrier, is_main
 from redheart.tasks import task_weights
-from redheart.train.checkpoint import Progress
 from redheart.train.engine import Engine, consolidated_weights, make_engine
 from redheart.train.moments import open_moments
+from redheart.train.progress import Progress
 from redheart.train.stages import compute, forward, open_window, update
 from redheart.train.stored import Stored, fill
 from tests.train.tiny import SETTINGS, make_batch
