@@ -141,9 +141,25 @@ def best(run: Path) -> Path | None:
 
 def before(run: Path, state: Progress, step: int) -> Path | None:
     """The newest checkpoint of `step` or earlier on the branch of `state`; where none is so early its oldest, and None without any."""
-    own = [d for d, one in _lineages(run).items() if one.branch == state.branch or one.step <= state.branched_at]
+    own = _own(run, state)
     early = [d for d in own if _step(d) <= step]
     return max(early, key=_step) if early else min(own, key=_step, default=None)
+
+
+def _own(run: Path, state: Progress) -> list[Path]:
+    """The checkpoints on the branch of `state`."""
+    return [d for d, one in _lineages(run).items() if one.branch == state.branch or one.step <= state.branched_at]
+
+
+def forget_lost_best(state: Progress, run: Path, quiet: bool = False) -> None:
+    """Where the best checkpoint so far is not in `run`, the search for it starts anew: else nothing worse could be kept in its stead."""
+    if state.best_step is None or state.best_step in map(_step, _own(run, state)):
+        return
+    if not quiet:
+        console.print(
+            f"the best checkpoint so far, of step {state.best_step}, is not in {run}: the search for it starts anew"
+        )
+    state.best_value, state.best_step, state.looks_since_best = None, None, 0
 
 
 def _step(directory: Path) -> int:
@@ -204,13 +220,9 @@ def go_on(state: Progress, source: Path, run: Path, quiet: bool = False) -> None
             console.print(f"going back to step {state.step}: {left} will be removed once a new checkpoint is there")
     if state.best_value is not None and not math.isfinite(state.best_value):  # earlier versions took NaN for the best
         state.best_value = state.best_step = None
-    lost = state.best_step is not None and state.best_step not in {one.step for one in lineages.values()}
-    if lost and not quiet:
-        console.print(
-            f"the best checkpoint so far, of step {state.best_step}, is not in {run}: the search for it starts anew"
-        )
-    if lost or newest is None:  # or in a new directory
-        state.best_value, state.best_step, state.looks_since_best = None, None, 0
+    forget_lost_best(state, run, quiet)
+    if newest is None:  # in a new directory
+        state.looks_since_best = 0
 
 
 def clear(run: Path, config: RunConfig | None = None) -> None:

@@ -129,5 +129,6 @@ class SpikeGuard:
             f"on (rewind {state.rewinds} of {wanted.max_rewinds})",
             markup=False,
         )
+        checkpoint.forget_lost_best(state, self._run)  # it may have made room for a better one that is undone now
         self._events.write(spike.step, "rewind", to_step=state.step, left_out=left_out, rewinds=state.rewinds)
         return True

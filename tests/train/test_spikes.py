@@ -15,7 +15,7 @@ from redheart.data.stream import SampleStream
 from redheart.files import read_sealed_json, write_sealed_json
 from redheart.schema import RedHeartError
 from redheart.train.aside import Events
-from redheart.train.checkpoint import committed
+from redheart.train.checkpoint import best, committed, save
 from redheart.train.progress import Progress, parse_progress
 from redheart.train.spikes import SpikeGuard
 from redheart.train.start import train as start
@@ -196,6 +196,37 @@ def test_batches_without_labels_are_no_reason_to_judge(tmp_path: Path):
         guard.look(step, {"a": 0.5}, 1.0)
     guard.look(18, {"a": 5.0}, 10.0)
     assert state.spikes == 1
+
+
+class StandIn:
+    """An engine whose state is one small file, and a saver with nothing under way."""
+
+    def save(self, directory: Path) -> None:
+        (directory / "state").write_text("weights")
+
+    def load(self, directory: Path) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def test_a_best_checkpoint_that_made_room_for_one_that_is_undone_is_searched_anew(tmp_path: Path):
+    """Else nothing after the rewind would be the best, unless it were better than one that is gone."""
+    settings, engine = config("checkpoint.keep_last=1"), StandIn()
+    state = Progress(scales={"a": 1.0}, recent_losses={"a": [1.0] * 8})
+    guard = SpikeGuard(settings, tmp_path, state, {"a": 1.0}, Events(tmp_path), may_rewind=True)
+    for state.step, value in ((1, 3.0), (2, 3.5), (3, 2.5)):
+        state.improves(value)
+        save(engine, tmp_path, settings, state, keep=1)
+    assert [d.name for d in committed(tmp_path)] == ["step-00000002", "step-00000003"]
+    guard.look(3, {"a": 99.0}, 99.0)
+    assert guard.undo(engine, engine)
+    assert (state.step, state.best_value, state.best_step, state.looks_since_best) == (2, None, None, 0)
+    state.step = 3
+    assert state.improves(3.2)
+    save(engine, tmp_path, settings, state, keep=1)
+    found = best(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000003"
 
 
 def test_what_an_earlier_version_kept_of_losses_is_left_behind(tmp_path: Path):
