@@ -78,6 +78,16 @@ def test_settings_figures_charts_and_texts_are_there(events: EventAccumulator, w
     assert {"0_overview/dev_loss", "1_quality/regret/dev_loss"} <= {m.name.tag for m in metrics} <= set(tags)
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_what_an_abandoned_attempt_wrote_is_hidden_from_whichever_step_the_run_goes_on(tmp_path: Path, step: int):
+    for begin, value in ((0, 1.0), (step, 2.0)):
+        shown = board.Board(tmp_path, load_config("local"), Progress(step=begin), {}, 9)
+        for at in range(begin + 1, 6 - int(value)):
+            shown.synergy(at, {"x": value})
+        shown.close()
+    assert scalars(tmp_path, "3_synergy/x") == {n: 2.0 if n > step else 1.0 for n in range(1, 4)}
+
+
 def test_of_a_text_nothing_is_markup():
     line = _table([Example("a | b <img src=x>\n# *c*", "regret", 0.5, 0.25)]).splitlines()[-1]
     assert line == r"| a \| b &lt;img src=x&gt; \# \*c\* | regret | 0.50 | 0.25 |"
