@@ -222,7 +222,7 @@ def go_on(state: Progress, source: Path, run: Path, quiet: bool = False) -> None
         state.best_value = state.best_step = None
     forget_lost_best(state, run, quiet)
     if newest is None:  # in a new directory
-        state.looks_since_best = 0
+        state.looks_since_best, state.branch_of = 0, str(source.resolve())
 
 
 def clear(run: Path, config: RunConfig | None = None) -> None:

@@ -66,6 +66,8 @@ class Progress:
     changes: list[dict[str, Any]] = field(default_factory=list)  # of the configuration, at the step of a resume
     branch: int = 0  # how often the run went back to an earlier checkpoint
     branched_at: int = 0  # from which step on the checkpoints of lower branches are abandoned
+    init: str = ""  # whose weights the run started from: --init
+    branch_of: str = ""  # the checkpoint of another run that it went on from: --resume CHECKPOINT --out NEW
 
     def evaluated(self, total: float, losses: Mapping[str, float]) -> None:
         """Keeps what is finite of an evaluation's dev losses; what is not is told."""

@@ -174,7 +174,8 @@ def _train(
     weights, counts = label_weights(split["histograms"]), label_counts(split)
     state.labels, state.label_counts = joined(state.labels, weights), joined(state.label_counts, counts)
     if init:  # where it is not known what it learned before, nothing is known
-        earlier = fitting(model_config(config, state.encoder), init).progress
+        stored = fitting(model_config(config, state.encoder), init)
+        state.init, earlier = str(stored.directory.resolve()), stored.progress
         state.labels = joined(earlier.labels, weights) if earlier.labels else {}
         state.label_counts = joined(earlier.label_counts, counts) if earlier.label_counts else {}
     if init and overwrite and init.resolve().is_relative_to(run.resolve()):

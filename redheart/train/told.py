@@ -13,6 +13,7 @@ from redheart.evaluation.curves import OVERVIEW, RATE, scalars
 from redheart.evaluation.page import Section
 from redheart.files import read_json
 from redheart.train.claim import RESULT
+from redheart.train.progress import Progress
 
 
 def how_it_ran(run: Path | None) -> list[Section]:
@@ -38,7 +39,7 @@ def how_it_ran(run: Path | None) -> list[Section]:
 
 
 def data_and_commands(
-    run: Path | None, checkpoint: Path, data: str | Path, split: str, index: Mapping[str, Any]
+    run: Path | None, checkpoint: Path, data: str | Path, split: str, index: Mapping[str, Any], progress: Progress
 ) -> list[Section]:
     """The sources with their licences, and what to type to get the same again."""
     rows = [
@@ -48,6 +49,8 @@ def data_and_commands(
     commands = []
     if run is not None:
         settings = ["--preset", str(run / "config.yaml"), "--data", str(data), "--out", f"{run}-again"]
+        began = {"--resume": progress.branch_of} if progress.branch_of else {"--init": progress.init}
+        settings += [word for option, path in began.items() if path for word in (option, path)]
         commands.append(["redheart", "train", *settings])
     commands.append(["redheart", "evaluate", "--checkpoint", str(checkpoint), "--data", str(data), "--split", split])
     commands.append(["redheart", "predict", "--checkpoint", str(checkpoint), "A text of yours."])

@@ -25,9 +25,9 @@ from redheart.model.redheart import parameter_counts
 from redheart.owned import check_can_make_file
 from redheart.schema import EMOTIONS, RedHeartError
 from redheart.tasks import TASKS, task_weights
-from redheart.train.checkpoint import Progress
 from redheart.train.claim import is_run, own_report
 from redheart.train.export import load_model, resolve
+from redheart.train.progress import Progress
 from redheart.train.resume import check_as_trained
 from redheart.train.told import data_and_commands, how_it_ran
 
@@ -129,7 +129,8 @@ def validate(
     if out is None:
         return report, None
     curves = learning_curves(scalars(run), progress.step) if run else None
-    report.write(out, curves, [*how_it_ran(run), *data_and_commands(run, directory, data, split, held_out.index)])
+    told = [*how_it_ran(run), *data_and_commands(run, directory, data, split, held_out.index, progress)]
+    report.write(out, curves, told)
     return report, out
 
 

@@ -2,12 +2,16 @@
 
 import json
 import resource
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from redheart.cli import app
 from redheart.config import RunConfig, load_config
 from redheart.files import sha256_of, verify_manifest
 from redheart.owned import MARKER, exclusive, own, owned
@@ -16,6 +20,8 @@ from redheart.train import trainer
 from redheart.train.checkpoint import best, committed, last, read_progress
 from redheart.train.export import resolve
 from redheart.train.start import train
+from redheart.train.told import data_and_commands
+from tests.runs import last_weights
 from tests.train.tiny import SETTINGS
 
 QUICK = ["memory.strategy=plain", "training.log_every=1", "training.evaluate_every=1", "training.log_samples=true"]
@@ -111,6 +117,33 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_not_overwritten(data: Path, 
     train(config(4), data, run, "last")
     assert {"config.yaml", "checkpoints", "tensorboard", "samples-rank0.jsonl"} <= set(owned(run, "run"))
     assert "thesis.txt" not in owned(run, "run")
+
+
+@pytest.mark.parametrize("begun", ["init", "branch"])
+def test_a_report_s_line_for_the_same_again_begins_where_the_run_began(
+    data: Path, run: Path, tmp_path: Path, begun: str
+):
+    """From weights, or from another run's checkpoint with settings of its own."""
+    source, new = run / "checkpoints" / "step-00000002", tmp_path / "new"
+    settings = config(3, "optimizer.learning_rate=0.01")
+    assert not {"--init", "--resume"} & set(again(run))
+    if begun == "init":
+        train(settings, data, new, init=source)
+    else:
+        train(settings, data, new, str(source))
+    words = again(new)
+    assert words[-2:] == [{"init": "--init", "branch": "--resume"}[begun], str(source)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    repeated, there = last_weights(Path(f"{new}-again")), last_weights(new)
+    assert all(torch.equal(repeated[name], tensor) for name, tensor in there.items())
+
+
+def again(run: Path) -> list[str]:
+    newest = last(run)
+    progress = read_progress(newest)
+    told = data_and_commands(run, newest, progress.data, "dev", {"sources": {}}, progress)
+    return shlex.split(told[1].commands[0])[1:]
 
 
 def test_what_would_undo_itself_is_refused(data: Path, run: Path):
