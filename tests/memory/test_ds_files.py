@@ -13,8 +13,9 @@ from redheart.memory.ds_files import FILES, ds_settings, write_ds_configs
 from redheart.memory.states import TRAITS
 from redheart.schema import RedHeartError
 from redheart.sections import Strategy
-from redheart.train.engine.machinery import check_launch_file, ds_config_path
+from redheart.train.engine.machinery import check_launch_file, check_launch_options, ds_config_path
 from redheart.train.engine.possible import check_engine
+from redheart.train.start import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +82,43 @@ def test_a_launch_file_of_another_strategy_is_refused_by_name(file, strategy, wo
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
     with pytest.raises(RedHeartError, match=words):
         check_engine(load_config("local", [f"memory.strategy={strategy}"]))
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"CONFIG_DS_FIELDS": "zero_stage,zero3_init_flag,gradient_clipping,mixed_precision", "DEEPSPEED_ZERO_STAGE": "2"},
+            r"zero_stage, gradient_clipping, mixed_precision, .*memory\.strategy.*--config_file launch/accelerate/zero2\.yaml",
+        ),
+        ({"DEEPSPEED_ZERO_STAGE": "3"}, r"--zero_stage 3 .*memory\.strategy is zero2.*accelerate/zero2\.yaml"),
+        ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "--offload_optimizer_device cpu .*would not be heard"),
+        ({"MIXED_PRECISION": "bf16"}, r"--mixed_precision bf16 .*training\.precision is fp32"),
+        ({"GRADIENT_CLIPPING": "0.1"}, r"--gradient_clipping 0\.1 .*optimizer\.max_grad_norm is 1\.0"),
+    ],
+)  # fmt: skip
+def test_what_a_launch_asks_for_and_would_not_get_is_refused_by_name(variables, words, monkeypatch, tmp_path):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(RedHeartError, match=words):
+        train(load_config("local", ["memory.strategy=zero2"]), tmp_path / "data", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_our_launch_files_and_the_settings_say_is_no_contradiction(monkeypatch):
+    for strategy, traits in TRAITS.items():
+        config = load_config("local", [f"memory.strategy={strategy}", "training.precision=bf16"])
+        given = {
+            "MIXED_PRECISION": "no",
+            "CONFIG_DS_FIELDS": "deepspeed_config_file,deepspeed_multinode_launcher,zero3_init_flag",
+        }
+        as_set = {"MIXED_PRECISION": "bf16", "DEEPSPEED_ZERO_STAGE": str(traits.stage), "GRADIENT_CLIPPING": "1.0"}
+        for variables in (given, as_set):
+            with monkeypatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(f"ACCELERATE_{name}", value)
+                check_launch_file(strategy)
+                check_launch_options(config)
 
 
 def test_a_launch_that_names_no_file_leaves_the_strategy_alone(monkeypatch):

@@ -21,7 +21,7 @@ from redheart.device import has_gpu, tell_deepspeed, variables_kept
 from redheart.files import read_json
 from redheart.memory.ds_files import FILES as DS_FILES
 from redheart.memory.ds_files import SPLIT
-from redheart.memory.states import bucket_of
+from redheart.memory.states import TRAITS, bucket_of
 from redheart.optim.adam8bit import kernel as adam8bit_kernel
 from redheart.optim.building import built_alone
 from redheart.ranks import is_launched, launch_file, leave
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 START_S = 600  # how long processes wait for each other to start: nodes read and compile at their own pace
 OTHERS = {"ACCELERATE_USE_CPU": "--cpu", "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm"}
+# keys of a launch file's deepspeed_config, and its mixed_precision, that Accelerate refuses beside a DeepSpeed file, which every run has
+UNHEARD = (
+    *("zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
+    *("zero3_save_16bit_model", "gradient_accumulation_steps", "gradient_clipping", "mixed_precision"),
+)  # fmt: skip
 # parameters below which ZeRO-3 does not look ahead for the next use of what it has gathered: DeepSpeed 0.19.8 walks through all
 # that is left of the pass at every module, for two minutes in the first steps of a small network, whose tensors stay gathered anyway
 SMALL = 10_000_000
@@ -136,12 +141,17 @@ def check_accelerate() -> None:
 
 
 def check_launch_file(strategy: str) -> None:
-    """Raises RedHeartError where the launch file asks for another strategy, or for a DeepSpeed file that is none of ours."""
+    """Raises RedHeartError where the launch file asks for another strategy, for a DeepSpeed file that is none of ours, or for what the
+    settings decide."""
+    own, given = _own_launch(strategy), os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    if named := [key for key in UNHEARD if key in given]:
+        raise RedHeartError(
+            f"the launch file names {', '.join(named)}, which would not be heard: memory.strategy, training.precision, "
+            f"training.micro_batch_size and optimizer.max_grad_norm decide them here. Start {own}"
+        )
     file = launch_file()
     if file is None or FILES.get(strategy, strategy) == DS_FILES.get(file):
         return
-    own = f"with --config_file launch/accelerate/{FILES.get(strategy, strategy)}.yaml"
-    own = "without a launcher" if strategy == "plain" else own
     if file not in DS_FILES:
         raise RedHeartError(
             f"the launch file names the DeepSpeed file {file}, which is none of ds_configs/ and would not be read: start {own}"
@@ -149,6 +159,33 @@ def check_launch_file(strategy: str) -> None:
     raise RedHeartError(
         f"the launch file names {file}, and memory.strategy is {strategy}: --set memory.strategy={DS_FILES[file]}, or start {own}"
     )
+
+
+def check_launch_options(config: RunConfig) -> None:
+    """Raises RedHeartError where an option of `accelerate launch` asks for something else than the settings, which alone are heard."""
+    traits, norm = TRAITS[config.memory.strategy], config.optimizer.max_grad_norm
+    by_strategy = f"memory.strategy is {config.memory.strategy}"
+    decided = (
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(traits.stage), by_strategy),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu" if traits.offload else "none", by_strategy),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none", by_strategy),
+        ("ACCELERATE_MIXED_PRECISION", mixed_precision(config), f"training.precision is {config.training.precision}"),
+        ("ACCELERATE_GRADIENT_CLIPPING", str(float(norm)), f"optimizer.max_grad_norm is {norm}"),
+    )
+    for name, wanted, said in decided:
+        given = os.environ.get(name, wanted)
+        unnamed = name == "ACCELERATE_MIXED_PRECISION" and given == "no"  # or was named so, which looks the same
+        if given != wanted and not unnamed:
+            option = name.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
+            raise RedHeartError(
+                f"--{option} {given} of the launch ({name}) would not be heard, and {said}: leave the option out, set the key instead, "
+                f"or start {_own_launch(config.memory.strategy)}"
+            )
+
+
+def _own_launch(strategy: str) -> str:
+    own = f"with --config_file launch/accelerate/{FILES.get(strategy, strategy)}.yaml"
+    return "without a launcher" if strategy == "plain" else own
 
 
 @cache

@@ -9,7 +9,7 @@ from redheart.model.regional import check_compilation
 from redheart.optim.building import build_root
 from redheart.ranks import launched_world_size
 from redheart.schema import RedHeartError
-from redheart.train.engine.machinery import check_accelerate, check_launch_file
+from redheart.train.engine.machinery import check_accelerate, check_launch_file, check_launch_options
 
 
 def check_engine(config: RunConfig) -> None:
@@ -17,6 +17,7 @@ def check_engine(config: RunConfig) -> None:
     whoever writes or removes something first."""
     check_compilation(config)
     check_launch_file(config.memory.strategy)
+    check_launch_options(config)
     strategy, swap = config.memory.strategy, config.memory.swap
     eight_bit = config.optimizer_name == "adamw_8bit"
     if strategy == "plain":
