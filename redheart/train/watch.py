@@ -5,6 +5,7 @@ It is made anew for whoever asks, and the browser asks again by itself. Over ssh
 
 from __future__ import annotations
 
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def server(run: Path, port: int) -> ThreadingHTTPServer:
         raise RedHeartError(f"{run} holds no run: name the directory that `redheart train --out` was given")
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # the browser may go away at any time, also while the page is made
+                super().handle()
+
         def do_GET(self) -> None:
             name = self.headers.get("Host", "").rpartition(":")[0]
             # a page elsewhere that has its own name resolved to this machine is not answered

@@ -3,6 +3,8 @@
 import html
 import re
 import shutil
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -12,6 +14,7 @@ import pytest
 
 from redheart.files import write_pointer
 from redheart.schema import RedHeartError
+from redheart.train import watch
 from redheart.train.watch import page_so_far, server
 from tests.browser import browser, look, scrolls_sideways
 from tests.train.conftest import WHOLE
@@ -35,6 +38,28 @@ def test_the_page_so_far_is_served_to_this_machine_alone(whole_run: Path):
             assert not scrolls_sideways(shown)
             assert shown.locator("svg").count() > 5
         serving.shutdown()
+
+
+def test_a_browser_that_goes_away_while_the_page_is_made_is_no_error(tmp_path: Path, monkeypatch, capsys):
+    asked, gone = threading.Event(), threading.Event()
+
+    def slow(run: Path) -> str:
+        asked.set()
+        gone.wait(10)
+        return "page" * 10**7  # more than the system takes before someone reads it
+
+    monkeypatch.setattr(watch, "is_run", lambda run: True)
+    monkeypatch.setattr(watch, "page_so_far", slow)
+    with server(tmp_path, 0) as serving:
+        serving.daemon_threads = False  # closing the server waits for them
+        client = socket.create_connection(("127.0.0.1", serving.server_port))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed, it says so at once
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost:80\r\n\r\n")
+        serving.handle_request()
+        asked.wait(10)
+        client.close()
+        gone.set()
+    assert capsys.readouterr().err == ""
 
 
 def test_the_kept_step_is_the_best_checkpoint_s_and_no_other(whole_run: Path, tmp_path: Path):
