@@ -72,10 +72,12 @@ class Board:
         state = self._state
         self._start, self._first = time.perf_counter(), state.step
         self._put(lambda writer: writer.close())
-        purge = state.step + 1 if state.step or self._writer else None
+        folder = self._run / "tensorboard"
+        there = any(folder.glob("events.out.tfevents.*"))  # a resume may be from step 0, too
+        purge = state.step + 1 if there else None
 
         def open_writer() -> None:
-            self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=purge)
+            self._writer = SummaryWriter(str(folder), purge_step=purge)
             self._writer.add_text("config", f"```yaml\n{dump_config(self._config)}```", state.step)
 
         if is_main():

@@ -48,7 +48,7 @@ def data_and_commands(
     ]
     commands = []
     if run is not None:
-        settings = ["--preset", str(run / "config.yaml"), "--data", str(data), "--out", f"{run}-again"]
+        settings = ["--preset", str(run / "config.yaml"), "--data", progress.data, "--out", f"{run}-again"]
         began = {"--resume": progress.branch_of} if progress.branch_of else {"--init": progress.init}
         settings += [word for option, path in began.items() if path for word in (option, path)]
         commands.append(["redheart", "train", *settings])
