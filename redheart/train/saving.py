@@ -73,6 +73,7 @@ class Saver:
         self._since = self._start = time.monotonic()
         self._writing: _Writing | None = None
         self._step = 0  # of the save that is under way, or was the last
+        self._lost = False  # a save failed that may have been the best's
         self._spent_s, self._bytes, self._saves, self._failed = 0.0, 0, 0, 0
 
     @property
@@ -94,6 +95,9 @@ class Saver:
             self.finish()
         elif self._writing and written == engine.world_size:
             self._writing.go_on()
+        if self._lost and not self._writing:
+            checkpoint.forget_lost_best(self._state, self._run)
+            self._lost = False
         if due:
             self.save(engine)
         return due > 0 or failed > 0
@@ -155,7 +159,7 @@ class Saver:
                 ) from None
             if not goes_on:
                 raise
-            self._saved, self._failed = None, self._failed + 1
+            self._saved, self._lost, self._failed = None, True, self._failed + 1
             console.print(
                 f"step {self._step}: saving failed ({reason}); the run goes on, and tries again at the next checkpoint "
                 "(checkpoint.on_error)",

@@ -129,6 +129,22 @@ def test_a_save_that_fails_leaves_no_half_file(data: Path, tmp_path: Path, monke
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+def test_a_best_checkpoint_that_could_not_be_saved_is_searched_anew(data: Path, tmp_path: Path, monkeypatch):
+    """Else no later one would be the best, unless it were better than one that is not there."""
+    commit, values = checkpoint.commit_directory, {2: 3.0, 4: 2.0, 6: 2.5}
+
+    def full(temporary, final, aside):
+        if final.name == steps(4)[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+        commit(temporary, final, aside)
+
+    monkeypatch.setattr(checkpoint, "commit_directory", full)
+    monkeypatch.setattr(Trainer, "_is_best", lambda self, _: self.state.improves(values[self.state.step]))
+    result = start(config("checkpoint.on_error=go_on", "training.evaluate_every=2"), data, tmp_path / "run")
+    assert (result.state.best_step, result.saving["failed"]) == (6, 1)
+    assert result.calibration is not None
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_run_ends_well_only_with_its_last_checkpoint(data: Path, tmp_path: Path, monkeypatch, times: int):
     """The last step is saved in the background; a save of it that failed is tried again, and has then to succeed."""
