@@ -14,8 +14,8 @@ bash launch/multinode/run_node.sh … -- train …
   --help
 
 LINE is started as it is. It is started again with --resume, and without --init, once it has made a checkpoint. Before that it is started
-again as it began: with --overwrite as well where this supervisor began the run, and nobody saved it. It is not started again when it ended
-well or by a signal that it was sent, when it refused its settings, its data or its command line (exit codes 1 and 2), and when this
+again as it began: with --overwrite as well where this supervisor began the run, sees it in --out, and nobody saved it. It is not started
+again when it ended well or by a signal that it was sent, when it refused its settings, its data or its command line (exit codes 1 and 2), and when this
 supervisor is asked to end: SIGTERM, SIGINT and SIGUSR1 go on to LINE.
 TEXT
 }
@@ -35,9 +35,10 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || wrong "behind -- comes the line that trains"
 
-line=("$@") first=("$@") again=() run="" begun=no # again: the line without how it was to begin
+line=("$@") first=("$@") again=() run="" begun=no from="" # again: the line without how it was to begin
 while [ $# -gt 0 ]; do
   case "$1" in
+    run_node.sh | */run_node.sh) from=$(cd "$(dirname "$1")/../.." 2>/dev/null && pwd)/ || from="" ;; # where its relative paths start
     --out) run=${2:-} ;;
     --out=*) run=${1#--out=} ;;
   esac
@@ -51,6 +52,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -n "$run" ] || wrong "the line names no --out, so nobody could tell whether its run has a checkpoint"
+[[ "$run" == /* ]] || run=$from$run
 
 committed() { # a line for each checkpoint, which no other one has, even of the same step
   stat -c '%i %y' "$run"/checkpoints/step-????????{,.old}/manifest.json 2>/dev/null | LC_ALL=C sort || true
@@ -112,10 +114,10 @@ while :; do
   pause=$((pause < 300 ? pause : 300))
   if made "$at_first"; then
     line=("${again[@]}" --resume) how=--resume
-  elif [ "$begun" = yes ]; then
-    line=("${first[@]}") how="the same line"
-  else
+  elif [ "$begun" = no ] && [ -e "$run/.redheart.json" ]; then
     line=("${first[@]}" --overwrite) how=--overwrite
+  else # where this supervisor sees no run there may be one: the line may have its own idea of where --out lies
+    line=("${first[@]}") how="the same line"
   fi
   say "$why (exit code $code): $how in $pause s"
   sleep "$pause" &

@@ -1,6 +1,7 @@
 """launch/supervise.sh starts again what starting again can cure, and nothing else."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.faults.works import parameters
 from tests.runs import BIN, environment
 
 SUPERVISE = ["bash", str(ROOT / "launch" / "supervise.sh"), "--wait", "0"]
-# a line that saves a checkpoint at each start it is told to, tells a code and ends with another
+# a line that saves a checkpoint at each start it is told to (s; n: not even its run is seen), tells a code and ends with another
 LINE = """
 import os, sys
 from pathlib import Path
@@ -25,6 +26,9 @@ starts = len(log.read_text().splitlines()) if log.exists() else 0
 with log.open("a") as file:
     file.write(" ".join(sys.argv[2:]) + "\\n")
 saves, told, code = plan[min(starts, len(plan) - 1)].split(":")
+if saves != "n":
+    run.mkdir(exist_ok=True)
+    (run / ".redheart.json").touch()
 if saves == "s":
     step = run / "checkpoints" / f"step-{starts:08d}"
     step.mkdir(parents=True)
@@ -82,6 +86,7 @@ def supervised(folder: Path, plan: str, *more: str, options: tuple[str, ...] = (
         ("::2", (), 2, [""], "cannot be started"),
         ("::127", (), 127, [""], "cannot be started"),
         ("s:143:143", (), 143, [""], "somebody asked it"),
+        ("n::-9,n:1:1", (), 1, ["", ""], "the same line"),  # what it does not see it does not replace
         ("::-9", (), 137, ["", *["--overwrite"] * 2], "3 starts in a row"),
         ("s::-9,::-9", (), 137, ["", *["--resume"] * 3], "3 starts in a row"),
         ("s::-9,s::-9,s::-9,s::-9,s:0:0", (), 0, ["", *["--resume"] * 4], ""),  # each brought something
@@ -138,6 +143,29 @@ def test_a_signal_goes_on_to_the_line_and_ends_both(tmp_path: Path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, "ended by SIGTERM, as asked" in said) == (143, True)
+
+
+def node(folder: Path, launcher: str) -> tuple[list[str], dict[str, str]]:
+    """run_node.sh of a checkout whose torchrun is these lines of Python, and the environment for it."""
+    shutil.copytree(ROOT / "launch", folder / "checkout" / "launch", dirs_exist_ok=True)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "torchrun").write_text(f"#!{sys.executable}\n{launcher}")
+    (folder / "bin" / "torchrun").chmod(0o755)
+    script = ["bash", str(folder / "checkout" / "launch" / "multinode" / "run_node.sh"), "--launcher", "torchrun"]
+    return [*script, "--node-rank", "0"], {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def test_a_run_of_run_node_is_seen_where_its_relative_path_starts(tmp_path: Path):
+    launcher = f"import sys; sys.argv[1:] = ['s::-9,s:0:0', *sys.argv[sys.argv.index('redheart') + 1:]]\n{LINE}"
+    script, variables = node(tmp_path, launcher)
+    line = [*script, "--", "train", "--out", "runs/one"]
+    (tmp_path / "checkout" / "runs").mkdir()
+    done = subprocess.run(
+        [*SUPERVISE, "--", *line], text=True, capture_output=True, timeout=60, cwd=tmp_path, env=variables
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "checkout" / "runs" / "log").read_text()
+    assert log.splitlines() == ["train --out runs/one", "train --out runs/one --resume"]
 
 
 def test_the_longest_pause_is_bounded_and_a_signal_ends_it(tmp_path: Path):
