@@ -15,8 +15,9 @@ bash launch/multinode/run_node.sh … -- train …
 
 LINE is started as it is. It is started again with --resume, and without --init, once it has made a checkpoint. Before that it is started
 again as it began: with --overwrite as well where this supervisor began the run, sees it in --out, and nobody saved it. It is not started
-again when it ended well or by a signal that it was sent, when it refused its settings, its data or its command line (exit codes 1 and 2), and when this
-supervisor is asked to end: SIGTERM, SIGINT and SIGUSR1 go on to LINE.
+again when it ended well or by a signal that it was sent, when it refused its settings, its data or its command line (exit codes 1 and 2),
+and when this supervisor is asked to end: SIGTERM and SIGINT, and SIGUSR1 for a checkpoint, go on to the processes that train, past their
+launcher. Nothing is started again before all processes of LINE have ended.
 TEXT
 }
 wrong() { echo "supervise: $*" >&2; echo "supervise: see --help" >&2; exit 2; }
@@ -62,42 +63,34 @@ made() { [ -n "$(LC_ALL=C comm -13 <(echo "$1") <(committed))" ]; } # whether th
 at_first=$(committed)
 if [ -n "$at_first" ] || [ -e "$run/.redheart.json" ]; then begun=yes; fi # not ours to replace, unless the line says so
 
-REDHEART_EXIT_CODES=$(mktemp) # where every process of the line says how it ended; a launcher says something of its own
-export REDHEART_EXIT_CODES
-trap 'rm -f "$REDHEART_EXIT_CODES"' EXIT
-child="" asked=""
-pass_on() { asked=$1; if [ -n "$child" ]; then kill "-$1" "$child" 2>/dev/null || true; fi; }
-for signal in TERM INT USR1; do
-  # shellcheck disable=SC2064
-  trap "pass_on $signal" "$signal"
-done
-any() { grep -qxE "$1" "$REDHEART_EXIT_CODES"; } # whether a process ended with such a code
+codes=$(mktemp) # where every process of the line says how it ended; a launcher says something of its own
+trap 'rm -f "$codes"' EXIT
+mark=REDHEART_EXIT_CODES=$codes
+# shellcheck source=launch/processes.sh
+source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
+listen
+any() { grep -qxE "$1" "$codes"; } # whether a process ended with such a code
 
 without=0
 while :; do
-  : >"$REDHEART_EXIT_CODES"
+  : >"$codes"
   before=$(committed)
-  "${line[@]}" &
-  child=$!
-  [ -z "$asked" ] || pass_on "$asked" # it came before there was a child
-  while :; do # a signal interrupts `wait`; the line still has to end, with a checkpoint
-    code=0
-    wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
-  child=""
+  start "${line[@]}"
+  wait_for_line
   [ "$code" -ne 0 ] || exit 0
-  case "$asked" in TERM | INT) say "ended by SIG$asked, as asked"; exit "$code" ;; esac
-  asked=""
+  if [ -n "$asked" ]; then
+    say "ended by SIG$asked, as asked"
+    exit "$code"
+  fi
   if any '1|2'; then
     say "not started again: its settings, its data or its files were refused (exit code $code), and would be again"
     exit "$code"
   fi
-  if [[ "$code" =~ ^(130|143)$ ]] && ! any '70|75'; then
+  if { [[ "$code" =~ ^(130|143)$ ]] || any '130|143'; } && ! any '70|75'; then
     say "not started again: somebody asked it to end (exit code $code)"
     exit "$code"
   fi
-  if [[ "$code" =~ ^(2|126|127)$ ]] && [ ! -s "$REDHEART_EXIT_CODES" ]; then
+  if [[ "$code" =~ ^(2|126|127)$ ]] && [ ! -s "$codes" ]; then
     say "not started again: the line cannot be started (exit code $code)"
     exit "$code"
   fi
@@ -123,7 +116,7 @@ while :; do
   sleep "$pause" &
   child=$!
   [ -z "$asked" ] || pass_on "$asked" # it came before there was a child
-  wait "$child" || true
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts `wait`
   child=""
   [ -z "$asked" ] || { say "ended by SIG$asked, as asked"; exit "$code"; }
 done

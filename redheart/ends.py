@@ -9,7 +9,8 @@
 | 75 | another rank, a node or the network was lost: one line names it | helps |
 | 128 + N | signal N; SIGINT and SIGTERM end a run with a checkpoint | was asked to end |
 
-A launcher has an exit code of its own: each process appends its code to the file of REDHEART_EXIT_CODES, where that is set.
+A launcher has an exit code of its own, and keeps signals to itself: each process appends to the file of REDHEART_EXIT_CODES, where
+that is set, "pid N" as it begins and its code as it ends (launch/processes.sh reads them).
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def ending() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # so a shell without job control starts what stands before `&`: whoever interrupts this very process means it, from its start on
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save", which only training hears: it ends nothing
+    _tell(f"pid {os.getpid()}")
     try:
         yield
     except SystemExit as end:
@@ -50,7 +54,7 @@ def ending() -> Iterator[None]:
     _tell(0)
 
 
-def _tell(code: int) -> None:
+def _tell(line: int | str) -> None:
     if file := os.environ.get(FILE):
         with open(file, "a", encoding="ascii") as told:
-            told.write(f"{code}\n")
+            told.write(f"{line}\n")

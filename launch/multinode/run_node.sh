@@ -105,16 +105,14 @@ cd "$root"
 if [ -d "$root/red_heart_env/bin" ]; then export PATH="$root/red_heart_env/bin:$PATH"; fi
 command -v "${command[0]}" >/dev/null || wrong "${command[0]} is not installed here: run launch/setup_env.sh on every node"
 
-"${command[@]}" "$@" &
-child=$!
-trap 'kill -TERM "$child" 2>/dev/null' TERM
-trap 'kill -INT "$child" 2>/dev/null' INT
-code=0
-while :; do # a signal interrupts `wait`; the launcher still has to end, with a checkpoint
-  code=0
-  wait "$child" || code=$?
-  kill -0 "$child" 2>/dev/null || break
-done
+codes=${REDHEART_EXIT_CODES:-} # of a supervisor
+[ -n "$codes" ] || { codes=$(mktemp); trap 'rm -f "$codes"' EXIT; }
+mark=REDHEART_NODE=$$:$codes
+# shellcheck source=launch/processes.sh
+source "$root/launch/processes.sh"
+listen
+start "${command[@]}" "$@"
+wait_for_line
 if [ "$code" -ne 0 ]; then
   echo "run_node: node $node_rank of $nodes (${hosts[$node_rank]}) ended with code $code; once all nodes have ended, the same commands with --resume go on from the last checkpoint" >&2
 fi

@@ -86,6 +86,7 @@ def supervised(folder: Path, plan: str, *more: str, options: tuple[str, ...] = (
         ("::2", (), 2, [""], "cannot be started"),
         ("::127", (), 127, [""], "cannot be started"),
         ("s:143:143", (), 143, [""], "somebody asked it"),
+        ("s:143+130:1", (), 1, [""], "somebody asked it"),  # of a launcher that was asked, and has a code of its own
         ("n::-9,n:1:1", (), 1, ["", ""], "the same line"),  # what it does not see it does not replace
         ("::-9", (), 137, ["", *["--overwrite"] * 2], "3 starts in a row"),
         ("s::-9,::-9", (), 137, ["", *["--resume"] * 3], "3 starts in a row"),
@@ -145,6 +146,83 @@ def test_a_signal_goes_on_to_the_line_and_ends_both(tmp_path: Path):
     assert (process.returncode, "ended by SIGTERM, as asked" in said) == (143, True)
 
 
+# a launcher that knows no signals, as deepspeed's, and leaves its two ranks behind; these end as redheart's do, some time after SIGTERM
+LAUNCHER = """
+import os, subprocess, sys, time
+from pathlib import Path
+with open(Path(sys.argv[2]) / "starts", "a") as file:
+    file.write(".")
+Path(sys.argv[2], "launcher").write_text(str(os.getpid()))
+sys.exit(max(r.wait() for r in [subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]]) for _ in range(2)]))
+"""
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+def tell(line):
+    with open(os.environ["REDHEART_EXIT_CODES"], "a") as file:
+        file.write(f"{line}\\n")
+def note(what, wait=0.0):
+    time.sleep(wait)
+    Path(sys.argv[1], f"{what}-{os.getpid()}").touch()
+def stop(*_):
+    note("saved", 0.5)
+    tell(143)
+    os._exit(143)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, lambda *_: note("asked"))
+tell(f"pid {os.getpid()}")
+note("up")
+time.sleep(30)
+"""
+
+
+def until(folder: Path, pattern: str, count: int = 2) -> None:
+    """Waits for so many notes of ranks."""
+    deadline = time.monotonic() + 30
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline, pattern
+        time.sleep(0.02)
+
+
+def launched(folder: Path) -> "subprocess.Popen[str]":
+    """A supervised launcher, once its ranks are up."""
+    line = [sys.executable, "-c", LAUNCHER, RANK, str(folder), "--out", str(folder / "run")]
+    process = subprocess.Popen([*SUPERVISE, "--", *line], stderr=subprocess.PIPE, text=True)
+    until(folder, "up-*")
+    return process
+
+
+def test_signals_reach_the_processes_that_train_past_their_launcher(tmp_path: Path):
+    process = launched(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    until(tmp_path, "asked-*")
+    os.kill(
+        int((tmp_path / "launcher").read_text()), signal.SIGUSR1
+    )  # of a batch system that sends it to all processes
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert "ended by SIGTERM, as asked" in said
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+    assert (tmp_path / "starts").read_text() == "."
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path: Path, number: signal.Signals):
+    """Who asks the launcher to end asks them; where it was killed they go on, and nothing starts beside them."""
+    process = launched(tmp_path)
+    os.kill(int((tmp_path / "launcher").read_text()), number)
+    if number == signal.SIGKILL:
+        time.sleep(1)
+        assert (tmp_path / "starts").read_text() == "."
+        assert not list(tmp_path.glob("saved-*"))
+        process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert ("somebody asked it to end" if number == signal.SIGTERM else "as asked") in said
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+    assert (tmp_path / "starts").read_text() == "."
+
+
 def node(folder: Path, launcher: str) -> tuple[list[str], dict[str, str]]:
     """run_node.sh of a checkout whose torchrun is these lines of Python, and the environment for it."""
     shutil.copytree(ROOT / "launch", folder / "checkout" / "launch", dirs_exist_ok=True)
@@ -166,6 +244,18 @@ def test_a_run_of_run_node_is_seen_where_its_relative_path_starts(tmp_path: Path
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "checkout" / "runs" / "log").read_text()
     assert log.splitlines() == ["train --out runs/one", "train --out runs/one --resume"]
+
+
+def test_a_node_without_a_supervisor_passes_signals_on_past_its_launcher(tmp_path: Path):
+    launcher = f"import sys; sys.argv[1:] = [{RANK!r}, {str(tmp_path)!r}]\n{LAUNCHER}"
+    script, variables = node(tmp_path, launcher)
+    process = subprocess.Popen([*script, "--", "train", "--out", "x"], env=variables)
+    until(tmp_path, "up-*")
+    process.send_signal(signal.SIGUSR1)
+    until(tmp_path, "asked-*")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
 def test_the_longest_pause_is_bounded_and_a_signal_ends_it(tmp_path: Path):
