@@ -98,7 +98,7 @@ def _control(file: str, corpora: str, how: str, where: str, command: str) -> str
 
 
 def optimizers() -> str:
-    told = read("optimizer-avx512.json")
+    told = read("optimizer-zen4.json")
     rows = [
         (
             name,
