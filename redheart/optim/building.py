@@ -1,11 +1,13 @@
 """Compiling an extension once on a machine, by one process at a time, and after a process that died over it.
 
 torch marks a build under way by a file that nobody removes if the builder is killed: everyone after it waits for ever. Here the
-builder holds a lock that ends with the process, and whoever has it next removes what a dead one left.
+builder holds a lock that ends with the process, and whoever has it next removes what a dead one left. DeepSpeed's kernels other
+programs build, too, without that lock: a living builder keeps its mark open.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
@@ -31,5 +33,16 @@ def built_alone(name: str, build: Callable[[], Any]) -> Any:
     with (root / f"{name}.flock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):
-            left.unlink(missing_ok=True)
+            if not _is_open(left):
+                left.unlink(missing_ok=True)
         return build()
+
+
+def _is_open(file: Path) -> bool:
+    """Whether a process of this machine that we may look at has it open (Linux; elsewhere nobody knows: False)."""
+    name = os.path.realpath(file)
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # somebody else's, or ended meanwhile
+            if os.readlink(link) == name:
+                return True
+    return False
