@@ -29,7 +29,7 @@ from redheart.files import (
     write_json,
     write_pointer,
 )
-from redheart.ranks import failing_together, is_main
+from redheart.ranks import any_rank, failing_together, is_main
 from redheart.schema import RedHeartError
 from redheart.train.engine import Engine
 from redheart.train.progress import Progress, parse_progress
@@ -152,8 +152,11 @@ def _own(run: Path, state: Progress) -> list[Path]:
 
 
 def forget_lost_best(state: Progress, run: Path, quiet: bool = False) -> None:
-    """Where the best checkpoint so far is not in `run`, the search for it starts anew: else nothing worse could be kept in its stead."""
-    if state.best_step is None or state.best_step in map(_step, _own(run, state)):
+    """Where the best checkpoint so far is not in `run`, the search for it starts anew: else nothing worse could be kept in its stead.
+    Collective: the first rank looks, and all do the same."""
+    if state.best_step is None:
+        return
+    if not any_rank(is_main() and state.best_step not in map(_step, _own(run, state))):
         return
     if not quiet:
         console.print(
