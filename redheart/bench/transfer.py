@@ -9,7 +9,8 @@ Per seed: `source` (small, from scratch), then with one order of samples, from t
     padded      shrink and pad, which changes the function (bench/padding.py)
     control     the small network trained on, for as many FLOPs as the grown ones
 and `scratch`, the large one, for as many steps more as the source cost. All steps are told in steps of the large network: a small one
-counts as its share of the FLOPs. Every run warms its learning rate up and lets it fall along a cosine to its end.
+counts as its share of the FLOPs. Every run warms its learning rate up and lets it fall along a cosine to its end; the source's stays up
+with --source-keeps-rate, so that what is grown had not come to the end of its schedule.
 
 Equal tuning: with the first seed every arm runs at every learning rate, and goes on with the one that gave it the lowest dev loss. All
 other settings are the large preset's. A run that is finished is not repeated: an interrupted bench goes on where it was. What was made
@@ -66,11 +67,14 @@ def bench_transfer(
     learning_rate: Annotated[
         list[float] | None, typer.Option("--learning-rate", help="May be repeated. [default: 1e-4, 3e-4, 1e-3]")
     ] = None,
+    source_keeps_rate: Annotated[
+        bool, typer.Option("--source-keeps-rate", help="After its warm-up the source's learning rate does not fall.")
+    ] = False,
     set_: Set = None,
 ) -> dict[str, Any]:
     """Does growth pay? Dev loss over FLOPs: grown in several ways, from scratch, and the small network trained on."""
     make_directory(out, "--out")
-    bench = _Bench(data, out, small, large, source_steps, steps, evaluate_every, set_ or ())
+    bench = _Bench(data, out, small, large, source_steps, steps, evaluate_every, source_keeps_rate, set_ or ())
     seeds, learning_rates = seed or (0, 1, 2), learning_rate or (1e-4, 3e-4, 1e-3)
     rate = {"source": bench.tune("source", seeds[0], learning_rates, None)}
     origin = bench.path("source", seeds[0], rate["source"])
@@ -82,8 +86,9 @@ def bench_transfer(
         curves |= {arm: bench.curve(arm, number, rate[arm], origin) for arm in ARMS}
         lines.append({"seed": number, "curves": curves, **compare(curves, bench.share, source_steps)})
     result = {
-        "small": small, "large": large, "source_steps": source_steps, "steps": steps, "scratch_steps": bench.scratch_steps,
-        "control_steps": bench.control_steps, "flops_per_sample": bench.flops, "cost_of_a_small_step": bench.share,
+        "small": small, "large": large, "source_steps": source_steps, "source_keeps_rate": source_keeps_rate,
+        "steps": steps, "scratch_steps": bench.scratch_steps, "control_steps": bench.control_steps,
+        "flops_per_sample": bench.flops, "cost_of_a_small_step": bench.share,
         "learning_rates": rate, "tuning": bench.tuning, "seeds": lines,
     }  # fmt: skip
     write_json(out / "transfer.json", result)
@@ -167,10 +172,12 @@ class _Bench:
     """The runs of one bench, each in a directory of its own below `out`."""
 
     def __init__(
-        self, data: str, out: Path, small: str, large: str, source_steps: int, steps: int, evaluate_every: int, overrides: Sequence[str]
+        self, data: str, out: Path, small: str, large: str, source_steps: int, steps: int, evaluate_every: int,
+        source_keeps_rate: bool, overrides: Sequence[str],
     ):  # fmt: skip
         settings = [*overrides, f"training.evaluate_every={evaluate_every}", "checkpoint.keep_last=1"]
         self.data, self.out, self.small, self.steps, self.source_steps = data, out, small, steps, source_steps
+        self.source_keeps_rate = source_keeps_rate
         stream = SampleStream(data, "train")
         self.index = stream.index
         self.large = with_encoder(load_config(large, settings), stream.encoder)
@@ -235,9 +242,12 @@ class _Bench:
         lengths = {"source": self.source_steps, "scratch": self.scratch_steps, "control": self.control_steps}
         steps = lengths.get(arm, self.steps)
         order = seed if arm == "source" else seed + GROWN_DATA_SEED
+        rates = {"learning_rate": learning_rate}
+        if arm == "source" and self.source_keeps_rate:
+            rates["final_learning_rate"] = learning_rate
         changes: dict[str, Any] = {
             "training": large.training.model_copy(update={"max_steps": steps, "seed": order}),
-            "optimizer": large.optimizer.model_copy(update={"learning_rate": learning_rate}),
+            "optimizer": large.optimizer.model_copy(update=rates),
         }
         if arm in ("source", "control"):
             changes |= {"model": self.model_of_small, "preset": self.small}

@@ -86,7 +86,7 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, mon
     out = tmp_path / "bench"
     arguments = ["bench", "transfer", "--data", data, "--out", out, "--small", tmp_path / "small.yaml"]
     arguments += ["--large", tmp_path / "large.yaml", "--source-steps", "4", "--steps", "2", "--evaluate-every", "1"]
-    arguments += ["--seed", "0", "--learning-rate", "1e-3", "--json"]
+    arguments += ["--seed", "0", "--learning-rate", "1e-3", "--source-keeps-rate", "--json"]
     first = redheart(*arguments)
     assert first.returncode == 0, first.stderr
     told = json.loads(first.stdout)
@@ -101,13 +101,18 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, mon
     assert len({curves[arm][-1][1] for arm in ("grown", "moments", "asymmetric", "padded")}) == 4
     assert json.loads((out / "transfer.json").read_text())["seeds"] == told["seeds"]
     assert (out / "transfer.png").stat().st_size > 10_000
+    lowest = {
+        arm: load_config(out / f"{arm}-seed0-lr0.001" / "config.yaml").optimizer.final_learning_rate
+        for arm in ("source", "grown", "scratch", "control")
+    }
+    assert lowest.pop("source") == 1e-3 > max(lowest.values())
     again = redheart(*arguments)
     assert "source, seed 0" in first.stderr
     assert "source, seed 0" not in again.stderr
     assert json.loads(again.stdout) == told
 
     asked = {"small": tmp_path / "small.yaml", "large": tmp_path / "large.yaml", "source_steps": 4, "steps": 2}
-    asked |= {"evaluate_every": 1, "seed": [0], "learning_rate": [1e-3]}
+    asked |= {"source_keeps_rate": True, "evaluate_every": 1, "seed": [0], "learning_rate": [1e-3]}
     asked |= {name: str(asked[name]) for name in ("small", "large")}
     other = shutil.copytree(data, tmp_path / "other")
     index = read_sealed_json(other / "index.json", "")
@@ -122,6 +127,7 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, mon
 
     refused("source-seed0-lr0.001", other)
     refused("source-seed0-lr0.001", source_steps=5)
+    refused("source-seed0-lr0.001", source_keeps_rate=False)
     refused("source-seed0-lr0.001", set_=["optimizer.weight_decay=0.5"])
     refused("grown-seed0-lr0.001", steps=3)
     refused("grown-seed0-lr0.001", learning_rate=[1e-3, 3e-2])  # the source of the higher rate is the better one

@@ -8,7 +8,8 @@ bf16    DeepSpeedCPUAdam on bfloat16 weights and states, all rounded to the near
 
 The network computes with bfloat16 weights and gives bfloat16 gradients, as training in bf16 does; its arithmetic is fp32, so that a
 processor without bf16 can do it. A seed draws initial weights, order, dropout and rounding, the same for all three. Judged is the dev
-loss of the weights after the last step. A finished leg is not run again; one of other data or settings is refused.
+loss of the weights after the last step. A finished leg is not run again; one of other data or settings is refused. Legs can be run
+side by side, by calls with --only for each; a call without it then finds them done.
 """
 
 from __future__ import annotations
@@ -139,6 +140,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--only", action="append", metavar="KEPT-SEED", help="this leg alone, such as split-3; repeatable"
+    )
     a = parser.parse_args()
     if a.seeds < 2:
         parser.error("--seeds: two at least, for a deviation between them")
@@ -148,6 +152,8 @@ def main() -> None:
     for seed in range(a.seeds):
         for kept in MASTERS:
             done = a.work / f"{kept}-{seed}.json"
+            if a.only and done.stem not in a.only:
+                continue
             settings = [f"training.seed={seed}", f"training.max_steps={a.steps}", "memory.strategy=plain"]
             settings += [f"training.{name}_batch_size={a.batch}" for name in ("global", "micro")]
             config = load_config(a.preset, settings)
@@ -156,7 +162,7 @@ def main() -> None:
                 write_json(done, leg(kept, config, a.data, f"{kept} {seed}"))
             legs[kept][str(seed)] = found = json.loads(done.read_text())
             console.print(f"{kept}, seed {seed}: dev {found['dev_loss']:.4f}, {found['seconds']:.0f} s")
-    if not a.out:
+    if a.only or not a.out:
         return
     ends = {kept: [leg["dev_loss"] for leg in of_it.values()] for kept, of_it in legs.items()}
     write_json(
