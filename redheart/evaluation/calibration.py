@@ -139,14 +139,15 @@ def fit_answer(name: str, dev: Answers) -> tuple[Line, ...]:
 
 def _fit_entry(name: str, score: np.ndarray, target: np.ndarray, weight: np.ndarray) -> Line:
     task, rows = TASKS[name], len(score)
+    pair = task.kind == "binary"
     if rows < MIN_ROWS:
         return Line(rows=rows, as_is=f"{rows} labelled dev rows, fewer than {MIN_ROWS}")
-    if target.min() == target.max():
+    if target.min() == target.max() and not pair:  # those of a pair, read either way round, never are
         return Line(rows=rows, as_is="all labels on dev are alike")
-    if score.min() == score.max():
+    if score.min() == score.max() and not (pair and score.any()):
         return Line(rows=rows, as_is="all answers on dev are alike")
     if task.judged.calibrated == "logit":
-        scale, offset = platt(score, target, weight, pair=task.kind == "binary")
+        scale, offset = platt(score, target, weight, pair)
         return Line(scale=scale, offset=offset, rows=rows)
     scale, offset, error = least_squares(score, target, weight)
     if scale <= 2 * error:

@@ -139,6 +139,16 @@ def test_a_pair_mirrors():
     assert apply("preference", (line,), one).sum().item() == pytest.approx(1.0)
 
 
+def test_pairs_that_always_name_the_better_text_first_are_calibrated_as_those_in_either_order():
+    logits, labels = (x[:, :1] for x in drawn(800, rate=0.6))
+    (line,) = fit_answer("preference", given(0.4 * logits, labels))
+    (first,) = fit_answer("preference", given(np.where(labels > 0, 0.4, -0.4) * logits, np.ones_like(labels)))
+    assert (first.as_is, first.scale) == ("", pytest.approx(line.scale, rel=1e-5))
+    same, nothing = (given(np.full_like(logits, x), np.ones_like(labels)) for x in (1.0, 0.0))
+    assert fit_answer("preference", same)[0].as_is == ""
+    assert fit_answer("preference", nothing)[0].as_is == "all answers on dev are alike"
+
+
 def test_ratings_get_the_line_of_least_squares_and_stay_in_their_range():
     rng = np.random.default_rng(0)
     target = rng.uniform(-1, 1, (400, 3))
