@@ -9,6 +9,7 @@ candidates, and are stated with every plan. Host figures of several ranks are th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -192,22 +193,20 @@ class Plan:
             least = min(self.candidates, key=lambda c: c.host_peak)
             return (
                 f"{self.preset} does not fit into {self.host_memory / GIB:.2f} GiB of host memory: the smallest budget that works is "
-                f"--host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}"
+                f"--host-memory {_up(least.host_peak)}, {_named(least)}"
             )
         by_gpu = [c for c in self.candidates if c.host_peak <= self.host_memory]
         by_host = [c for c in self.candidates if c.gpu_peak <= self.gpu_memory]
         ways = []
         if by_gpu:
             least = min(by_gpu, key=lambda c: c.gpu_peak)
-            ways.append(f"--gpu-memory {least.gpu_peak / GIB:.2f}GiB, {_named(least)}")
+            ways.append(f"--gpu-memory {_up(least.gpu_peak)}, {_named(least)}")
         if by_host:
             least = min(by_host, key=lambda c: c.host_peak)
-            ways.append(f"--host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}")
+            ways.append(f"--host-memory {_up(least.host_peak)}, {_named(least)}")
         if not ways:
             least = smallest(self.candidates)
-            ways.append(
-                f"--gpu-memory {least.gpu_peak / GIB:.2f}GiB --host-memory {least.host_peak / GIB:.2f}GiB, {_named(least)}"
-            )
+            ways.append(f"--gpu-memory {_up(least.gpu_peak)} --host-memory {_up(least.host_peak)}, {_named(least)}")
         return (
             f"{self.preset} does not fit into {self.gpu_memory / GIB:.2f} GiB of GPU and {self.host_memory / GIB:.2f} GiB of host memory: "
             f"the smallest budget that works is {'; or '.join(ways)}"
@@ -231,6 +230,11 @@ def fastest(candidates: Iterable[Candidate]) -> Candidate | None:
 
 def smallest(candidates: Iterable[Candidate]) -> Candidate:
     return min(candidates, key=lambda c: (c.gpu_peak, c.host_peak))
+
+
+def _up(size: int) -> str:
+    """In GiB with two digits, never less than it is: what is named as enough is."""
+    return f"{math.ceil(100 * size / GIB) / 100:.2f}GiB"
 
 
 def _named(c: Candidate) -> str:

@@ -47,7 +47,7 @@ def command(plan: Plan, preset: str, overrides: Sequence[str]) -> str:
     room = {"gpu_memory_gib": plan.gpu_memory, "host_memory_gib": plan.host_memory}
     settings = [
         *overrides,
-        *(f"memory.{k}={v / GIB:.4g}" for k, v in room.items() if v and v != round(getattr(promised, k) * GIB)),
+        *(f"memory.{k}={v / GIB:.6g}" for k, v in room.items() if v and v != round(getattr(promised, k) * GIB)),
         f"memory.strategy={chosen.strategy}",
         f"training.micro_batch_size={chosen.micro_batch_size}",
         f"model.activation_checkpointing={str(chosen.activation_checkpointing).lower()}",

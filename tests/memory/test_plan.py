@@ -115,6 +115,18 @@ def test_a_host_that_is_too_small_is_named_too():
         assert any(told.endswith(name) for name in names)
 
 
+def test_a_budget_that_is_named_as_enough_is():
+    for gpu, host in ((1.0, 16.0), (8.0, 1.0), (0.5, 0.5), (None, 0.8)):
+        with pytest.raises(RedHeartError, match="smallest budget that works is --") as error:
+            _ = plan(load_config("330m"), gpu, host).chosen
+        for way in str(error.value).split("that works is ")[1].split("; or "):
+            named = {name: gib(size, name) for name, size in re.findall(r"--(gpu|host)-memory ([0-9.]+GiB)", way)}
+            assert plan(load_config("330m"), named.get("gpu", gpu), named.get("host", host)).chosen.fits
+    words = shlex.split(command(plan(load_config("330m"), 8.0, 123.4321), "330m", ()))
+    asked = load_config("330m", [value for option, value in pairwise(words) if option == "--set"])
+    assert asked.memory.host_memory_gib == pytest.approx(123.4321, abs=1e-3)
+
+
 CONFIG = load_config("330m", ["training.precision=bf16"])
 PARAMETERS = parameters_of(CONFIG)
 STEP = MicroStep(1000 * MB, 1600 * MB, 1024 * MB, 7 * MB, 3 * 10**12, 10_500, 660 * MB, 11 * MB, 23 * MB)
