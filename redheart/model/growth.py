@@ -129,6 +129,13 @@ def growth_plans(source: RedHeartConfig, empty: RedHeartModel) -> dict[str, Plan
         small = RedHeartModel(source)
     old, new = dict(axes_of(small)), dict(axes_of(empty))
     tensors = small.state_dict()
+    if other := sorted(
+        tensors.keys() ^ empty.state_dict().keys()
+    ):  # the fusion projects states of other widths than its own alone
+        raise RedHeartError(
+            f"growth keeps every tensor and makes no other, and {other[0]} would come or go: choose a target in which width and task_width "
+            "are equal if they are so in the network, and differ if they differ"
+        )
     sizes = {name: (x.shape, tensors[name].shape) for name, x in empty.state_dict().items()}
     plans = {}
     for name, (after, before) in sizes.items():

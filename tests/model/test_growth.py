@@ -285,6 +285,17 @@ def test_what_growth_cannot_reach_is_named(change, words):
         grow(small(), sizes({**WIDE, **change}))
 
 
+@pytest.mark.parametrize(("before", "after"), [((16, 32), (32, 32)), ((16, 16), (32, 16))])
+def test_growth_to_a_network_of_other_tensors_is_refused(before, after):
+    """Where both widths are equal nothing is projected on the way into the fusion."""
+    source, target = (
+        sizes({"width": d, "heads": d // 8, "layers": 1, "task_width": k, "task_heads": k // 8})
+        for d, k in (before, after)
+    )
+    with pytest.raises(RedHeartError, match=r"of_tokens.bias would come or go: .* equal"):
+        grow(RedHeartModel(source), target)
+
+
 def test_noise_that_would_drown_the_weights_is_refused():
     with pytest.raises(RedHeartError, match="above 0"):
         grow(small(), sizes(WIDE), -10.0)
