@@ -18,6 +18,7 @@ from redheart.data.prepare import prepare
 from redheart.data.shards import Histograms
 from redheart.data.store import Store
 from redheart.schema import LABELS, RedHeartError
+from redheart.tasks import TASKS
 from redheart.train import resume as runs
 from redheart.train.resume import OWN_DATA, Call
 
@@ -66,8 +67,9 @@ def prepared(config: RunConfig, run: Path, resuming: bool) -> Path:
 
 
 def _constant(histograms: Histograms) -> list[str]:
-    """The labelled entries that have one value in every row."""
-    entries = ((LABELS[label], label, n, pairs) for label, rows in histograms.items() for n, pairs in enumerate(rows))
+    """The labelled entries that have one value in every row; not of pairs, which are read either way round."""
+    found = {label: rows for label, rows in histograms.items() if TASKS[label].kind != "binary"}
+    entries = ((LABELS[label], label, n, pairs) for label, rows in found.items() for n, pairs in enumerate(rows))
     return [
         name if label.scalar else f"{name}.{label.names[n]}" for label, name, n, pairs in entries if len(pairs) == 1
     ]

@@ -24,6 +24,7 @@ from redheart.schema import RedHeartError
 from redheart.train import init as module
 from redheart.train.calibrate import calibrate
 from redheart.train.init import init
+from redheart.train.own import _constant as constant
 from redheart.train.own import settings
 from redheart.train.validate import validate
 from tests.runs import ROOT, environment, last_weights, redheart
@@ -362,3 +363,10 @@ def test_very_few_rows_end_in_a_word_about_it_and_not_in_an_error(tmp_path, rows
     assert ("too few to choose a checkpoint by" in done.stderr) == (rows < 3)
     assert ("no row was held out" in done.stderr) == (rows < 3)
     assert "every training row says the same of emotion.joy, regret: nothing can be learned from that" in done.stderr
+
+
+def test_pairs_that_always_name_the_better_text_first_are_no_constant():
+    assert constant({"preference": [[(100, 5.0)]], "regret": [[(50, 5.0)]], "counterfactual": [[(0, 5.0)]]}) == [
+        "regret",
+        "counterfactual",
+    ]
