@@ -197,7 +197,7 @@ class CPUAdamW8bit(torch.optim.Optimizer):
             left += self._kernel.step(
                 *self._arrays(p, copy, start), self._pointers(state, start), stop - start, start // BLOCK, self.gradient_scale,
                 float(group["lr"]), *(float(beta) for beta in group["betas"]), float(group["eps"]), float(group["weight_decay"]),
-                state["step"], group["seed"] * 1_000_003 + state["number"],
+                state["step"], _key(group["seed"], state["number"]),
             )  # fmt: skip
             if on_written is not None:
                 on_written(start, stop)
@@ -333,6 +333,11 @@ class CPUAdamW8bit(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _key(seed: int, number: int) -> int:
+    """What the noise of a parameter is drawn from, as the kernel's 64 bits with a sign, whatever the seed."""
+    return (seed * 1_000_003 + number + 2**63) % 2**64 - 2**63
 
 
 def expand_states(state: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The 8-bit optimizer: near fp32 AdamW, right on average, the same on any number of threads, bitwise after a resume."""
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ def test_threads_do_not_change_a_bit_and_neither_does_a_resume():
     other = parameter(noise(n, seed=99))
     run(CPUAdamW8bit([other], lr=1e-2, seed=6), other, gradients)
     assert not torch.equal(other.detach(), results[0])
+
+
+def test_any_seed_of_a_run_is_one_of_the_noise():
+    """The largest that training.seed may be, too, and one as a clock gives them; what they draw differs."""
+    ends = []
+    for seed in (0, 1764350000000000000, 2**63 - 1):
+        p = parameter(noise(600))
+        run(CPUAdamW8bit([p], lr=1e-2, seed=seed), p, [noise(600, seed=s) for s in range(3)])
+        ends.append(p.detach())
+    assert not any(torch.equal(a, b) for a, b in combinations(ends, 2))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
