@@ -22,7 +22,7 @@ from redheart.device import bf16_is_fast
 from redheart.memory.activations import MicroStep, activations
 from redheart.memory.budget import CONTEXT
 from redheart.memory.launches import WAITS, count_launches
-from redheart.memory.states import STRATEGIES, Parameters, States, Traits, states, traits_of
+from redheart.memory.states import STRATEGIES, Parameters, States, Traits, refusal, states, traits_of
 from redheart.model.axes import decays
 from redheart.model.build import build_model
 from redheart.schema import RedHeartError
@@ -264,7 +264,8 @@ def plan(
     strategies: tuple[Strategy, ...] = STRATEGIES,
     base: int | None = None,
 ) -> Plan:
-    """Every strategy × micro-batch × checkpointing. Nothing raises here: ask `chosen`. `base`: bytes of the process before a network."""
+    """Every strategy that these settings run under × micro-batch × checkpointing; RedHeartError where there is none. Whether one fits is
+    for `chosen` to say. `base`: bytes of the process before a network."""
     on_cpu, ranks = gpu_memory_gib is None, nodes * gpus_per_node
     share = config.training.global_batch_size // ranks
     if share * ranks != config.training.global_batch_size:
@@ -280,8 +281,8 @@ def plan(
         usual = activations(config, tokens, checkpointing, dtype)
         flops = flops or usual.at(1).flops
         for strategy in strategies:
-            if not _offered(strategy, on_cpu, ranks, checkpointing):
-                continue
+            if refusal(config, strategy, not on_cpu) or (strategy == "plain" and (ranks > 1 or checkpointing)):
+                continue  # the reference `plain` is not looked at with recomputation
             autocast = strategy == "plain" and dtype == torch.bfloat16
             measured = activations(config, tokens, checkpointing, torch.float32, True) if autocast else usual
             for micro in (m for m in range(1, share + 1) if share % m == 0):
@@ -292,6 +293,9 @@ def plan(
                 c = predict(request)
                 fits = c.host_peak <= host_memory_gib * GIB and c.gpu_peak <= (gpu_memory_gib or 0) * GIB
                 candidates.append(replace(c, fits=fits))
+    if not candidates:
+        reasons = [why for strategy in strategies if (why := refusal(config, strategy, not on_cpu))]
+        raise RedHeartError("; ".join(reasons[:1] or ["memory.strategy=plain runs on one process"]))
     memory = None if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
     return Plan(
         config.preset, tokens, memory, int(host_memory_gib * GIB), nodes, gpus_per_node, flops, card, candidates
@@ -345,13 +349,6 @@ def predict(request: Request) -> Candidate:
         gpu_peak, host_peak, step_times(r), 0.0, host_pinned=r.gpus_per_node * s.pinned,
     )  # fmt: skip
     return replace(candidate, samples_per_s=r.config.training.global_batch_size / candidate.step_s)
-
-
-def _offered(strategy: Strategy, on_cpu: bool, ranks: int, checkpointing: bool) -> bool:
-    """Strategies that can run at all; the reference `plain` is not looked at with recomputation."""
-    if strategy == "plain":
-        return ranks == 1 and not checkpointing
-    return not (strategy == "gpu_8bit" and on_cpu)
 
 
 def step_times(request: Request) -> dict[str, float]:

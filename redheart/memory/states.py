@@ -33,6 +33,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from redheart.config import RunConfig
 from redheart.device import pinned_bytes
 from redheart.sections import Strategy
 
@@ -74,6 +75,27 @@ TRAITS: dict[Strategy, Traits] = {
 def traits_of(strategy: Strategy, eight_bit: bool = False) -> Traits:
     """The strategy's, with 8-bit states where optimizer.name asks for them."""
     return replace(TRAITS[strategy], eight_bit=True) if eight_bit else TRAITS[strategy]
+
+
+def refusal(config: RunConfig, strategy: Strategy, on_gpu: bool) -> str | None:
+    """Why these settings cannot run under a strategy, whatever memory there is: `train` refuses what `plan` does not offer."""
+    t, swap = traits_of(strategy, config.optimizer.name == "adamw_8bit"), config.memory.swap
+    if t.eight_bit and config.optimizer.name == "adamw":
+        return f"optimizer.name = adamw contradicts memory.strategy = {strategy}: leave one of them out"
+    if strategy == "plain":
+        if t.eight_bit and (swap or on_gpu):
+            return "memory.strategy=plain has 8-bit states on the CPU alone, and without memory.swap: choose zero2_offload_8bit or gpu_8bit"
+        return None
+    if swap:
+        return (
+            f"memory.swap in training needs memory.strategy=plain: {strategy} places parameters itself; empty one of them, or choose "
+            "zero3_offload_8bit to keep parameters off the device"
+        )
+    if t.eight_bit and not t.offload and not on_gpu:
+        return f"memory.strategy={strategy} keeps 8-bit states on a GPU and none is visible: choose zero2_offload_8bit"
+    if t.stage == 3 and config.training.compile != "off":  # model/regional.py says why
+        return f"training.compile=regional does not run under {strategy}: choose a zero2 strategy"
+    return None
 
 
 @dataclass(frozen=True)

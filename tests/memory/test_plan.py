@@ -17,7 +17,7 @@ from redheart.memory.budget import CONTEXT, gib
 from redheart.memory.launches import UPDATE, WAITS
 from redheart.memory.plan import GIB, Card, Request, parameters_of, plan, predict
 from redheart.memory.show import command
-from redheart.memory.states import TRAITS, Parameters, partition_sizes, states
+from redheart.memory.states import STRATEGIES, TRAITS, Parameters, partition_sizes, states
 from redheart.schema import RedHeartError
 
 MB = 10**6
@@ -125,6 +125,27 @@ def test_a_budget_that_is_named_as_enough_is():
     words = shlex.split(command(plan(load_config("330m"), 8.0, 123.4321), "330m", ()))
     asked = load_config("330m", [value for option, value in pairwise(words) if option == "--set"])
     assert asked.memory.host_memory_gib == pytest.approx(123.4321, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpu", "missing"),
+    [
+        ("optimizer.name=adamw", 8.0, {s for s in STRATEGIES if s.endswith("8bit")}),
+        ("optimizer.name=adamw_8bit", 8.0, {"plain"}),
+        ("optimizer.name=adamw_8bit", None, {"gpu_8bit", "zero1", "zero2", "zero3"}),
+        ("training.compile=regional", 8.0, {"zero3", "zero3_offload_8bit"}),
+        ("memory.swap=[analyzers.emotion]", 8.0, {*STRATEGIES} - {"plain"}),
+    ],
+)
+def test_a_plan_offers_no_strategy_that_train_would_refuse(setting, gpu, missing):
+    config = load_config("330m", ["memory.strategy=plain", setting])
+    assert {c.strategy for c in plan(config, gpu, 64.0).candidates} == {*STRATEGIES} - missing
+
+
+def test_settings_that_no_strategy_runs_are_named():
+    swapped = load_config("330m", ["memory.strategy=plain", "memory.swap=[analyzers.emotion]"])
+    with pytest.raises(RedHeartError, match=r"memory\.swap in training needs memory\.strategy=plain"):
+        plan(swapped, 8.0, 64.0, gpus_per_node=2)
 
 
 CONFIG = load_config("330m", ["training.precision=bf16"])
