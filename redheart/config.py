@@ -380,4 +380,6 @@ def _explain(error: Any) -> str:
         return f"unknown config key {path}" + (f" (did you mean {close[0]}?)" if close else "")
     if error["type"] == "missing":
         return f"config key {path} is missing"
+    if not path:  # of keys that do not go together: the input is all of them
+        return str(error["msg"]).removeprefix("Value error, ")
     return f"config key {path} = {error['input']!r}: {error['msg']}"

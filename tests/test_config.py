@@ -373,3 +373,10 @@ def test_a_new_key_would_be_missed_in_the_table():
         note: str = ""
 
     assert config_keys(Longer).keys() - set(ON_RESUME) == {"note"}
+
+
+def test_keys_that_do_not_go_together_are_named_without_all_the_others():
+    with pytest.raises(
+        RedHeartError, match=r"^optimizer\.name = adamw contradicts memory\.strategy = gpu_8bit: leave one"
+    ):
+        load_config("local", ["optimizer.name=adamw", "memory.strategy=gpu_8bit"])
