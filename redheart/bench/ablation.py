@@ -14,15 +14,17 @@ import typer
 from torch import nn
 
 from redheart.console import console, progress, table
-from redheart.data.stream import SampleStream
 from redheart.evaluation.ablation import Effect, effects, over_seeds
 from redheart.evaluation.answers import Answers, answers
+from redheart.evaluation.rows import Rows
+from redheart.evaluation.trained import trained_entries
 from redheart.model.moe import inert
 from redheart.model.redheart import RedHeartModel
 from redheart.options import ItsData
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import Trained, load_model, resolve
+from redheart.train.resume import check_as_trained
 
 
 def bench_ablation(
@@ -48,8 +50,8 @@ def bench_ablation(
     """What each module is worth: held-out metrics without it, with bootstrap intervals, or over several seeds with Student's.
 
     Removes every head, analyzer and auxiliary module in turn, makes the gates even, and compares with runs trained without a module
-    (of several networks: with those of the same training.seed). Answers without a label in the training split are left out: nobody
-    taught them, and what moves them is chance.
+    (of several networks: with those of the same training.seed). Answers, and entries, that no label trained are left out: what moves
+    them is chance.
     """
     wholes = [load_model(resolve(path)) for path in checkpoint]
     others = {path: _without(path) for path in retrained or ()} | {path: _single(path) for path in single_expert or ()}
@@ -80,10 +82,16 @@ def _of_one(
     by_seed: bool,
 ) -> list[Effect]:
     """The effects of one network, beside those of `others` that it is compared with."""
-    train, *streams = [
-        SampleStream(data or whole.progress.data, s, whole.config.data.remote) for s in ("train", "dev", split)
-    ]
+    state, where = whole.progress, data or whole.progress.data
+    trained = trained_entries(state.labels, whole.config.loss) if state.labels else None
+    train, *streams = [Rows(where, s, whole.config.data.remote, trained) for s in ("train", "dev", split)]
+    if train.encoder != state.encoder:
+        raise RedHeartError(f"{where} was encoded by {train.encoder}, but the network was trained on {state.encoder}")
+    if data is None:
+        check_as_trained(state, train.index)
     taught = {name for name, weight in train.label_sample()[1].items() if weight.sum() > 0}
+    if trained is not None:  # None: an earlier version made it, and the data alone say
+        taught = {name for name, entries in trained.items() if any(entries)}
     modules = [m for m in whole.model.built if m != "backbone"]
     seed = whole.config.training.seed
     others = {path: other for path, other in others.items() if not by_seed or other[1].config.training.seed == seed}
