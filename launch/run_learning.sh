@@ -66,7 +66,10 @@ while [ $# -gt 0 ]; do
   esac
 done
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
-if [ -n "$dataset" ]; then dataset=$(absolute "$dataset"); fi
+if [ -n "$dataset" ]; then
+  [ -f "$dataset" ] || { echo "run_learning: --dataset $dataset is no file" >&2; exit 1; }
+  dataset=$(absolute "$dataset")
+fi
 if [ -n "$checkpoint" ]; then checkpoint=$(absolute "$checkpoint"); fi
 
 export DS_LOG_LEVEL=${DS_LOG_LEVEL:-error} # of the launchers too
@@ -100,7 +103,7 @@ if [ "$samples" = default ]; then samples=${dataset:+64}; fi
 source_name=everyday preparing=()
 if [ -n "$dataset" ]; then
   source_name="own=$dataset"
-  data="data/own-$(echo "$dataset" | sha256sum | cut -c1-8)-${samples:-all}"
+  data="data/own-$(echo "$dataset" | cat - "$dataset" | sha256sum | cut -c1-8)-${samples:-all}" # anew once the file has changed
 else
   data="data/everyday-$(cat redheart/data/corpus/*.json | sha256sum | cut -c1-8)-${samples:-all}"
   if [ "$preset" = local ]; then # what lacks a label would take the LLM minutes

@@ -37,6 +37,30 @@ def test_wrong_words_print_the_usage_and_exit_2(words: list[str]):
     assert "usage: bash launch/run_learning.sh MODE" in result.stderr
 
 
+def test_a_dataset_that_has_changed_is_prepared_anew_and_a_missing_one_is_said_at_once(tmp_path: Path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "setup_env.sh").write_text("")
+    script = tmp_path / "launch" / "run_learning.sh"
+    script.write_text((ROOT / "launch" / "run_learning.sh").read_text())
+    programs = tmp_path / "red_heart_env" / "bin"
+    programs.mkdir(parents=True)
+    for name, does in {"python": "echo 0", "accelerate": "", "redheart": f'echo "$@" >>{tmp_path}/told'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+
+    def learn() -> subprocess.CompletedProcess[str]:
+        words = ["bash", str(script), "train-test", "--dataset", "own.json"]
+        return subprocess.run(words, text=True, capture_output=True, cwd=tmp_path, timeout=60)
+
+    missing = learn()
+    assert (missing.returncode, missing.stderr) == (1, "run_learning: --dataset own.json is no file\n")
+    for text in ("[1]", "[1]", "[2]"):
+        (tmp_path / "own.json").write_text(text)
+        assert learn().returncode == 0
+    prepared = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("prepare")]
+    assert [prepared.index(line) for line in prepared] == [0, 0, 2]
+
+
 @pytest.mark.parametrize("script", ["run_learning.sh", "setup_env.sh", "run_tests.sh", "multinode/run_node.sh"])
 def test_help_explains_and_exits_0(script: str):
     result = bash(script, "--help")
