@@ -66,18 +66,21 @@ def draw(lines: Iterable[Line], path: Path, **settings: Any) -> None:
 
 def learning_curves(found: Scalars, kept: int | None = None) -> Picture | None:
     """Losses of all answers together and of each, with the constant predictor's as a line across and the step of the checkpoint that
-    was `kept` as one upright; from all `scalars` of a run, None where there are none."""
+    was `kept` as one upright; from all `scalars` of a run, None where there are none. A run whose log has no line yet has its looks at
+    dev alone."""
     names: dict[str, tuple[str, ...]] = {"all answers, weighted": (LOSS, DEV, CONSTANT)}
     names |= {n: tuple(tag(n, k) for k in ("train_loss", "dev_loss", "constant")) for n, t in TASKS.items() if t.final}
+    first = 0 if LOSS in found else 1  # what has dev labels alone is not learned: no panel, once that can be told
     panels = [
-        partial(_panel, name, [found.get(t, {}) for t in of], kept) for name, of in names.items() if of[0] in found
+        partial(_panel, name, [found.get(t, {}) for t in of], kept) for name, of in names.items() if of[first] in found
     ]
     return Picture("learning_curve.png", "losses over the steps", panels) if panels else None
 
 
 def _panel(name: str, lines: Sequence[Mapping[int, float]], kept: int | None, axes: Any) -> None:
     train, dev, constant = lines
-    axes.plot(train.keys(), train.values(), "C0-", lw=0.8, alpha=0.7, label="training batch")
+    if train:
+        axes.plot(train.keys(), train.values(), "C0-", lw=0.8, alpha=0.7, label="training batch")
     axes.plot(dev.keys(), dev.values(), "C1.-", lw=1.4, label="dev")
     if constant:
         axes.axhline(constant[max(constant)], color="grey", lw=0.9, ls=":", label="constant predictor")

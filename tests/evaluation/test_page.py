@@ -51,6 +51,18 @@ def test_every_panel_of_a_picture_is_a_drawing_of_its_own(tmp_path: Path):
     assert learning_curves({}) is None
 
 
+def test_a_run_that_ends_before_its_first_line_in_the_log_has_the_curves_of_its_dev_losses():
+    found = {DEV: {0: 3.0, 2: 2.5}, "1_quality/regret/dev_loss": {0: 1.0, 2: 0.9}}
+    picture = learning_curves(found, 2)
+    assert picture is not None
+    drawings = picture.svgs()
+    assert ["all answers, weighted" in d for d in drawings] == [True, False]
+    assert not any("training batch" in d for d in drawings)
+    only_dev = learning_curves(CURVES | {"1_quality/emotion/dev_loss": {0: 1.0}}, 2)  # nothing trained it
+    assert only_dev is not None
+    assert len(only_dev.svgs()) == 2
+
+
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page_and_nothing_runs_off_its_side(sections: list[Section], tmp_path: Path, width: int):
     (tmp_path / "report.html").write_text(to_html("A run", sections))
