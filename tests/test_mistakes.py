@@ -4,6 +4,7 @@ All of them run one after another in one fresh interpreter, which says of each w
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, 
     assert done.returncode == 0, done.stderr
     assert sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()) == sorted(FILES)
     return str(directory), json.loads(done.stdout)
+
+
+def test_a_reader_that_has_gone_such_as_head_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "redheart", "train", "--help-config"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_there_are_thirty_of_them():
