@@ -82,7 +82,7 @@ def init(
         )
     values = {"file": data, "columns": {SOURCE: {text: "text", **columns}}, **encoder}
     gathered = gather([f"{SOURCE}={data}"], parse_section(DataConfig, values), False)
-    write_text(out, _written(values, gathered, memory, minutes, out.stem))
+    write_text(out, _written(values, gathered, memory, minutes, out))
     try:
         load_config(str(out))  # what it says can be read
     except RedHeartError:
@@ -91,14 +91,14 @@ def init(
     return out
 
 
-def _written(data: dict[str, Any], gathered: Gathered, memory: float | None, minutes: float, name: str) -> str:
+def _written(data: dict[str, Any], gathered: Gathered, memory: float | None, minutes: float, out: Path) -> str:
     rows = max(1, gathered.sources[SOURCE]["splits"]["train"])
     preset = "330m" if memory is not None and rows >= LARGE else "local"
     config = load_config(preset)
     usual = steps_of(config, rows) * config.training.global_batch_size / rows
     epochs = max(1.0, round(minutes * 60 * SAMPLES_PER_S[preset] / rows, 1))
     lines = [
-        f"# Settings of a run on {data['file']}: redheart train {name}.yaml",
+        f"# Settings of a run on {data['file']}: redheart train {shlex.quote(str(out))}",
         "# Only what differs from the preset stands here; `redheart train --help-config` explains every key.",
         f"extends: {preset}  # " + ("no GPU" if memory is None else f"{rows} training rows"),
         "data:",
@@ -142,7 +142,7 @@ def _minutes(text: str) -> float:
         minutes = float(text)
     except ValueError:
         minutes = 0.0
-    if minutes <= 0:
+    if not minutes > 0:  # so is NaN refused
         raise RedHeartError(f"--minutes {text!r}: give a number above 0")
     return minutes
 

@@ -215,8 +215,11 @@ def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatc
     options = settings(None, None, [], None, None, *given).config
     assert written.data == options.data
     assert written.training.epochs == pytest.approx(0.1 * 60 * 88 / 20, abs=0.1)
-    init(*given, "8GB", 60, "ko", Path("b.yaml"))
-    told = settings("b.yaml", None, [], None, None).config
+    assert Path("a.yaml").read_text().startswith("# Settings of a run on texts.csv: redheart train a.yaml\n")
+    Path("kept").mkdir()
+    init(*given, "8GB", 60, "ko", Path("kept/b.yml"))
+    assert "redheart train kept/b.yml\n" in Path("kept/b.yml").read_text()
+    told = settings("kept/b.yml", None, [], None, None).config
     assert told.memory.gpu_memory_gib == pytest.approx(7.45, abs=0.01)
     assert told.data.encoder.languages == ("ko",)
     assert told.training.epochs == options.training.epochs
@@ -224,6 +227,9 @@ def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatc
         init(*given, "none", 1, "en", Path("a.yaml"))
     with pytest.raises(RedHeartError, match=r"'korean': package:e5-small-ko reads af, .*data\.encoder\.name"):
         init(*given, "none", 1, "korean", Path("c.yaml"))
+    monkeypatch.setattr(module, "_ask", lambda *_: "nan")
+    with pytest.raises(RedHeartError, match="--minutes 'nan': give a number above 0"):
+        init(*given, "none", None, "en", Path("c.yaml"))
     assert not Path("c.yaml").exists()
 
 
