@@ -282,7 +282,9 @@ def _files(source: Any, folder: Path) -> Iterator[str]:
             raise RedHeartError(f'source is a {type(source).__name__}: give it a name, such as {{"own": source}}')
         yield from names
         return
-    for name, value in source.items():
+    for number, (name, value) in enumerate(source.items()):
+        if not isinstance(name, str) or not name or {"=", "\0"} & set(name):
+            raise RedHeartError(f"source {name!r}: the name of a source is a text that is not empty, without '='")
         if isinstance(value, str | os.PathLike):
             yield f"{name}={os.fspath(value)}"
             continue
@@ -292,7 +294,9 @@ def _files(source: Any, folder: Path) -> Iterator[str]:
             raise RedHeartError(
                 f"source {name}: {error}: give a data frame, or records of numbers, strings, lists and dictionaries"
             ) from None
-        path = folder / f"{Path(name).name}.jsonl"
+        # a folder for each: a/x and b/x are two sources; the file is named in messages
+        path = folder / str(number) / f"{Path(name).name[:60]}.jsonl"
+        path.parent.mkdir()
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogatepass")
         yield f"{name}={path}"
 

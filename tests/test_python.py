@@ -23,6 +23,7 @@ import redheart.doors as doors
 import redheart.infer as infer
 from redheart.config import load_config
 from redheart.data.store import Store
+from redheart.data.stream import SampleStream
 from redheart.files import read_pointer
 from redheart.memory.budget import forget_peaks, resident_peak
 from redheart.schema import RedHeartError
@@ -193,6 +194,21 @@ def test_data_frames_and_records_are_sources(home):
 
 
 OFF = {"data__labeler__max_texts": 0}
+
+
+def test_sources_whose_names_end_alike_keep_their_own_rows(tmp_path):
+    both = {
+        name: pd.DataFrame({"text": [f"{name[:3]}: a word, {n}." for n in range(10)], "regret": 0.5})
+        for name in ("a/x", "b/x", "c" * 299)
+    }
+    made = redheart.prepare(both, tmp_path / "data", **OFF)
+    stream = SampleStream(made.path, "train")
+    rows = stream.rows(np.arange(stream.num_rows))
+    assert {row["source"] for row in rows} == set(both)
+    assert all(row["text"].startswith(row["source"][:3]) for row in rows)
+    for name in ("a=b", "", "a\0b", 5):
+        with pytest.raises(RedHeartError, match="the name of a source is a text"):
+            redheart.prepare({name: both["a/x"]}, tmp_path / "no", **OFF)
 
 
 def test_an_infinity_is_no_missing_label(home):
