@@ -48,8 +48,8 @@ def check_can_make_file(path: Path, option: str, example: str) -> None:
 
 
 def check_new(path: Path, option: str = "--out") -> None:
-    """The same of what must not be there yet."""
-    if path.exists():
+    """The same of what must not be there yet, not even as a link to nothing, which no directory could be renamed to."""
+    if os.path.lexists(path):
         raise RedHeartError(f"{path} exists already: name another {option}")
     check_can_make(path, option)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
         threshold = DataConfig().dedup_threshold
     if not 0 < threshold <= 1:
         raise RedHeartError(f"--threshold {threshold:g} must lie above 0 and at most at 1")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise RedHeartError(f"{out} is there already: choose another --out")
     if out is not None:
         check_can_make(out, "--out")

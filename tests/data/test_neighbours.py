@@ -258,8 +258,10 @@ def test_a_prepared_directory_is_written_anew_without_what_leaks(plain: Path, tm
     assert dedup(out).duplicates["dropped"] == {}
     assert [p.name for p in tmp_path.iterdir()] == ["clean"]
     assert "2 train and dev rows" in (out / "README.md").read_text()
-    with pytest.raises(RedHeartError, match="is there already"):
-        dedup(plain, out)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for there in (out, tmp_path / "link"):
+        with pytest.raises(RedHeartError, match="is there already"):
+            dedup(plain, there)
     with pytest.raises(RedHeartError, match=r"--threshold 1\.5"):
         dedup(plain, threshold=1.5)
 

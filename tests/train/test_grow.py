@@ -75,6 +75,10 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(export: Path, tm
             door.grow(export, config, tmp_path / "grown")
     with pytest.raises(RedHeartError, match="exists already"):
         door.grow(export, run_config(**sizes(48, 4, 32)), tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RedHeartError, match="link exists already"):  # not after all its work
+        door.grow(export, run_config(**sizes(48, 4, 32)), tmp_path / "link")
+    (tmp_path / "link").unlink()
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "config.json").write_text("{}")
     assert list(tmp_path.iterdir()) == [tmp_path / "none"]
