@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +54,9 @@ def init(
     from redheart.train.init import init as run
 
     run(data, text, label or (), gpu_memory, minutes, language, out)
-    console.print(f"wrote {out}; train with: redheart train {out} --out runs/{out.stem}")
+    console.print(
+        f"wrote {out}; train with: {shlex.join(['redheart', 'train', str(out), '--out', f'runs/{out.stem}'])}"
+    )
     emit({"out": str(out)}, json_)
 
 

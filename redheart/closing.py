@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from redheart.train.validate import validate
 
 def close(run: Path, aside: bool = False) -> None:
     """Writes the report of a run that has come to its end, and shows its verdict and one text's answers (`aside`: on stderr)."""
+    named = shlex.quote(str(run))
     if launched_world_size() > 1:
-        console.print(f"judge it with: redheart evaluate --checkpoint {run}")  # the other processes are gone
+        console.print(f"judge it with: redheart evaluate --checkpoint {named}")  # the other processes are gone
         return
     data = load_model(resolve(run)).progress.data
     streams = {split: SampleStream(data, split) for split in SPLITS}
@@ -32,4 +34,4 @@ def close(run: Path, aside: bool = False) -> None:
         console.print("\n".join([*report.verdict.lines(), f"report: {path}"]))
     text = streams[held_out or "train"].rows(np.arange(1))[0]["text"]
     show_answers(text, RedHeartPipeline.from_pretrained(run)(text), aside=aside)
-    console.print(f'ask it with: redheart predict --checkpoint {run} "…"')
+    console.print(f'ask it with: redheart predict --checkpoint {named} "…"')

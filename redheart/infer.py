@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -87,7 +88,7 @@ class RedHeartPipeline:
         device_of(device)  # before anything is loaded
         model, settings, progress, calibration = load_model(Path(path))
         if calibration is None:
-            fit = f"redheart calibrate --checkpoint {path}"
+            fit = f"redheart calibrate --checkpoint {shlex.quote(str(path))}"
             remedy = (
                 f"`{fit}`" if progress.dev_losses else f"`{fit} --data DIR`, of data with dev rows: its own had none"
             )

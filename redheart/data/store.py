@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,9 +72,11 @@ class Store:
             if Path(self.location).is_file():
                 raise RedHeartError(
                     f"{self.location} is a file, and what is wanted is a directory made from it: run `redheart prepare --source "
-                    f"NAME={self.location} --out DIR` and give that DIR"
+                    f"{shlex.quote(f'NAME={self.location}')} --out DIR` and give that DIR"
                 )
-            index = read_json(Path(where), f"run `redheart prepare --source NAME=PATH --out {self.location}` first")
+            index = read_json(
+                Path(where), f"run `redheart prepare --source NAME=PATH --out {shlex.quote(self.location)}` first"
+            )
         if not isinstance(index, dict) or index.get("version") != FORMAT_VERSION:
             version = index.get("version") if isinstance(index, dict) else None
             raise RedHeartError(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -148,7 +149,7 @@ class RedHeartModel(PreTrainedModel):
         if options or cls.read_run is None:
             reason = f"a run takes no {', '.join(options)}" if options else "only `redheart.RedHeartModel` reads runs"
             raise RedHeartError(
-                f"{path} is no export, and {reason}: `redheart export --checkpoint {path} --out DIR` first"
+                f"{path} is no export, and {reason}: `redheart export --checkpoint {shlex.quote(str(path))} --out DIR` first"
             )
         model = cls.read_run(path)
         return model if dtype is None else model.to(dtype)

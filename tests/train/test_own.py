@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from redheart.cli import app
 from redheart.closing import close
 from redheart.config import load_config
 from redheart.data.own import SOURCE
@@ -219,6 +221,12 @@ def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatc
     Path("kept").mkdir()
     init(*given, "8GB", 60, "ko", Path("kept/b.yml"))
     assert "redheart train kept/b.yml\n" in Path("kept/b.yml").read_text()
+    words = shlex.split(
+        "init --data texts.csv --text body --label sorry=regret --gpu-memory none --minutes 1 --language en"
+    )
+    said = CliRunner().invoke(app, [*words, "--out", "my a.yml"])
+    assert "train with: redheart train 'my a.yml' --out 'runs/my a'\n" in said.stderr
+    assert Path("my a.yml").read_text().splitlines()[0].endswith(": redheart train 'my a.yml'")
     told = settings("kept/b.yml", None, [], None, None).config
     assert told.memory.gpu_memory_gib == pytest.approx(7.45, abs=0.01)
     assert told.data.encoder.languages == ("ko",)
