@@ -660,6 +660,9 @@ SPREADSHEETS = {
     "utf-16.JSONL": (
         json.dumps({"text": "Träume", "label": "joy", "split": "train"}, ensure_ascii=False) + "\r\n"
     ).encode("utf-16"),
+    "said.csv": ("sep=;\r\n" + (HEAD + "Träume,joy,train\n").replace(",", ";")).encode("utf-8-sig"),
+    "said, in quotes.csv": ('"sep=,"\n' + HEAD + "Träume,joy,train\n").encode("utf-16"),
+    "empty columns.csv": (HEAD.strip() + ",,\nTräume,joy,train,,\n,,,,\n").encode(),
     "utf-32.csv": (HEAD + "Träume,joy,train\n").encode("utf-32"),
 }
 
@@ -677,11 +680,13 @@ def test_a_table_that_cannot_be_read_names_the_reason(tmp_path: Path):
         ("bare16.csv", (HEAD + "one,joy,train\n").encode("utf-16-le"), "NUL|unknown field"),
         ("satz.csv", b"satz;mood\none;joy\n", "unknown field 'satz'"),
         ("twice.csv", b"text,text\none,two\n", "two columns have the same name"),
+        ("nameless.csv", b"text,,\none,two,three\n", "two columns have the same name"),
         ("empty.csv", b"", "is empty: it needs a header"),
         ("blank.csv", b"\n\n", "is empty: it needs a header"),
         ("head.csv", HEAD.encode(), r"no record is left of mine \(head.csv\): the data set is empty"),
         ("twice.json", b'[{"text": "a", "text": "b"}]', "record 0: 'text' is given twice"),
         ("twice.jsonl", b'{"text": "a", "text": "b"}', "twice.jsonl:1: 'text' is given twice"),
+        ("lines.json", b'{"text": "a"}\n{"text": "b"}\n', r"Extra data.*\.jsonl"),
         ("nan.jsonl", b'{"text": "a", "regret": NaN}', "nan is not a number"),
         ("inf.csv", b"text,regret\na,1e999\n", "column 'regret' holds inf"),
     ]:  # fmt: skip

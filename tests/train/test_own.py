@@ -231,6 +231,9 @@ def test_init_writes_settings_that_say_what_the_options_say(tmp_path, monkeypatc
     assert told.memory.gpu_memory_gib == pytest.approx(7.45, abs=0.01)
     assert told.data.encoder.languages == ("ko",)
     assert told.training.epochs == options.training.epochs
+    Path("pretty.jsonl").write_text('[\n {"body": "One."}\n]')
+    with pytest.raises(RedHeartError, match=r"pretty\.jsonl:1: not valid JSON"):
+        init("pretty.jsonl", *given[1:], "none", 1, "en", Path("c.yaml"))
     with pytest.raises(RedHeartError, match="exists already"):
         init(*given, "none", 1, "en", Path("a.yaml"))
     with pytest.raises(RedHeartError, match=r"'korean': package:e5-small-ko reads af, .*data\.encoder\.name"):

@@ -47,6 +47,9 @@ ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+SEPARATOR = re.compile(
+    r'"?sep=([,;|\t])"?(?=[\r\n]|\Z)'
+)  # a first line that tells a spreadsheet what parts the columns
 
 
 def encoding_of(path: Path) -> str:
@@ -78,7 +81,8 @@ def read_records(path: Path, source: str) -> Iterator[tuple[str, Any]]:
             f"source {source}: {path} is not {encoding.removesuffix('-sig').upper()} ({error}): convert it first"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise RedHeartError(f"source {source}: {path} is not valid JSON ({error})") from None
+        hint = ": where each line is a record, call it .jsonl" if str(error).startswith("Extra data") else ""
+        raise RedHeartError(f"source {source}: {path} is not valid JSON ({error}){hint}") from None
     if not isinstance(records, list):
         raise RedHeartError(f"source {source}: {path} must hold a list of records, it holds a {type(records).__name__}")
     yield from ((f"{path}: record {number}", record) for number, record in enumerate(records))

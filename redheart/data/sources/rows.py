@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redheart.data.sources.records import EMPTY, InvalidRecord, LeftOut, encoding_of
+from redheart.data.sources.records import EMPTY, SEPARATOR, InvalidRecord, LeftOut, encoding_of
 from redheart.schema import RedHeartError
 
 Row = tuple[str, dict[str, Any] | InvalidRecord | LeftOut]  # (place, a raw record of the schema or why there is none)
@@ -95,13 +95,13 @@ def all_lines(
         head = read[start][2]
         if isinstance(head, csv.Error):
             raise RedHeartError(f"{path}: its header cannot be read ({head})")
-        names = head
+        read = [(0, 0, [])] * (start + 1) + read[start + 1 :]
+        names, read = _without_bare(head, read)
         if len(set(names)) < len(names):
             raise RedHeartError(f"{path}: two columns have the same name ({', '.join(names)}): rename one")
         missing = [c for c in header or () if c not in names]
         if missing:
             raise RedHeartError(f"{path}: column {missing[0]!r} is missing; it has {', '.join(names)}")
-        read = [(0, 0, [])] * (start + 1) + read[start + 1 :]
     whole = [cells for _, _, cells in read if isinstance(cells, list) and len(cells) == len(names)]
     known = [set(column) for column in zip(*whole, strict=True)]
     for first, last, cells in read:
@@ -130,6 +130,20 @@ def all_lines(
 _Cells = list[str] | csv.Error
 
 
+def _without_bare(
+    head: list[str], read: list[tuple[int, int, _Cells]]
+) -> tuple[list[str], list[tuple[int, int, _Cells]]]:
+    """The header and the rows without columns of neither name nor value, which spreadsheets write beside a table."""
+    rows = [cells for _, _, cells in read if isinstance(cells, list) and len(cells) == len(head)]
+    kept = [i for i, name in enumerate(head) if name.strip() or any(cells[i].strip() for cells in rows)]
+    if len(kept) == len(head):
+        return head, read
+    shorter = lambda cells: [cells[i] for i in kept] if len(cells) == len(head) else cells  # noqa: E731
+    return [head[i] for i in kept], [
+        (first, last, shorter(cells) if isinstance(cells, list) else cells) for first, last, cells in read
+    ]
+
+
 def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, int, _Cells]]:
     """(first line, last line, cells) of each row of a CSV; RedHeartError where a broken row takes others with it."""
     # beyond its default csv would stop inside a text; parse_record bounds it, with a reason
@@ -139,6 +153,7 @@ def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, int, _Cells]]:
         content = path.read_bytes().decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict")
     except UnicodeDecodeError as error:
         raise RedHeartError(f"{path} is not {encoding.upper()} ({error}): save it as UTF-8") from None
+    content = content.removeprefix(said[0]) if (said := SEPARATOR.match(content)) else content
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     while True:
         first = reader.line_num + 1

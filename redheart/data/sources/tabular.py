@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redheart.console import console
-from redheart.data.sources.records import ALIASES, FIELDS, InvalidRecord, encoding_of, read_records
+from redheart.data.sources.records import ALIASES, FIELDS, SEPARATOR, InvalidRecord, encoding_of, read_records
 from redheart.data.sources.rows import Row, all_lines
 from redheart.schema import LABELS, Label, RedHeartError
 
@@ -126,19 +126,22 @@ def as_written(path: Path, name: str, delimiter: str, wanted: Set[str] | None = 
 def header(path: Path, name: str, texts: Sequence[str] = ()) -> list[str]:
     """The names of a table's columns, or of all records' fields; `texts`: what the column of texts may be called."""
     delimiter = delimiter_of(path, texts) if path.suffix.lower() in (".csv", ".tsv") else ""
-    rows = (row for _, row in as_written(path, name, delimiter, set()) if isinstance(row, dict))
-    found = dict.fromkeys(key for row in rows for key in row)
+    rows = [row for _, row in as_written(path, name, delimiter, set())]
+    found = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
     if not found:
-        raise RedHeartError(f"{path} has no rows")
+        raise next((row for row in rows if isinstance(row, InvalidRecord)), RedHeartError(f"{path} has no rows"))
     return list(map(str, found))
 
 
 def delimiter_of(path: Path, texts: Sequence[str]) -> str:
-    """What separates the columns: the character that parts one of the `texts` columns from the others in the header, or, without any,
-    the header and the first row into as many columns; else what the file's name says, a tab or a comma, which is tried first."""
+    """What separates the columns: what a first line `sep=;` says, or the character that parts one of the `texts` columns from the
+    others in the header, or, without any, the header and the first row into as many columns; else what the file's name says, a tab
+    or a comma, which is tried first."""
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:
         lines = (line for line in file if line.strip())
         head, row = next(lines, ""), next(lines, "")
+    if said := SEPARATOR.match(head):
+        return said[1]
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     bare = re.sub(r'"[^"]*"', "", head)  # without headings in quotes, which may hold any of them
     order = sorted(DELIMITERS, key=lambda d: d != usual)
