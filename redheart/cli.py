@@ -18,7 +18,7 @@ from redheart.console import any_encoding, console, emit, literal, quiet_start, 
 from redheart.device import settle_allocator
 from redheart.early import check
 from redheart.ends import code_of, ending
-from redheart.files import no_room
+from redheart.files import is_here, no_room
 from redheart.ranks import is_main, launched_rank, leaving
 from redheart.schema import RedHeartError
 
@@ -355,12 +355,20 @@ def main() -> None:
         try:
             with leaving():
                 app(check(typer.main.get_command(app), arguments))
+        except (
+            BrokenPipeError
+        ):  # whoever read stdout has gone, as `| head` does: typer ends so, too, once a command runs
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written as Python ends
+            sys.exit(1)
         except Exception as error:
             room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
-            if debug or not (isinstance(error, RedHeartError) or room or path):
+            gone = isinstance(error, FileNotFoundError) and not is_here()
+            if debug or not (isinstance(error, RedHeartError) or room or path or gone):
                 raise
             message = (
                 f"writing failed ({room}): make room, or raise the limit (quota, ulimit -f)" if room else str(error)
             )
+            if gone:
+                message = "the directory that this was called in is no longer there: change to another one"
             print("redheart:", literal(" ".join(line.strip() for line in message.splitlines())), file=sys.stderr)
             sys.exit(code_of(error))

@@ -55,6 +55,13 @@ class LiteralConsole(Console):
     def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
         return super().render_str(literal(text, self.encoding), **settings)
 
+    def on_broken_pipe(self) -> None:
+        """Whoever read has gone: a command whose result is on stdout ends (`| head`), what is told beside the work does not end it."""
+        if not self.stderr:
+            super().on_broken_pipe()
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # what is left is written as Python ends
+
 
 console = LiteralConsole(stderr=True, quiet=launched_rank() != 0)
 

@@ -101,6 +101,14 @@ def no_room(error: BaseException) -> str | None:
     return os.strerror(int(refusal[1])) if refusal[1] else "a write was cut off"
 
 
+def is_here() -> bool:
+    """Whether the current directory is still there, so that relative paths mean something."""
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented, with lists of plain numbers on one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False)

@@ -38,7 +38,7 @@ def texts_of(given: Sequence[str], file: Path | None, column: str | None) -> tup
     if file is not None and given:
         raise RedHeartError(f"give texts, or --input {file}: not both")
     if file is None:
-        texts = [line.strip() for line in sys.stdin if line.strip()] if list(given) == ["-"] else list(given)
+        texts = [line.strip() for line in sys.stdin or () if line.strip()] if list(given) == ["-"] else list(given)
         if not texts:
             raise RedHeartError("give a text, `-` to read one from each line of stdin, or a table with --input")
         return texts, [{"text": text} for text in texts]

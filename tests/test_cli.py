@@ -1,6 +1,7 @@
 """What a user may get wrong: one line that names the thing and the remedy, exit code 1 or 2, no traceback, nothing half-written."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,33 @@ def test_a_write_that_finds_no_room_is_one_line_at_every_door(monkeypatch, capsy
             main()
         assert ended.value.code == 70
         assert capsys.readouterr().err.startswith("Traceback")
+
+
+def pipe_without_a_reader():
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+def test_a_pipe_that_nobody_reads_ends_a_command_without_a_word(monkeypatch, capsys):
+    with pipe_without_a_reader() as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        monkeypatch.setattr("sys.argv", ["redheart", "train", "--help-config"])  # longer than what a stream keeps back
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert (ended.value.code, capsys.readouterr().err) == (1, "")
+
+
+def test_a_directory_that_is_gone_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["redheart", "export", "--checkpoint", str(tmp_path / "model"), "--out", "new"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "redheart: the directory that this was called in is no longer there: change to another one\n"
+    )

@@ -151,3 +151,14 @@ def test_answers_are_printed_whole(capsys):
     assert "[removed]" in told
     assert "0.250" in told
     assert "0.500 (not trained)" in told
+
+
+def test_what_nobody_reads_any_more_ends_no_work(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        told = LiteralConsole(stderr=True)
+        told.print("step 1")
+        told.print("step 2")
+        assert told.quiet

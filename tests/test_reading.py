@@ -23,6 +23,9 @@ def test_texts_come_from_arguments_stdin_or_a_column_with_the_rest_of_its_row(
     assert texts_of(["one", "two"], None, None) == (["one", "two"], [{"text": "one"}, {"text": "two"}])
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n  two  \n"))
     assert texts_of(["-"], None, None)[0] == ["one", "two"]
+    monkeypatch.setattr("sys.stdin", None)  # closed, as `<&-` does
+    with pytest.raises(RedHeartError, match="give a text"):
+        texts_of(["-"], None, None)
     table = tmp_path / "texts.csv"
     table.write_text('id,body;x\n1,"a, b"\n2,"two\nlines"\n')
     texts, rows = texts_of([], table, "body;x")

@@ -148,7 +148,7 @@ def _minutes(text: str) -> float:
 
 
 def _ask(question: str, option: str, usual: str = "") -> str:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise RedHeartError(f"{option} is missing, and there is no terminal to ask on: {question}?")
     print(f"{question}{f' [{usual}]' if usual else ''}: ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline()
