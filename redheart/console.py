@@ -55,10 +55,21 @@ class LiteralConsole(Console):
     def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
         return super().render_str(literal(text, self.encoding), **settings)
 
+    def __exit__(self, *error: Any) -> None:  # behind every output, where it is written
+        try:
+            super().__exit__(*error)
+        except OSError:  # a file on a full disk, a terminal that is gone
+            if not self.stderr:
+                raise
+            self._go_unheard()
+
     def on_broken_pipe(self) -> None:
         """Whoever read has gone: a command whose result is on stdout ends (`| head`), what is told beside the work does not end it."""
         if not self.stderr:
             super().on_broken_pipe()
+        self._go_unheard()
+
+    def _go_unheard(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # what is left is written as Python ends
 

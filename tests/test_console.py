@@ -153,9 +153,12 @@ def test_answers_are_printed_whole(capsys):
     assert "0.500 (not trained)" in told
 
 
-def test_what_nobody_reads_any_more_ends_no_work(monkeypatch):
-    read, write = os.pipe()
-    os.close(read)
+@pytest.mark.parametrize("full", [False, True])
+def test_what_nobody_hears_any_more_ends_no_work(monkeypatch, full):
+    """A pipe without a reader, a log on a full disk."""
+    read, write = (-1, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
+    if not full:
+        os.close(read)
     with open(write, "w") as stderr:
         monkeypatch.setattr("sys.stderr", stderr)
         told = LiteralConsole(stderr=True)
