@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from redheart.console import emit, unheard
-from redheart.files import verify_manifest
+from redheart.files import check_name, verify_manifest
 from redheart.owned import check_can_make, check_can_make_file
 from redheart.ranks import launched_rank, launched_world_size
 from redheart.reading import check_output, texts_of
@@ -184,6 +184,7 @@ def _input(given: dict[str, Any], command: str) -> None:
 def directory_to_make(path: Path, option: str) -> None:
     if path.is_file():
         raise RedHeartError(f"{option} {path} is a file: name a directory")
+    check_name(path, option)
     check_can_make(path, option)
 
 

@@ -101,6 +101,14 @@ def no_room(error: BaseException) -> str | None:
     return os.strerror(int(refusal[1])) if refusal[1] else "a write was cut off"
 
 
+def check_name(path: str | Path, what: str) -> None:
+    """Raises RedHeartError where a path is not UTF-8: what is written down of it could not be read back."""
+    try:
+        f"{path} {os.path.realpath(path)}".encode()
+    except ValueError:  # of a NUL, too
+        raise RedHeartError(f"{what} {path}: this name, or one above it, is not UTF-8: rename it") from None
+
+
 def is_here() -> bool:
     """Whether the current directory is still there, so that relative paths mean something."""
     try:

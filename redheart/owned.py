@@ -14,7 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from redheart.console import console
-from redheart.files import LOCK, flush_to_disk, read_sealed_json, remove, unfinished_files, write_sealed_json
+from redheart.files import (
+    LOCK,
+    check_name,
+    flush_to_disk,
+    read_sealed_json,
+    remove,
+    unfinished_files,
+    write_sealed_json,
+)
 from redheart.schema import RedHeartError
 
 MARKER = ".redheart.json"
@@ -23,6 +31,7 @@ MARKER = ".redheart.json"
 def make_directory(path: Path, option: str) -> None:
     """Makes `path`, for its owner alone (users' texts will lie there), and its parents; RedHeartError, naming the command's `option`,
     where a file or a permission is in the way. One that is there stays as it is."""
+    check_name(path, option)
     try:
         path.mkdir(0o700, parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -49,6 +58,7 @@ def check_can_make_file(path: Path, option: str, example: str) -> None:
 
 def check_new(path: Path, option: str = "--out") -> None:
     """The same of what must not be there yet, not even as a link to nothing, which no directory could be renamed to."""
+    check_name(path, option)
     if os.path.lexists(path):
         raise RedHeartError(f"{path} exists already: name another {option}")
     check_can_make(path, option)

@@ -8,12 +8,17 @@ import resource
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from redheart import files
+from redheart.config import DataConfig
+from redheart.data.gather import gather
+from redheart.data.store import Store
+from redheart.early import directory_to_make
 from redheart.files import (
     MANIFEST,
     committed_directory,
@@ -32,6 +37,7 @@ from redheart.files import (
     write_sealed_json,
     write_text,
 )
+from redheart.owned import check_new, make_directory
 from redheart.schema import RedHeartError
 
 
@@ -372,3 +378,23 @@ def test_sealed_lines_come_back_and_a_damaged_one_is_named_by_its_number(tmp_pat
     path.write_text("".join(map(sealed_line, values)).replace(": 1", ": 2"), encoding="utf-8")
     with pytest.raises(RedHeartError, match=r"line 2 of .*lines\.jsonl is damaged"):
         read_sealed_lines(path, "again")
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_it_is_written_down(tmp_path):
+    bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    (bad / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(bad)
+    table = bad / "texts.csv"
+    table.write_text("text,regret\nOne.,0.5\n")
+    for refused in (
+        lambda: make_directory(bad / "run", "--out"),
+        lambda: check_new(tmp_path / "link" / "model"),
+        lambda: Store(bad),
+        lambda: gather([f"own={table}"], DataConfig(), skip_invalid=False),
+        lambda: directory_to_make(bad, "--out"),
+    ):
+        with pytest.raises(RedHeartError, match="is not UTF-8: rename it"):
+            refused()
+    for name in ("a\udcff", "a\nb", "a\x1b[31m"):
+        with pytest.raises(RedHeartError, match="nothing in it that cannot be shown"):
+            gather([f"{name}={table}"], DataConfig(), skip_invalid=False)

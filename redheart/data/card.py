@@ -34,8 +34,9 @@ def dataset_card(index: Mapping[str, Any]) -> str:
     }
     encoder, labeler = index["encoder"], index["labeler"]
     sources = [
-        f"| {name} | {rows_written(facts)} | {facts['licence']} | {'no' if facts['non_commercial'] else 'yes'} |"
+        f"| {shown} | {rows_written(facts)} | {facts['licence']} | {'no' if facts['non_commercial'] else 'yes'} |"
         for name, facts in index["sources"].items()
+        for shown in [name.replace("|", r"\|")]
     ]
     labels = [
         f"| {name} | " + ", ".join(f"{count} {origin}" for origin, count in counts.items()) + " |"

@@ -24,7 +24,7 @@ from redheart.data.sources import everyday, hub, tabular
 from redheart.data.sources.catalogue import SOURCES
 from redheart.data.sources.records import InvalidRecord, normalised, parse_record
 from redheart.data.sources.rows import LeftOut
-from redheart.files import write_text
+from redheart.files import check_name, write_text
 from redheart.schema import LABELS, SPLITS, RedHeartError
 
 ENOUGH = 10  # texts of dev and of test: where the ids give a small table fewer, its texts are dealt
@@ -339,6 +339,8 @@ def _open(spec: str, config: DataConfig) -> _Opened:
         raise RedHeartError(
             f"--source {spec!r}: write it as NAME=PATH (only {everyday.NAME!r} needs no path; known: {', '.join(SOURCES)})"
         )
+    if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", name):
+        raise RedHeartError(f"--source {spec!r}: the name of a source has nothing in it that cannot be shown")
     if "+" in name:
         raise RedHeartError(f"--source {spec!r}: a name has no '+', which marks rows that the LLM wrote (--augment)")
     path, columns = Path(given), config.columns.get(name, {})
@@ -363,6 +365,7 @@ def _open(spec: str, config: DataConfig) -> _Opened:
         raise RedHeartError(
             f"source {name}: {given} is a directory, and only {', '.join(SOURCES)} are read from one: give {files}"
         )
+    check_name(path, f"source {name}:")
     if not path.is_file():
         what = "the directory of the corpus" if known is not None else files
         raise RedHeartError(f"source {name}: {given} does not exist: give {what}")

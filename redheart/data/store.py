@@ -20,7 +20,7 @@ from redheart.caches import cache_directory, writable
 from redheart.config import RemoteConfig
 from redheart.console import console
 from redheart.data.shards import FORMAT_VERSION, INDEX, check_index
-from redheart.files import check_sealed_json, read_json, sha256_of
+from redheart.files import check_name, check_sealed_json, read_json, sha256_of
 from redheart.schema import SPLITS, PassingError, RedHeartError
 
 BLOCK = 1 << 20
@@ -35,7 +35,9 @@ class Store:
         self.settings = remote or RemoteConfig()
         self._filesystem: Any = None
         self._root = ""
-        if self.is_remote:
+        if not self.is_remote:
+            check_name(self.location, "data directory")
+        else:
             self._filesystem, self._root = _open_filesystem(self.location, self.settings)
         self.index: dict[str, Any] = self._read_index()
 
