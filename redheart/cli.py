@@ -355,9 +355,7 @@ def main() -> None:
         try:
             with leaving():
                 app(check(typer.main.get_command(app), arguments))
-        except (
-            BrokenPipeError
-        ):  # whoever read stdout has gone, as `| head` does: typer ends so, too, once a command runs
+        except BrokenPipeError:  # whoever read stdout has gone, as `| head` does: so typer ends a command that runs
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written as Python ends
             sys.exit(1)
         except Exception as error:

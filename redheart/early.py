@@ -5,7 +5,6 @@ The command line asks here first. What passes is looked at again where it is use
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -48,9 +47,6 @@ def check(group: Any, arguments: Sequence[str]) -> list[str]:
         return words
     except typer.Exit as end:  # an option that prints and ends, such as --help-config
         sys.exit(end.exit_code)
-    except BrokenPipeError:  # its reader has gone, such as `head`: as typer ends a command then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes the rest
-        sys.exit(1)
     if command.name == "train" and given["resume"] is None:
         _run(given)
     for name, look in CHECKS.items():

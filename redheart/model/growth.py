@@ -129,9 +129,8 @@ def growth_plans(source: RedHeartConfig, empty: RedHeartModel) -> dict[str, Plan
         small = RedHeartModel(source)
     old, new = dict(axes_of(small)), dict(axes_of(empty))
     tensors = small.state_dict()
-    if other := sorted(
-        tensors.keys() ^ empty.state_dict().keys()
-    ):  # the fusion projects states of other widths than its own alone
+    # the fusion projects only states whose width is not its own
+    if other := sorted(tensors.keys() ^ empty.state_dict().keys()):
         raise RedHeartError(
             f"growth keeps every tensor and makes no other, and {other[0]} would come or go: choose a target in which width and task_width "
             "are equal if they are so in the network, and differ if they differ"

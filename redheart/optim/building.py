@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.utils.cpp_extension import get_default_build_root
 
 from redheart.caches import cache_directory, writable
+from redheart.console import console
+
+PATIENCE_S = 5  # who only loads what is compiled already is gone by then
 
 
 def build_root() -> Path:
@@ -31,11 +35,22 @@ def built_alone(name: str, build: Callable[[], Any]) -> Any:
     """What `build` returns, which compiles or loads torch's extension `name`; other processes that call this wait their turn."""
     root = build_root()
     with (root / f"{name}.flock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, name)
         for left in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):
             if not _is_open(left):
                 left.unlink(missing_ok=True)
         return build()
+
+
+def _wait_for(lock: IO[str], name: str) -> None:
+    """Takes the lock; says so where somebody else keeps it, which for all that one sees would look like a hang."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    console.print(f"waiting for another process, which compiles {name} …")
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _is_open(file: Path) -> bool:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from redheart.optim import building
 from redheart.optim.building import built_alone
 from redheart.train.engine.machinery import SHARED_MEMORY, load_kernel
 
@@ -25,11 +26,14 @@ def test_a_dead_builders_mark_is_removed(tmp_path: Path, monkeypatch):
     assert builder.stdout is not None
     assert builder.stdout.readline() == "in\n"
     mark.touch()
-    builder.kill()
-    builder.wait()
+    monkeypatch.setattr(building, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(building.console, "print", lambda told: (said.append(told), builder.kill()))
+    said: list[str] = []
     started = time.monotonic()
     assert built_alone("x", lambda: mark.exists()) is False
     assert time.monotonic() - started < 30
+    assert said == ["waiting for another process, which compiles x …"]
+    builder.wait()
     with mark.open("w"):  # of a builder that knows nothing of our lock
         assert built_alone("x", lambda: mark.exists()) is True
 

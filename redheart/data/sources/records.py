@@ -47,9 +47,8 @@ ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-SEPARATOR = re.compile(
-    r'"?sep=([,;|\t])"?(?=[\r\n]|\Z)'
-)  # a first line that tells a spreadsheet what parts the columns
+# a first line that tells a spreadsheet what parts the columns
+SEPARATOR = re.compile(r'"?sep=([,;|\t])"?(?=[\r\n]|\Z)')
 
 
 def encoding_of(path: Path) -> str:
