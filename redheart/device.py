@@ -49,7 +49,7 @@ def device_of(name: torch.device | str, option: str = "--device") -> torch.devic
 
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise RedHeartError(f"{option} {name}: torch knows no such device: choose cpu, cuda or cuda:N") from None
     if device.type == "cpu" and not device.index:
         return torch.device("cpu")

@@ -52,7 +52,9 @@ def test_each_rank_of_a_node_has_its_own_card(card, monkeypatch):
     assert chosen_device("cpu", "key") == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("name", "there"), [("cuda", 0), ("cuda:2", 2), ("gpu", 1), ("meta", 1), ("mps", 1)])
+@pytest.mark.parametrize(
+    ("name", "there"), [("cuda", 0), ("cuda:2", 2), ("gpu", 1), ("meta", 1), ("mps", 1), (None, 0)]
+)
 def test_a_device_that_is_not_here_is_named_with_its_key(card, name, there):
     if there:
         card(count=there)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from redheart.console import literal
 from redheart.version import VERSION
 
 ROWS = Sequence[Sequence[str]]
@@ -90,7 +91,7 @@ def to_markdown(title: str, sections: Sequence[Section], directory: Path) -> str
 
 def plain(text: str) -> str:
     """On one line of Markdown, in which nothing is markup; an underscore between letters is none."""
-    escaped = re.sub(r"([\\`*\[\]#|~]|\b_|_\b|(?<!\w)_)", r"\\\1", " ".join(str(text).split()))
+    escaped = re.sub(r"([\\`*\[\]#|~]|\b_|_\b|(?<!\w)_)", r"\\\1", " ".join(literal(str(text)).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 

@@ -36,6 +36,7 @@ def test_users_texts_are_text(sections: list[Section], tmp_path: Path):
     markdown = to_markdown(HOSTILE, sections, tmp_path)
     assert "<script" not in markdown
     assert r"\| \*b\* \[x\](javascript:y) \`c\` {{ 7\*7 }} &amp;amp; 정" in markdown
+    assert "\n# a\\\\x1b" in "\n" + to_markdown("a\x1b[31mb", sections, tmp_path)  # which a terminal would obey
     table = [line for line in markdown.splitlines() if line.startswith("| ")]
     assert [line.replace(r"\|", "").count("|") for line in table] == [5] * 4
 
