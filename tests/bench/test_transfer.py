@@ -102,7 +102,7 @@ def test_a_bench_of_tiny_runs_and_its_resumption(data: Path, tmp_path: Path, mon
     assert json.loads((out / "transfer.json").read_text())["seeds"] == told["seeds"]
     assert (out / "transfer.png").stat().st_size > 10_000
     lowest = {
-        arm: load_config(out / f"{arm}-seed0-lr0.001" / "config.yaml").optimizer.final_learning_rate
+        arm: load_config(str(out / f"{arm}-seed0-lr0.001" / "config.yaml")).optimizer.final_learning_rate
         for arm in ("source", "grown", "scratch", "control")
     }
     assert lowest.pop("source") == 1e-3 > max(lowest.values())
