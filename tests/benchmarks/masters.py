@@ -28,7 +28,6 @@ from redheart.bench.made import keep_made, made_with
 from redheart.config import RunConfig, load_config
 from redheart.console import console, progress
 from redheart.data.stream import SampleStream
-from redheart.device import tell_deepspeed
 from redheart.evaluation.evaluate import evaluate
 from redheart.files import write_json
 from redheart.losses.combine import factors
@@ -36,6 +35,7 @@ from redheart.model.build import build_model
 from redheart.optim import CPUAdamW8bit
 from redheart.tasks import constant_losses, task_weights
 from redheart.train import stages
+from redheart.train.engine import compile_kernels
 from redheart.train.engine.base import adamw_arguments, parameter_groups
 
 MASTERS = ("fp32", "split", "bf16")
@@ -58,7 +58,7 @@ class Host:
         self.copies: dict[torch.Tensor, torch.Tensor] = {}
         settings = adamw_arguments(config.optimizer)
         if kept == "bf16":
-            tell_deepspeed()
+            compile_kernels()
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             self.optimizer: Any = DeepSpeedCPUAdam(own, **settings, adamw_mode=True, fp32_optimizer_states=False)
