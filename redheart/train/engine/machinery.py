@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ def import_machinery() -> tuple[Any, Any]:
     # a bare print to stdout, which is for results: `DeepSpeed … built successfully`
     # (by its name among the modules: the attribute deepspeed.comm.torch is torch itself)
     vars(sys.modules["deepspeed.comm.torch"])["print"] = deepspeed.utils.logger.info
+    # of calls that DeepSpeed makes at every step, and no user can change
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return accelerate, deepspeed
 
 
