@@ -38,7 +38,7 @@ def text() -> str:
         parts.append(
             f"## {about[0].upper()}{about[1:]}\n\n" + table(("what", "figure", "command", "machine", "date"), rows)
         )
-    return "\n".join([*parts, control(), optimizers(), parity(), transfer(), planned(), card(), ablation()])
+    return "\n".join([*parts, control(), optimizers(), parity(), masters(), transfer(), planned(), card(), ablation()])
 
 
 def read(name: str) -> Any:
@@ -120,6 +120,15 @@ def parity() -> str:
     columns = ("seed", "dev loss, fp32 states", "8-bit states", "difference")
     picture = "\n![dev losses over the steps](results/parity-local.png)\n"
     return "## 8-bit states against fp32 states\n\n" + table(columns, rows) + picture
+
+
+def masters() -> str:
+    told = read("masters-base.json")
+    legs = told["legs"]
+    rows = [(seed, *(f"{of_it[seed]['dev_loss']:.3f}" for of_it in legs.values())) for seed in legs["fp32"]]
+    rows.append(("mean ± sd", *(f"{x['mean']:.3f} ± {x['sd']:.3f}" for x in told["dev_loss"].values())))
+    head = f"## How master weights are kept: dev loss of `{told['preset']}` after {told['steps']:,} steps of {told['batch']}\n\n"
+    return head + table(("seed", *legs), rows)
 
 
 def transfer() -> str:
