@@ -103,7 +103,8 @@ def leg(read: str, seed: int, config: RunConfig, data: str, preset: str | None, 
         labels = [label for label, where in LABEL_COLUMNS.items() if entries[where].any()]
         network: nn.Module = PlainTransformer(reading.width, 96, labels)
     else:
-        network = build_model(config, {**train.encoder, "width": reading.width})
+        wide = config.model.model_copy(update={"encoder_width": reading.width})
+        network = build_model(config.model_copy(update={"model": wide}), {**train.encoder, "width": reading.width})
     whole = Reader(reading, network)
     averages = {a: AveragedModel(whole, multi_avg_fn=get_ema_multi_avg_fn(a), use_buffers=False) for a in AVERAGES}
 
