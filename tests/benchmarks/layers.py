@@ -17,19 +17,18 @@ call without it then finds them done.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from legs import configured, kept, options
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from redheart.bench.made import keep_made, made_with
 from redheart.bench.plain import PlainTransformer, train_control
-from redheart.config import RunConfig, load_config
+from redheart.config import RunConfig
 from redheart.console import console
 from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import answers
@@ -133,19 +132,10 @@ def leg(read: str, seed: int, config: RunConfig, data: str, preset: str | None, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--work", required=True, type=Path)
-    parser.add_argument("--out", type=Path)
+    parser = options(__doc__, seeds=3, steps=1356, batch=64)
     parser.add_argument("--preset", help="its network, and not the plain transformer")
     parser.add_argument("--read", action="append", help="[default: 4+6, sum, sums, all]")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1356)
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--only", action="append", metavar="READ-SEED", help="this leg alone, such as sums-1; repeatable"
-    )
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
     index, reads = SampleStream(a.data, "train").index, a.read or ["4+6", "sum", "sums", "all"]
@@ -155,14 +145,9 @@ def main() -> None:
             done = a.work / f"{read}-{seed}.json"
             if a.only and done.stem not in a.only:
                 continue
-            every = f"training.evaluate_every={a.steps // 8}"
-            settings = [f"training.seed={seed}", f"training.max_steps={a.steps}", "memory.strategy=plain", every]
-            settings += [f"training.{name}_batch_size={a.batch}" for name in ("global", "micro")]
-            config = load_config(a.preset or "local", settings)
-            keep_made(done, made_with(config, index, preset=a.preset, rate=a.learning_rate), "another --work")
-            if not done.is_file():
-                write_json(done, leg(read, seed, config, a.data, a.preset, a.learning_rate))
-            found[read].append(json.loads(done.read_text()))
+            config = configured(a.preset or "local", seed, a.steps, a.batch, f"training.evaluate_every={a.steps // 8}")
+            run = partial(leg, read, seed, config, a.data, a.preset, a.learning_rate)
+            found[read].append(kept(done, config, index, run, preset=a.preset, rate=a.learning_rate))
             console.print(f"{read}, seed {seed}: dev {found[read][-1]['dev_loss']:.4f}, {found[read][-1]['metrics']}")
     if a.only or not a.out:
         return

@@ -14,18 +14,17 @@ side by side, by calls with --only for each; a call without it then finds them d
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from legs import configured, kept, options
 
-from redheart.bench.made import keep_made, made_with
-from redheart.config import RunConfig, load_config
+from redheart.config import RunConfig
 from redheart.console import console, progress
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import evaluate
@@ -132,44 +131,30 @@ def leg(kept: str, config: RunConfig, data: str, note: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--work", required=True, type=Path)
-    parser.add_argument("--out", type=Path)
+    parser = options(__doc__, seeds=5, steps=2000, batch=4)
     parser.add_argument("--preset", default="base")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument(
-        "--only", action="append", metavar="KEPT-SEED", help="this leg alone, such as split-3; repeatable"
-    )
     a = parser.parse_args()
     if a.seeds < 2:
         parser.error("--seeds: two at least, for a deviation between them")
     a.work.mkdir(parents=True, exist_ok=True)
     index = SampleStream(a.data, "train").index
-    legs: dict[str, dict[str, Any]] = {kept: {} for kept in MASTERS}
+    legs: dict[str, dict[str, Any]] = {way: {} for way in MASTERS}
     for seed in range(a.seeds):
-        for kept in MASTERS:
-            done = a.work / f"{kept}-{seed}.json"
+        for way in MASTERS:
+            done = a.work / f"{way}-{seed}.json"
             if a.only and done.stem not in a.only:
                 continue
-            settings = [f"training.seed={seed}", f"training.max_steps={a.steps}", "memory.strategy=plain"]
-            settings += [f"training.{name}_batch_size={a.batch}" for name in ("global", "micro")]
-            config = load_config(a.preset, settings)
-            keep_made(done, made_with(config, index), "another --work")
-            if not done.is_file():
-                write_json(done, leg(kept, config, a.data, f"{kept} {seed}"))
-            legs[kept][str(seed)] = found = json.loads(done.read_text())
-            console.print(f"{kept}, seed {seed}: dev {found['dev_loss']:.4f}, {found['seconds']:.0f} s")
+            config = configured(a.preset, seed, a.steps, a.batch)
+            legs[way][str(seed)] = found = kept(done, config, index, partial(leg, way, config, a.data, f"{way} {seed}"))
+            console.print(f"{way}, seed {seed}: dev {found['dev_loss']:.4f}, {found['seconds']:.0f} s")
     if a.only or not a.out:
         return
-    ends = {kept: [leg["dev_loss"] for leg in of_it.values()] for kept, of_it in legs.items()}
+    ends = {way: [leg["dev_loss"] for leg in of_it.values()] for way, of_it in legs.items()}
     write_json(
         a.out,
         {
             "preset": a.preset, "steps": a.steps, "batch": a.batch, "data": Path(a.data).name, "threads": os.environ.get("OMP_NUM_THREADS"),
-            "dev_loss": {kept: {"mean": statistics.fmean(x), "sd": statistics.stdev(x)} for kept, x in ends.items()},
+            "dev_loss": {way: {"mean": statistics.fmean(x), "sd": statistics.stdev(x)} for way, x in ends.items()},
             "legs": legs,
         },
     )  # fmt: skip
