@@ -24,7 +24,7 @@ from redheart.options import ItsData
 from redheart.schema import RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import Trained, load_model, resolve
-from redheart.train.resume import check_as_trained
+from redheart.train.resume import check_judged
 
 
 def bench_ablation(
@@ -85,10 +85,7 @@ def _of_one(
     state, where = whole.progress, data or whole.progress.data
     trained = trained_entries(state.labels, whole.config.loss) if state.labels else None
     train, *streams = [Rows(where, s, whole.config.data.remote, trained) for s in ("train", "dev", split)]
-    if train.encoder != state.encoder:
-        raise RedHeartError(f"{where} was encoded by {train.encoder}, but the network was trained on {state.encoder}")
-    if data is None:
-        check_as_trained(state, train.index)
+    check_judged(state, train.index, data)
     taught = {name for name, weight in train.label_sample()[1].items() if weight.sum() > 0}
     if trained is not None:  # None: an earlier version made it, and the data alone say
         taught = {name for name, entries in trained.items() if any(entries)}

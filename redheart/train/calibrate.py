@@ -34,7 +34,7 @@ from redheart.train import checkpoint
 from redheart.train.claim import is_run
 from redheart.train.export import AGAIN, Trained, load_weights, resolve
 from redheart.train.progress import Progress
-from redheart.train.resume import check_as_trained
+from redheart.train.resume import check_judged
 
 
 class Calibrated(NamedTuple):
@@ -73,12 +73,7 @@ def calibrate(path: Path, data: str | None = None, device: str = "cpu") -> Calib
         dev = SampleStream(data or progress.data, "dev", loaded.config.data.remote)
         if not dev.num_rows:
             raise RedHeartError(f"{data or progress.data} has no dev rows to calibrate on: name other data with --data")
-        if dev.encoder != progress.encoder:
-            raise RedHeartError(
-                f"{dev.store.location} was encoded by {dev.encoder}, but {directory} was trained on {progress.encoder}"
-            )
-        if data is None:
-            check_as_trained(progress, dev.index)
+        check_judged(progress, dev.index, data)
         return _calibrate(directory, loaded, dev, device, 32)
 
 

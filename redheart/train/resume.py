@@ -193,9 +193,14 @@ def order_of_rows(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_as_trained(state: Progress, index: Mapping[str, Any]) -> None:
-    """Raises RedHeartError where what a network was trained on was prepared anew since: rows held out now may be those it learned."""
-    if state.order and state.order != order_of_rows(index):
+def check_judged(state: Progress, index: Mapping[str, Any], data: str | Path | None) -> None:
+    """Raises RedHeartError where `data` (None: what a network was trained on) can say nothing of it: features of another encoder, or
+    data prepared anew since, whose held-out rows may be those it learned."""
+    if index["encoder"] != state.encoder:
+        raise RedHeartError(
+            f"{data or state.data} was encoded by {index['encoder']}, but the network was trained on {state.encoder}"
+        )
+    if data is None and state.order and state.order != order_of_rows(index):
         raise RedHeartError(
             f"{state.data} holds other rows than this was trained on (it was prepared anew): --data {shlex.quote(state.data)} takes "
             "them all the same, --data OTHER names what it was"

@@ -28,7 +28,7 @@ from redheart.tasks import TASKS, task_weights
 from redheart.train.claim import is_run, own_report
 from redheart.train.export import load_model, resolve
 from redheart.train.progress import Progress
-from redheart.train.resume import check_as_trained
+from redheart.train.resume import check_judged
 from redheart.train.told import data_and_commands, how_it_ran
 
 
@@ -58,12 +58,7 @@ def validate(
     held_out = Rows(data, split, config.data.remote, of)
     if not held_out.num_rows:
         raise RedHeartError(f"{data} has no rows in split {split!r}: prepare more samples, or choose another --split")
-    if held_out.encoder != progress.encoder:
-        raise RedHeartError(
-            f"{data} was encoded by {held_out.encoder}, but {directory} was trained on {progress.encoder}"
-        )
-    if own:
-        check_as_trained(progress, held_out.index)
+    check_judged(progress, held_out.index, None if own else data)
     train, dev, own_dev, notes = beside(held_out, data, progress.data, config.data.remote, of)
     weights = factors(task_weights(config.loss), progress.scales, config.loss.constant_floor)
     swapped = place(model, device, config.memory.swap if swap is None else swap)

@@ -80,9 +80,8 @@ class Reader(nn.Module):
     def forward(
         self, features: torch.Tensor, mask: torch.Tensor, contrast: torch.Tensor, *more: Any, **named: Any
     ) -> Any:
-        if self.training and isinstance(
-            self.network, RedHeartModel
-        ):  # its dropout is a function of the samples' positions
+        # whose dropout is a function of the samples' positions
+        if self.training and isinstance(self.network, RedHeartModel):
             named["sample_keys"] = torch.arange(self.seen, self.seen + len(mask))
             self.seen += len(mask)
         return self.network(self.reading(features), mask, self.reading(contrast), *more, **named)

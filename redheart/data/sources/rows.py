@@ -138,10 +138,11 @@ def _without_bare(
     kept = [i for i, name in enumerate(head) if name.strip() or any(cells[i].strip() for cells in rows)]
     if len(kept) == len(head):
         return head, read
-    shorter = lambda cells: [cells[i] for i in kept] if len(cells) == len(head) else cells  # noqa: E731
-    return [head[i] for i in kept], [
-        (first, last, shorter(cells) if isinstance(cells, list) else cells) for first, last, cells in read
-    ]
+
+    def shorter(cells: _Cells) -> _Cells:
+        return [cells[i] for i in kept] if isinstance(cells, list) and len(cells) == len(head) else cells
+
+    return [head[i] for i in kept], [(first, last, shorter(cells)) for first, last, cells in read]
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, int, _Cells]]:
