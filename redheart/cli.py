@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -71,6 +72,7 @@ def prepare(
     skip_invalid: options.SkipInvalid = False,
     dedup: options.Dedup = False,
     augment: options.Augment = None,
+    features_from: options.FeaturesFrom = None,
     push: options.Push = None,
     json_: options.Json = False,
 ) -> None:
@@ -80,6 +82,7 @@ def prepare(
     from redheart.data.prepare import prepare as run
 
     settings = [*(["data.dedup=true"] if dedup else []), *([f"data.augment.kind={augment}"] if augment else [])]
+    settings += [f"data.features_from={json.dumps(features_from)}"] if features_from else []
     data = load_config(preset, [*(set_ or ()), *settings]).data
     report = run(source, out, data, samples, force_preprocess, skip_invalid)
     if launched_rank() > 0:

@@ -111,6 +111,9 @@ class DataConfig(Section):
     labeler: LabelerConfig = LabelerConfig()
     augment: AugmentConfig = AugmentConfig()
     remote: RemoteConfig = RemoteConfig()
+    features_from: tuple[str, ...] = Field(
+        (), description="prepared directories or URLs of the same encoder: texts that stand there are not encoded anew"
+    )
     rows_per_shard: int = Field(2048, gt=0, description="most rows of a shard, the unit that is fetched and drawn")
     dedup: bool = Field(
         False, description="drop train rows that nearly repeat dev or test rows, and dev rows test rows"

@@ -65,6 +65,14 @@ Data = Annotated[
 Dedup = Annotated[
     bool, typer.Option("--dedup", help="Drop rows that nearly repeat a dev or test row (data.dedup; uses FAISS).")
 ]
+FeaturesFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features-from",
+        metavar="DIR",
+        help="Prepared data of the same encoder, whose texts need not be encoded anew (data.features_from); may be repeated.",
+    ),
+]
 Threshold = Annotated[
     float | None,
     typer.Option("--threshold", help="Cosine of near-duplicates. [default: that of data.dedup_threshold]"),

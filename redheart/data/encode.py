@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from redheart.config import EncoderConfig
+from redheart.config import EncoderConfig, RemoteConfig
 from redheart.console import console, progress, quiet_libraries
 from redheart.data.fingerprint import each_of, mean_state, together
 from redheart.data.pretrained import encoder_path, naming_model, revision
+from redheart.data.reuse import KnownFeatures
 from redheart.device import chosen_device
 from redheart.files import flush_to_disk
 from redheart.ranks import launched_rank, launched_world_size
@@ -59,6 +60,10 @@ class TextEncoder:
             return read[0]
         cut = [any(cuts) for cuts in zip(*(cuts for _, cuts in read), strict=True)]
         return [side_by_side(states) for states in zip(*(features for features, _ in read), strict=True)], cut
+
+    def cuts(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts an encoder would cut at max_tokens."""
+        return [any(cuts) for cuts in zip(*(one.cuts(texts) for one in self.each), strict=True)]
 
 
 def side_by_side(states: Sequence[np.ndarray]) -> np.ndarray:
@@ -131,10 +136,9 @@ class OneEncoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], tick: Callable[[int], None]) -> tuple[list[np.ndarray], list[bool]]:
-        ids = self.tokenizer(list(texts), truncation=False, add_special_tokens=True)["input_ids"] if texts else []
-        cut = [len(i) > self.config.max_tokens for i in ids]
+        lengths = self._lengths(texts)
         features: list[np.ndarray | None] = [None] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # batches of like length
+        order = sorted(range(len(texts)), key=lambda i: lengths[i])  # batches of like length
         for start in range(0, len(order), self.config.batch_size):
             rows = order[start : start + self.config.batch_size]
             batch = self.tokenizer(
@@ -149,17 +153,33 @@ class OneEncoder:
                     f"which exceeds float16 ({FLOAT16_MAX:g}): choose other data.encoder.layers"
                 )
             joined = states.half().cpu().numpy()
-            lengths = batch["attention_mask"].sum(1).tolist()
-            for row, state, length in zip(rows, joined, lengths, strict=True):
+            for row, state, length in zip(rows, joined, batch["attention_mask"].sum(1).tolist(), strict=True):
                 features[row] = state[:length].copy()
             tick(len(rows))
-        return [f for f in features if f is not None], cut
+        return [f for f in features if f is not None], self._beyond(lengths)
+
+    def cuts(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts `encode` would cut."""
+        return self._beyond(self._lengths(texts))
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """Of texts in tokens, special ones included, before any cut."""
+        ids = self.tokenizer(list(texts), truncation=False, add_special_tokens=True)["input_ids"] if texts else []
+        return list(map(len, ids))
+
+    def _beyond(self, lengths: Sequence[int]) -> list[bool]:
+        return [length > self.config.max_tokens for length in lengths]
 
 
 def encode_parts(
-    parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], work: Path, config: EncoderConfig
+    parts: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    work: Path,
+    config: EncoderConfig,
+    features_from: Sequence[str] = (),
+    remote: RemoteConfig | None = None,
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, list[int]]]:
-    """Encodes named parts of the records into `work`, each part a file; parts that are there already are kept.
+    """Encodes named parts of the records into `work`, each part a file; parts that are there already are kept. Texts of the prepared
+    directories `features_from` have the features that they have there.
 
     Returns the encoder's fingerprint, the mean states (fingerprint.mean_state) of all texts in the order of the parts and, by source,
     how many texts were cut and how many there are, contrast texts included. Of several processes each encodes its share; only the
@@ -169,6 +189,7 @@ def encode_parts(
     encoder = TextEncoder(config)
     if encoder.device.type != "cpu":
         console.print(f"it computes on {encoder.device} (data.encoder.device)")
+    known = KnownFeatures(features_from, encoder.fingerprint, remote or RemoteConfig())
     share = [p for i, p in enumerate(parts) if i % launched_world_size() == launched_rank()]
     with progress("token features", sum(len(records) for _, records in share)) as (bar, task):
         for name, records in share:
@@ -176,7 +197,8 @@ def encode_parts(
             if _is_whole(path, key):
                 bar.advance(task, len(records))
             else:
-                _encode_part(encoder, path, key, records, lambda n: bar.advance(task, n))
+                _encode_part(encoder, known, path, key, records, lambda n: bar.advance(task, n))
+    known.tell()
     if launched_rank() > 0:
         return encoder.fingerprint, np.zeros((0, encoder.width), np.float32), {}
     wait_for([_part_file(work, name) for name, _ in parts])
@@ -218,14 +240,37 @@ def _part_file(work: Path, name: str) -> Path:
     return work / f"encoded-{name}.safetensors"
 
 
+def _read(
+    encoder: TextEncoder, known: KnownFeatures, texts: Sequence[str], tick: Callable[[float], None] = lambda n: None
+) -> tuple[list[np.ndarray], list[bool]]:
+    """As `encoder.encode`, which is asked for the texts that are not known."""
+    features = [known.of(text) for text in texts]
+    there = [i for i, f in enumerate(features) if f is not None]
+    if not there:
+        return encoder.encode(texts, tick)
+    tick(len(there))
+    others = [i for i, f in enumerate(features) if f is None]
+    cut = dict(zip(there, encoder.cuts([texts[i] for i in there]), strict=True))
+    for i, f, was_cut in zip(others, *encoder.encode([texts[i] for i in others], tick), strict=True):
+        features[i], cut[i] = f, was_cut
+    return [f for f in features if f is not None], [cut[i] for i in range(len(texts))]
+
+
 def _encode_part(
-    encoder: TextEncoder, path: Path, key: bytes, records: Sequence[Mapping[str, Any]], tick: Callable[[float], None]
+    encoder: TextEncoder,
+    known: KnownFeatures,
+    path: Path,
+    key: bytes,
+    records: Sequence[Mapping[str, Any]],
+    tick: Callable[[float], None],
 ) -> None:
     """Writes `key`, the sha256 of all that follows it, and the arrays."""
-    features, cut = encoder.encode([r["text"] for r in records], tick)
-    contrasts, contrast_cut = encoder.encode([r["contrast_text"] for r in records if r["contrast_text"] is not None])
+    features, cut = _read(encoder, known, [r["text"] for r in records], tick)
+    contrasts, contrast_cut = _read(
+        encoder, known, [r["contrast_text"] for r in records if r["contrast_text"] is not None]
+    )
     empty = np.zeros((0, encoder.width), np.float16)
-    content = save({
+    arrays = {
         "features": np.concatenate(features),
         "lengths": np.array([len(f) for f in features]),
         "contrast_features": np.concatenate([*contrasts, empty]),
@@ -233,7 +278,9 @@ def _encode_part(
         "pooled": np.stack([mean_state(f, encoder.fingerprint) for f in features]),
         "cut": np.array(cut, dtype=np.uint8),
         "contrast_cut": np.array(contrast_cut, dtype=np.uint8),
-    })  # fmt: skip
+    }
+    # of an array in another order of memory safetensors 0.8 writes the bytes as they lie
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(key + hashlib.sha256(key + content).digest() + content)
     flush_to_disk(temporary)

@@ -41,6 +41,7 @@ from redheart.data.order import CHUNK, WINDOW_SHARDS
 from redheart.data.pretrained import revision
 from redheart.data.questions import lacks
 from redheart.data.readable import check_languages, unreadable
+from redheart.data.reuse import plans_of, refuse_itself
 from redheart.data.shards import FORMAT_VERSION, INDEX, LABEL_REMEDY, SplitsWriter
 from redheart.data.store import Store
 from redheart.device import chosen_device
@@ -98,6 +99,7 @@ def prepare(
     process of a launch returns when the result is there.
     """
     check_launch()
+    refuse_itself(config.features_from, out)
     gathered = gather(sources, config, skip_invalid)
     records = take(mix(gathered.records, config.mixture), num_samples)
     for encoder in config.encoder.each:
@@ -130,7 +132,7 @@ def _make(
     if launched_rank() == 0:
         claim(out, _files(parts))  # more of them than before where the LLM wrote texts
     named = [(p.name, p.records) for p in parts]
-    encoder, pooled, report.cut_counts = encode_parts(named, work, config.encoder)
+    encoder, pooled, report.cut_counts = encode_parts(named, work, config.encoder, config.features_from, config.remote)
     if launched_rank() > 0:
         return report
     report.cut_texts = {source: cut / texts for source, (cut, texts) in report.cut_counts.items()}
@@ -183,8 +185,10 @@ def deal(records: Sequence[dict[str, Any]], config: DataConfig) -> list[Part]:
 
 def _plan_of(records: list[dict[str, Any]], gathered: Gathered, config: DataConfig) -> str:
     """A digest of everything that the result depends on: what was read, the settings, the models, and how this program works."""
-    without = {"remote", "file"} if config.dedup else {"remote", "file", "dedup", "dedup_threshold"}
+    without = {"remote", "file", "features_from"} | (set() if config.dedup else {"dedup", "dedup_threshold"})
     settings = config.model_dump(mode="json", exclude=without)
+    if config.features_from:  # they decide the last bits of the features
+        settings["features_from"] = plans_of(config.features_from, config.remote)
     device = chosen_device(config.encoder.device, "data.encoder.device")
     settings["encoder"]["device"] = device.type  # decides the last bits of the features
     if not config.encoder.beside:

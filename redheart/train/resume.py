@@ -51,7 +51,7 @@ _ON_RESUME: tuple[tuple[Literal["free", "stated", "refused"], str, str], ...] = 
      data.labeler.quantization data.labeler.weight data.labeler.max_texts data.labeler.batch_size data.labeler.unpack
      data.labeler.min_mass data.labeler.min_spread data.labeler.min_agreement data.augment.kind data.augment.max_texts
      data.augment.min_similarity data.augment.max_shift data.augment.min_gain data.rows_per_shard data.dedup
-     data.dedup_threshold data.columns data.file data.mixture"""),
+     data.dedup_threshold data.columns data.features_from data.file data.mixture"""),
     ("stated", "the learning rates of the steps to come are those of a run with this value from its start",
      "optimizer.learning_rate optimizer.final_learning_rate optimizer.warmup_fraction training.epochs training.max_steps"),
     ("stated", "the checkpoint's weights are read whole, and kept so from here on", "optimizer.master"),
