@@ -58,6 +58,8 @@ def load_whole(load: Callable[..., Any], path: Any, arguments: tuple[Any, ...], 
             dict.fromkeys(info["unexpected_keys"], ()) | {name: theirs for name, (theirs, _) in other.items()},
             "; with ignore_mismatched_sizes=True what fits is taken and the rest drawn as in a fresh network",
         )
+    if path is not None and (directory := Path(path, options.get("subfolder") or "")).is_dir():
+        refuse_integers(directory, model.state_dict())
     align(model)
     return (model, info) if told else model
 
@@ -130,6 +132,25 @@ def refuse_other_tensors(
     ]
     if faults:
         raise RedHeartError(f"{where} {', and '.join(faults)}: export the checkpoint again{hint}")
+
+
+def refuse_integers(directory: Path, network: Mapping[str, torch.Tensor]) -> None:
+    """Raises RedHeartError where an export holds integers, such as quantised weights, for a float of the network: torch casts them."""
+    remedy = "export the checkpoint again"
+    for path in sorted(directory.glob("model*.safetensors")):
+        file = open_safetensors(path, remedy)
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            kind = file.get_slice(name).get_dtype()
+            if name in network and network[name].is_floating_point() and "F" not in kind:
+                raise RedHeartError(f"{path} holds {name} as {kind}, and the network has floats there: {remedy}")
+
+
+def refuse_not_finite(where: object, name: str, values: torch.Tensor) -> None:
+    """Raises RedHeartError where a weight, or an answer, of a network is a NaN or an infinity."""
+    if bad := int((~values.isfinite()).sum()):
+        raise RedHeartError(
+            f"{where}: {bad} of {values.numel()} values of {name} are not finite: its training went astray; choose an earlier checkpoint"
+        )
 
 
 def _names(what: str, names: Iterable[str], show: Any = str) -> list[str]:

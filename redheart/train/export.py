@@ -7,16 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from redheart.config import RunConfig, parse_config, read_config
 from redheart.console import console, quiet_libraries
 from redheart.device import tell_deepspeed
 from redheart.evaluation.calibration import Calibration, check_belongs
 from redheart.evaluation.calibration import read as read_calibration
 from redheart.evaluation.calibration import write as write_calibration
+from redheart.evaluation.evaluate import predict_all
 from redheart.evaluation.trained import counted, trained_entries, trained_names
 from redheart.files import committed_directory, read_json, write_text
 from redheart.model.build import model_config
-from redheart.model.loading import refuse_other_tensors, shapes_of, verify_export
+from redheart.model.loading import refuse_not_finite, refuse_other_tensors, shapes_of, verify_export
 from redheart.model.redheart import RedHeartModel, parameter_counts
 from redheart.model.select import ExecutionMode
 from redheart.owned import check_new
@@ -111,6 +114,7 @@ def export(path: Path, out: Path) -> dict[str, Any]:
     """Writes the export in one step; returns its parameter counts."""
     check_new(out)
     model, config, progress, calibration = load_model(path)
+    check_speaks(model, path)
     tell_deepspeed()  # Transformers imports it where it saves
     with committed_directory(out) as temporary:
         model.save_pretrained(temporary)
@@ -118,6 +122,17 @@ def export(path: Path, out: Path) -> dict[str, Any]:
             write_calibration(calibration, temporary)
         write_card(temporary, model, config, progress)
     return parameter_counts(model)
+
+
+def check_speaks(model: RedHeartModel, path: Path) -> None:
+    """Raises RedHeartError where weights, or answers on features drawn at random, are not finite."""
+    for name, tensor in model.state_dict().items():
+        refuse_not_finite(path, name, tensor)
+    drawn = torch.randn(2, 4, model.config.encoder_width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        answers = predict_all(model(drawn))
+    for name, answer in answers.items():
+        refuse_not_finite(path, f"answer {name}", answer)
 
 
 def write_card(directory: Path, model: RedHeartModel, config: RunConfig, progress: Progress) -> None:

@@ -26,6 +26,7 @@ from redheart.losses.combine import factors
 from redheart.memory.budget import resident_peak
 from redheart.memory.plan import GIB
 from redheart.model.growth import UNCHANGED, Split, grown_tensors, reachable, relative_differences, tensors_of
+from redheart.model.loading import refuse_not_finite
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.model.select import ExecutionMode
 from redheart.owned import check_new
@@ -158,6 +159,7 @@ def _write_weights(
     plan = split_torch_state_dict_into_shards(empty.state_dict(), filename_pattern=pattern, max_shard_size=SHARD_SIZE)
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in grown_tensors(source.read, source.sizes, empty, noise_snr_db, seed, split):
+        refuse_not_finite("the network to grow", name, tensor)
         file = plan.tensor_to_filename[name]
         waiting.setdefault(file, {})[name] = tensor
         if len(waiting[file]) == len(plan.filename_to_tensors[file]):

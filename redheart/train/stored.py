@@ -17,7 +17,15 @@ from redheart.config import RunConfig, read_config
 from redheart.console import quiet_libraries
 from redheart.files import below, read_json
 from redheart.model.build import model_config
-from redheart.model.loading import Shape, open_safetensors, read_tensor, refuse_other_tensors, shapes_of, verify_export
+from redheart.model.loading import (
+    Shape,
+    open_safetensors,
+    read_tensor,
+    refuse_integers,
+    refuse_other_tensors,
+    shapes_of,
+    verify_export,
+)
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import read_progress
@@ -52,7 +60,9 @@ def open_stored(path: Path) -> Stored:
         weights = consolidated_weights(directory)
         read, shapes = weights.__getitem__, shapes_of(weights)
     with torch.device("meta"):
-        refuse_other_tensors(directory, shapes_of(RedHeartModel(sizes).state_dict()), shapes)
+        network = RedHeartModel(sizes).state_dict()
+    refuse_other_tensors(directory, shapes_of(network), shapes)
+    refuse_integers(directory, network)
     return Stored(directory, sizes, config, progress, read)
 
 

@@ -58,6 +58,10 @@ FAULTS = {
     ),
     "a buffer": (drop("backbone.positions"), r"lacks 1 tensor \(backbone\.positions\)"),
     "a stranger": (lambda t: t.update({"heads.joy.weight": torch.ones(2)}), r"unknown to this network, 1 tensor \(heads\.joy\.weight"),
+    "integers": (
+        lambda t: t.update({"backbone.pooling.query": t["backbone.pooling.query"].to(torch.int8)}),
+        r"model\.safetensors holds backbone\.pooling\.query as I8, and the network has floats there",
+    ),
     "a shape": (
         lambda t: t.update({"backbone.pooling.query": torch.ones(4, 2, 9)}),
         r"another shape 1 tensor \(backbone\.pooling\.query \[4, 2, 9\] instead of \[4, 2, 8\]",

@@ -20,6 +20,7 @@ from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train import grow as door
 from redheart.train import stored as stored_room
+from redheart.train.export import export as export_to
 from redheart.train.export import load_model, write_card
 from redheart.train.moments import open_moments
 from redheart.train.progress import Progress
@@ -185,6 +186,10 @@ UNSOUND = {
         lambda o: _change_weights(o, lambda t: t.update({"backbone.norm.weight": torch.ones(3)})),
         r"backbone.norm.weight \[3\] instead of \[24\]",
     ),
+    "integers": (
+        lambda o: _change_weights(o, lambda t: t.update({"backbone.norm.weight": torch.ones(24, dtype=torch.int8)})),
+        "holds backbone.norm.weight as I8",
+    ),
     "half the weights": (lambda o: os.truncate(o / "model.safetensors", 5000), "no whole safetensors file"),
     "no weights": (lambda o: (o / "model.safetensors").unlink(), "model.safetensors"),
     "a width that is a word": (lambda o: _change_json(o / "config.json", lambda v: v.update(width="wide")), "width"),
@@ -203,6 +208,20 @@ def test_an_export_without_a_manifest_is_still_looked_at_by_every_door(export: P
     for read in (load_model, open_stored):
         with pytest.raises(RedHeartError, match=words):
             read(out)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(torch.nan, "values of backbone.norm.weight"), (3e38, "values of answer")]
+)
+def test_a_network_that_says_nan_is_not_exported(export: Path, tmp_path: Path, value: float, words: str):
+    source = Path(shutil.copytree(export, tmp_path / "export"))
+    _change_weights(source, lambda t: t["backbone.norm.weight"].fill_(value))
+    with pytest.raises(RedHeartError, match=f"{words}.* not finite"):
+        export_to(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [source]
+    if value != value:
+        with pytest.raises(RedHeartError, match="not finite"):
+            door.grow(source, run_config(**sizes(48, 4, 32)), tmp_path / "out")
 
 
 def test_a_changed_function_is_refused_and_nothing_stays(
