@@ -40,6 +40,7 @@ from redheart.data.prepare import prepare as _prepare
 from redheart.device import has_gpu, settle_allocator, variables_kept
 from redheart.evaluation.curves import scalars
 from redheart.evaluation.report import COLUMNS, Report, cells
+from redheart.files import telling_no_room
 from redheart.infer import RedHeartPipeline
 from redheart.memory.budget import forget_peaks
 from redheart.plain_yaml import setting
@@ -160,7 +161,8 @@ class Run:
 
     def export(self, out: Path_) -> Path:
         """Writes safetensors, config.json and a model card."""
-        export(self.path, Path(out))
+        with telling_no_room("the export"):
+            export(self.path, Path(out))
         return Path(out)
 
     def __repr__(self) -> str:
@@ -189,7 +191,7 @@ def prepare(
     >>> data.report.rows["train"] + data.report.rows["dev"] + data.report.rows["test"]
     24
     """
-    with leaving_no_trace(), tempfile.TemporaryDirectory() as folder:
+    with leaving_no_trace(), telling_no_room("preparing"), tempfile.TemporaryDirectory() as folder:
         config = load_config(preset, overrides(settings)).data
         names = [source] if isinstance(source, str) else list(_files(source, Path(folder)))
         return Prepared(Path(out), _prepare(names, Path(out), config, samples, force_preprocess, skip_invalid))
@@ -241,7 +243,7 @@ def evaluate(
     >>> redheart.evaluate("runs/first").frame().columns[0]
     'answer'
     """
-    with leaving_no_trace():
+    with leaving_no_trace(), telling_no_room("the report"):
         where = Path(report) if report is not None else None
         return Evaluated(*validate(Path(checkpoint), _place(data), split, where, device, swap, untrained))
 

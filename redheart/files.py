@@ -101,6 +101,20 @@ def no_room(error: BaseException) -> str | None:
     return os.strerror(int(refusal[1])) if refusal[1] else "a write was cut off"
 
 
+@contextmanager
+def telling_no_room(work: str, kept: str = "") -> Iterator[None]:
+    """Turns a write that found no room into a RedHeartError; `kept`: what of the work is not lost."""
+    try:
+        yield
+    except Exception as error:
+        reason = no_room(error)
+        if reason is None:
+            raise
+        raise RedHeartError(
+            f"{work} failed ({reason}): make room, or raise the limit (quota, ulimit -f){kept}"
+        ) from error
+
+
 def check_name(path: str | Path, what: str) -> None:
     """Raises RedHeartError where a path is not UTF-8: what is written down of it could not be read back."""
     try:

@@ -45,7 +45,7 @@ from redheart.data.reuse import plans_of, refuse_itself
 from redheart.data.shards import FORMAT_VERSION, INDEX, LABEL_REMEDY, SplitsWriter
 from redheart.data.store import Store
 from redheart.device import chosen_device
-from redheart.files import read_sealed_json, write_sealed_json, write_text
+from redheart.files import read_sealed_json, telling_no_room, write_sealed_json, write_text
 from redheart.owned import exclusive, make_directory, owned, remove
 from redheart.ranks import after_main, check_launch, launched_rank
 from redheart.schema import SPLITS, RedHeartError
@@ -110,7 +110,8 @@ def prepare(
         tell_crossing(records)
     plan = _plan_of(records, gathered, config)
     report = PrepareReport(str(out), sources=gathered.sources, rejected=len(gathered.refused))
-    with ExitStack() as held:
+    kept = "; what is prepared so far is kept, and the same again goes on from there"
+    with telling_no_room(f"writing {out}", kept), ExitStack() as held:
         if after_main(lambda: _claim(sources, out, plan, deal(records, config), gathered, force, renew, held)) == DONE:
             return _reuse(out, report, config)
         report = _make(records, gathered, out, config, plan, report)

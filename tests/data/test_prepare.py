@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -55,6 +57,19 @@ def copy(made: Path, tmp_path: Path) -> Path:
 def shards(directory: Path) -> dict[str, str]:
     index = json.loads((directory / INDEX).read_text())
     return {e["file"]: e["sha256"] for f in index["splits"].values() for e in f["shards"]}
+
+
+def test_a_full_disk_is_one_error_and_what_is_encoded_stays(source: str, made: Path, tmp_path: Path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.SplitsWriter, "write", full)
+        with pytest.raises(RedHeartError, match=r"No space left.*make room.*goes on"):
+            prepare([source], tmp_path / "data", CONFIG)
+    monkeypatch.setattr(TextEncoder, "encode", full)  # nothing is encoded again
+    prepare([source], tmp_path / "data", CONFIG)
+    assert shards(tmp_path / "data") == shards(made)
 
 
 def refuses(words: str, *arguments: object, **more: object) -> None:
