@@ -17,12 +17,23 @@ import redheart.train.start as start
 from redheart.config import LossConfig, load_config
 from redheart.data.pretrained import encoder_path
 from redheart.data.shards import INDEX, SplitsWriter
-from redheart.evaluation.trained import counted, joined, label_counts, label_weights, trained_entries, untrained_names
+from redheart.evaluation.curves import scalars
+from redheart.evaluation.rows import Rows
+from redheart.evaluation.trained import (
+    counted,
+    joined,
+    label_counts,
+    label_weights,
+    labelled_entries,
+    trained_entries,
+    untrained_names,
+)
 from redheart.infer import RedHeartPipeline
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import BENTHAM, EMOTIONS, LABELS, RedHeartError
 from redheart.tasks import TASKS
 from redheart.train.export import export, load_model
+from redheart.train.named import check_names
 from redheart.train.progress import Progress
 from redheart.train.start import train
 from redheart.train.validate import validate
@@ -211,6 +222,18 @@ def test_a_run_says_what_it_learned_and_its_export_its_answers_and_its_report_fo
     assert {line.task for line in everything.lines} == {"emotion", "regret"}
     assert {TASKS[name].label for name in everything.to_json()["losses"]} == {"emotion", "regret"}
     assert "regret (not trained)" in (tmp_path / "report.md").read_text()
+
+
+def test_looks_at_dev_while_it_trains_are_at_what_is_trained(run, data):
+    losses = load_model(run).progress.initial_dev_losses
+    assert {TASKS[name].label for name in losses} == {"emotion"}
+    shown = {tag.split("/")[1] for tag in scalars(run) if tag.startswith("1_quality") and tag.endswith("dev_loss")}
+    assert shown == {"emotion"}
+    dev = Rows(data, "dev", None, labelled_entries(load_model(run).progress.labels))
+    said = dev.rows(np.array([1]))[0]
+    assert (said["emotion"], said["regret"]) == ([1.0, 0.0, 0.5, 0.0, 0.0, None, 0.0], None)
+    with pytest.raises(RedHeartError, match=r"none of the 4 dev rows.*has a label of it that training rows have too"):
+        check_names(load_config("local", ["training.best_metric=regret"]), dev)
 
 
 def test_what_a_run_started_from_had_learned_counts(run, data, tmp_path, monkeypatch):

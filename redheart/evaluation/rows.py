@@ -1,4 +1,5 @@
-"""The rows that a report is made of: with labels of trained entries alone, and with the run's own where the data to be judged have none.
+"""The rows that a report, and training's looks at dev, are made of: with labels of trained entries alone; and a run's own where the data
+to be judged have none.
 
 An entry that nothing taught is no answer (trained.py), and a figure over it would judge none. So its labels count as missing.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +23,31 @@ from redheart.schema import Batch, RedHeartError
 class Rows(SampleStream):
     """A split whose labels are those of `trained` entries alone; all of them where that is None."""
 
-    def __init__(self, location: str | Path, split: str, remote: RemoteConfig | None, trained: Entries | None):
-        super().__init__(location, split, remote)
+    def __init__(
+        self,
+        location: str | Path,
+        split: str,
+        remote: RemoteConfig | None,
+        trained: Entries | None,
+        few_shapes: bool = False,
+    ):
+        super().__init__(location, split, remote, few_shapes)
         self._trained = trained or {}
 
     def batch(self, numbers: np.ndarray, keys: np.ndarray) -> Batch:
         made = super().batch(numbers, keys)
         kept = {name: made.weights[name] * torch.tensor(entries) for name, entries in self._trained.items()}
         return replace(made, weights=made.weights | kept)
+
+    def rows(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        made = super().rows(numbers)
+        for row in made:
+            for name, entries in self._trained.items():
+                if isinstance(values := row[name], list):
+                    row[name] = [v if yes else None for v, yes in zip(values, entries, strict=True)]
+                elif not all(entries):
+                    row[name] = None
+        return made
 
     def has_others(self, label: str) -> bool:
         """Whether the split has labels of an entry that is not among them."""

@@ -54,6 +54,11 @@ def trained_entries(weights: Mapping[str, Sequence[float]], config: LossConfig) 
     return {name: tuple(name in counts and w > 0 for w in weights[name]) for name in LABELS}
 
 
+def labelled_entries(weights: LabelWeights) -> Entries | None:
+    """By label: the entries that have labels, whatever their losses count for; None where that is not known."""
+    return {name: tuple(w > 0 for w in entries) for name, entries in weights.items()} or None
+
+
 def untrained_names(trained: Mapping[str, Sequence[bool]]) -> list[str]:
     """As they are shown: `regret` where no entry was trained, `culture.han` where another entry was."""
     return _names({label: [not yes for yes in entries] for label, entries in trained.items()})

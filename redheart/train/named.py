@@ -68,11 +68,11 @@ def check_names(config: RunConfig, dev: SampleStream) -> None:
     looked = f"none of the {min(dev.num_rows, config.training.evaluate_rows)} dev rows that training looks at"
     if wanted == "loss":
         raise RedHeartError(
-            f"{looked} has a label that enters the loss, so no checkpoint could be told to be the best: label some of them, or give "
-            "them split 'train'"
+            f"{looked} has a label that enters the loss and that training rows have too, so no checkpoint could be told to be the best: "
+            "label some of them, or give them split 'train'"
         )
     others = ", ".join(["loss", *(n for n, task in TASKS.items() if task.final and task.label in found)])
     raise RedHeartError(
-        f"training.best_metric = {wanted}: {looked} has a label of it: label some, raise training.evaluate_rows, or choose "
-        f"from {others}"
+        f"training.best_metric = {wanted}: {looked} has a label of it that training rows have too: label some, raise "
+        f"training.evaluate_rows, or choose from {others}"
     )

@@ -13,7 +13,8 @@ from redheart.data.fingerprint import check_encoder, with_encoder
 from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
 from redheart.device import bf16_is_fast, compute_device
-from redheart.evaluation.trained import joined, label_counts, label_weights
+from redheart.evaluation.rows import Rows
+from redheart.evaluation.trained import joined, label_counts, label_weights, labelled_entries
 from redheart.files import write_json
 from redheart.memory.refuse import check_memory, planned_and_taken, show_taken
 from redheart.model.build import model_config
@@ -180,6 +181,9 @@ def _train(
         state.label_counts = joined(earlier.label_counts, counts) if earlier.label_counts else {}
     if init and overwrite and init.resolve().is_relative_to(run.resolve()):
         raise RedHeartError(f"--overwrite would remove {init}, which --init reads: name another --out")
+    # what no label taught would move the dev loss at random
+    dev = Rows(data, "dev", config.data.remote, labelled_entries(state.labels), few_shapes(config))
+    check_names(config, dev)
     claim.take(bool(source), overwrite, config.training.log_samples)
     if launched_rank() == 0 and not source:  # else it is written once the checkpoint is loaded
         write_config(run / "config.yaml", config)
@@ -208,7 +212,7 @@ def _train(
         else:
             state.scales = constant_losses(*streams[0].label_sample(), config.loss)
         _announce(config, engine.world_size, accumulation, total_steps, state)
-        trainer = Trainer(config, run, engine, streams, state, total_steps, update_parameters, records)
+        trainer = Trainer(config, run, engine, (streams[0], dev), state, total_steps, update_parameters, records)
         started, first = time.perf_counter(), state.step
         with stacks(run):
             stop = trainer.run()
