@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 FIELDS = ("n", "abs", "sq", "p", "t", "pp", "tt", "pt", "tp", "fp", "fn", "tn", "bad", "rows")
 Tally = torch.Tensor  # float64 [len(FIELDS), size]
+MIN_TEXTS = 20  # with fewer nothing can be told
 ROUNDING = 1e-11  # of a sum of squares: what a difference of such sums is off by, with room
 
 
@@ -56,10 +59,16 @@ def macro_f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
     return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12))[..., positive].mean(-1)
 
 
+def telling(n: torch.Tensor | np.ndarray, varies: Any) -> Any:
+    """Which entries [size] enter a mean of correlations: of those that vary the ones with MIN_TEXTS labels; all where none has so many."""
+    enough = varies & (n >= MIN_TEXTS)
+    return enough if enough.any() else varies
+
+
 def summarise(sums: Tally) -> dict[str, float]:
-    """count (labelled entries), rows (with a labelled entry), mae, rmse, accuracy, pearson (mean over the columns whose labels vary,
-    0 where the prediction does not; left out where no prediction does) and macro_f1 (where some column has a positive label); {} where
-    nothing is labelled.
+    """count (labelled entries), rows (with a labelled entry), mae, rmse, accuracy, pearson (mean over the columns whose labels vary and
+    are enough (`telling`), 0 where the prediction does not vary; left out where no prediction does) and macro_f1 (where some column has
+    a positive label); {} where nothing is labelled.
 
     ValueError where an entry is not finite: no figure stands for it.
     """
@@ -79,6 +88,7 @@ def summarise(sums: Tally) -> dict[str, float]:
     covariance, var_p, var_t = n * pt - p * t, n * pp - p * p, n * tt - t * t
     # a constant's variance is the rounding of its sums
     varies, moves = (var_t > ROUNDING * n * tt), (var_p > ROUNDING * n * pp)
+    varies = telling(n, varies)
     if (varies & moves).any():
         r = torch.where(moves, covariance / (var_p * var_t).sqrt(), 0.0)
         result["pearson"] = r[varies].mean().item()

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
 
-from redheart.evaluation.answers import Answers, metric, sums
+from redheart.evaluation.answers import Answers, left_out, metric, resampled, sums
 from redheart.metrics import FIELDS, not_finite, pair_tally, summarise, tally
 
 P = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
@@ -55,6 +55,19 @@ def test_a_column_whose_prediction_is_constant_counts_as_0_and_one_whose_labels_
     assert summarise(tally(p, t, ALL))["pearson"] == pytest.approx(expected, rel=1e-5)
     by_rows = sums("score", Answers(p.numpy(), t.numpy(), ALL.numpy()), None)
     assert metric("score", by_rows.sum(0)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_column_with_too_few_labels_enters_no_mean_of_correlations_where_another_has_enough():
+    labelled = ALL.clone()
+    labelled[19:, 0] = labelled[20:, 1] = labelled[2:, 2] = 0
+    given = Answers(P.numpy(), T.numpy(), labelled.numpy())
+    expected = pearsonr(P[:20, 1], T[:20, 1])[0]
+    assert summarise(tally(P, T, labelled))["pearson"] == pytest.approx(expected, rel=1e-5)
+    assert resampled("score", sums("score", given, None))[0][0] == pytest.approx(expected, rel=1e-5)
+    assert left_out("vad", given) == ["vad.valence (19)", "vad.dominance (2)"]
+    labelled[2:] = 0
+    assert summarise(tally(P, T, labelled))["pearson"]  # all have too few, which the verdict says
+    assert left_out("vad", given) == left_out("emotion", given) == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -16,7 +16,7 @@ from torch import nn
 from redheart.data.stream import SampleStream
 from redheart.evaluation.evaluate import forward, predict_all
 from redheart.finite import check_finite
-from redheart.metrics import ROUNDING, macro_f1
+from redheart.metrics import ROUNDING, macro_f1, telling
 from redheart.schema import JUDGED_ORIGINS, LABELS, ORIGINS, Batch
 from redheart.tasks import TASKS
 
@@ -151,9 +151,20 @@ def metric(kind: str, total: np.ndarray) -> np.ndarray:
     n, p, t, pp, tt, pt = np.moveaxis(total, -2, 0)
     var_p, var_t = _variance(n, p, pp), _variance(n, t, tt)
     moves = (var_t > 0).any(tuple(range(var_t.ndim - 1)))  # entries that people labelled at all
+    moves = telling(n.reshape(-1, n.shape[-1])[0], moves)  # of a bootstrap the first are all rows
     varies = (var_p > 0) & (var_t > 0)
     r = np.where(varies, (n * pt - p * t) / np.sqrt(np.where(varies, var_p * var_t, 1.0)), 0.0)
     return r.clip(-1, 1)[..., moves].mean(-1)
+
+
+def left_out(task: str, given: Answers) -> list[str]:
+    """Of an answer that Pearson's r judges the entries that its mean leaves out (`telling`), and how many labels they have."""
+    if TASKS[task].kind != "score":
+        return []
+    n, terms = given.known.sum(0), sums("score", given, None).sum(0)
+    varies = _variance(terms[0], terms[2], terms[4]) > 0
+    entries = zip(LABELS[TASKS[task].label].names, n.tolist(), varies & ~telling(n, varies), strict=True)
+    return [f"{task}.{name} ({count})" for name, count, out in entries if out]
 
 
 def _first_known(x: np.ndarray, known: np.ndarray) -> np.ndarray:

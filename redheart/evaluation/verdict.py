@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from redheart.evaluation.answers import Answers
+from redheart.metrics import MIN_TEXTS
 from redheart.tasks import TASKS
 
-MIN_TEXTS = 20
 BASELINES = ("constant", "linear")
 WORDS = (
     ("constant", "better than the best constant on", "worse than the best constant on"),

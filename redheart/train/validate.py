@@ -9,7 +9,7 @@ from redheart.console import console
 from redheart.data.card import cut_texts
 from redheart.data.stream import SampleStream
 from redheart.device import device_of
-from redheart.evaluation.answers import Answers
+from redheart.evaluation.answers import Answers, left_out
 from redheart.evaluation.calibration import Calibration, Line, dev_digest, fit, score_split
 from redheart.evaluation.causes import causes_of_regret
 from redheart.evaluation.curves import learning_curves, scalars
@@ -21,6 +21,7 @@ from redheart.evaluation.rows import Rows, beside
 from redheart.evaluation.trained import trained_entries, untrained_names
 from redheart.losses.combine import factors
 from redheart.memory.swap import place
+from redheart.metrics import MIN_TEXTS
 from redheart.model.redheart import parameter_counts
 from redheart.owned import check_can_make_file
 from redheart.schema import EMOTIONS, RedHeartError
@@ -83,6 +84,8 @@ def validate(
     on_dev = score_split(model, dev, device)
     scored = on_dev, on_dev if itself else score_split(model, held_out, device)
     maps, fitted_on = _maps(calibration, dev, on_dev, itself)
+    if few := [entry for name, given in scored[1].items() for entry in left_out(name, given)]:
+        notes.append(f"Left out of the mean pearson, with fewer than {MIN_TEXTS} labelled texts: {', '.join(few)}.")
     judged, said = held_out, scored[1]
     if untrained and silent:  # shown, but nothing to be judged by
         judged = Rows(data, split, config.data.remote, trained)
