@@ -16,10 +16,10 @@ import torch
 from redheart.config import LabelerConfig
 from redheart.data.questions import FORM
 from redheart.finite import check_finite
-from redheart.schema import LABELS
+from redheart.schema import JUDGED_ORIGINS, LABELS
 
-MIN_COMPARED = 30  # texts with a human label below which agreement is not judged
-MIN_FITTED = 200  # human-labelled training texts below which no map is fitted
+MIN_COMPARED = 30  # texts that people labelled below which agreement is not judged
+MIN_FITTED = 200  # training texts that people labelled below which no map is fitted
 
 
 def calibrated(logp: np.ndarray) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], np.ndarray]]:
@@ -97,7 +97,7 @@ def concordance(human: np.ndarray, score: np.ndarray) -> float:
 
 
 def _human(record: Mapping[str, Any], label: str, entry: str) -> float:
-    if record["label_origin"][label] != "human" or record[label] is None:
+    if record["label_origin"][label] not in JUDGED_ORIGINS or record[label] is None:
         return np.nan
     value = record[label] if LABELS[label].scalar else record[label][LABELS[label].names.index(entry)]
     return np.nan if value is None else float(value)

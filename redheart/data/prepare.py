@@ -48,7 +48,7 @@ from redheart.device import chosen_device
 from redheart.files import read_sealed_json, telling_no_room, write_sealed_json, write_text
 from redheart.owned import exclusive, make_directory, owned, remove
 from redheart.ranks import after_main, check_launch, launched_rank
-from redheart.schema import SPLITS, RedHeartError
+from redheart.schema import JUDGED_ORIGINS, SPLITS, RedHeartError
 
 RECIPE = 2  # raised where the same input gives other shards than before, and nothing else in the plan says so
 DONE = "done"
@@ -326,6 +326,6 @@ def _write(
 def _weights(record: dict[str, Any], config: DataConfig) -> dict[str, float | None]:
     """1 for what people labelled, `data.labeler.weight` for the rest."""
     return {
-        name: None if origin is None else 1.0 if origin in ("human", "author") else config.labeler.weight
+        name: None if origin is None else 1.0 if origin in JUDGED_ORIGINS else config.labeler.weight
         for name, origin in record["label_origin"].items()
     }

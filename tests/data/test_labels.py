@@ -114,12 +114,12 @@ def test_calibration_takes_out_what_is_said_of_every_text():
     assert abs(liked["regret", "regret"].mean() - 0.5) < 0.1
 
 
-def records(n: int, regret: np.ndarray | None = None) -> list[dict[str, Any]]:
+def records(n: int, regret: np.ndarray | None = None, origin: str = "human") -> list[dict[str, Any]]:
     made = []
     for i in range(n):
         raw: dict[str, Any] = {"text": f"text number {i}", "split": "train"}
         if regret is not None:
-            raw |= {"regret": float(regret[i]), "label_origin": {"regret": "human"}}
+            raw |= {"regret": float(regret[i]), "label_origin": {"regret": origin}}
         made.append(parse_record(raw, f"row {i}", "mine"))
     return made
 
@@ -159,6 +159,15 @@ def test_labels_of_the_test_split_decide_nothing():
     assert ("regret", "regret") in kept
     assert all(np.array_equal(kept[k], other[k]) for k in kept)
     assert ("regret", "regret") not in judged("dev", True)[0]
+
+
+@pytest.mark.parametrize(("origin", "compared"), [("human", 120), ("author", 120), ("llm", 0)])
+def test_authors_are_people_too(origin: str, compared: int):
+    values = np.tile([0.1, 0.9], 60)
+    said = answers_that_follow(1 - values)
+    kept, report = judge(records(120, values, origin), said, LabelerConfig(min_agreement=0.7))
+    assert next(q for q in report if q["entry"] == "regret")["compared"] == compared
+    assert (("regret", "regret") in kept) == (not compared)
 
 
 def test_an_answer_that_is_not_finite_is_refused():
