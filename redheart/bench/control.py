@@ -28,7 +28,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from redheart.bench.made import check_made, keep_made
+from redheart.bench.made import check_made, keep_made, training_code
 from redheart.bench.plain import PlainTransformer, num_parameters, train_control, width_of_size
 from redheart.config import RunConfig, load_config
 from redheart.console import console, table
@@ -42,7 +42,6 @@ from redheart.evaluation.measures import Measured, measure, over_seeds, paired
 from redheart.evaluation.page import figure
 from redheart.files import read_sealed_json, sha256_of, write_json, write_sealed_json
 from redheart.losses.combine import factors
-from redheart.memory.activations import code_digest
 from redheart.memory.plan import parameters_of
 from redheart.options import Data, Preset, Set
 from redheart.owned import make_directory
@@ -204,7 +203,7 @@ class _Bench:
     def preset(self, leg: str, seed: int) -> Load:
         """The preset's network, trained with this seed where it is not yet."""
         config, run = self._seeded(seed), self.out / f"{leg}-seed{seed}"
-        settings = config.model_dump(mode="json") | {"code": code_digest()}  # a change of the network is another leg
+        settings = config.model_dump(mode="json") | {"code": training_code()}  # a change of it is another leg
         if not self._is_finished(leg, seed, settings):
             console.print(f"{leg}, seed {seed}")
             keep_made(run, {"data": self.content, "settings": settings}, ANOTHER)

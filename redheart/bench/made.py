@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,18 @@ from redheart.files import read_sealed_json, write_sealed_json
 from redheart.memory.activations import code_digest
 from redheart.schema import RedHeartError
 
+OPTIM = Path(__file__).parents[1] / "optim"
+
+
+def training_code() -> str:
+    """Digest of every source that decides what a step computes: those of a micro-step, and those of the optimizer."""
+    files = sorted(p for kind in ("*.py", "*.cpp", "*.h") for p in OPTIM.rglob(kind))
+    return hashlib.sha256(b"\0".join([code_digest().encode(), *(p.read_bytes() for p in files)])).hexdigest()
+
 
 def made_with(config: RunConfig, index: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """The settings, the content of the data, the code of the network, and what else (plain JSON) decides what becomes of a run."""
-    return {"data": content_digest(index), "settings": config.model_dump(mode="json"), "code": code_digest(), **more}
+    """The settings, the content of the data, the code of network and optimizer, and what else (plain JSON) decides what becomes of it."""
+    return {"data": content_digest(index), "settings": config.model_dump(mode="json"), "code": training_code(), **more}
 
 
 def check_made(path: Path, kept: Mapping[str, Any] | None, made: Mapping[str, Any], another: str) -> None:
@@ -27,7 +36,7 @@ def check_made(path: Path, kept: Mapping[str, Any] | None, made: Mapping[str, An
         )
     if any(kept.get(key) != value for key, value in made.items()):
         raise RedHeartError(
-            f"{path} was made with other data, settings or code of the network: name {another} (or delete it)"
+            f"{path} was made with other data, settings or code of network or optimizer: name {another} (or delete it)"
         )
 
 

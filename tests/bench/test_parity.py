@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from redheart.bench import made
+from redheart.bench.made import training_code
 from redheart.bench.parity import bench_parity
 from redheart.schema import RedHeartError
 from tests.data.shard_data import write_directory
@@ -102,3 +104,12 @@ def test_a_run_that_did_not_come_to_its_end_is_trained_again(data: Path, tmp_pat
     assert trained[2:] == ["adamw-seed0"]
     with pytest.raises(RedHeartError, match="ended at step 30, not 20"):
         bench_parity(data, tmp_path / "long", "local", ["training.max_steps=30"], 20, 1, 1)
+
+
+@pytest.mark.parametrize("file", ["adam8bit.py", "csrc/adam8bit.cpp", "csrc/blocks.h"])
+def test_what_another_optimizer_made_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str):
+    before = training_code()
+    monkeypatch.setattr(made, "OPTIM", Path(shutil.copytree(made.OPTIM, tmp_path / "optim")))
+    assert training_code() == before
+    (tmp_path / "optim" / file).write_text("another")
+    assert training_code() != before
