@@ -15,9 +15,8 @@ from redheart.tasks import TASKS, task_weights
 CHUNK = 256  # dev rows looked at in one go
 
 
-def check_names(config: RunConfig, dev: SampleStream) -> None:
-    """Raises RedHeartError for a name that nothing has, for a best metric that `dev` or this network cannot give, and
-    for what asks for a look at dev where there is nothing to look at."""
+def check_settings(config: RunConfig) -> None:
+    """Raises RedHeartError for a name that nothing has, and for a best metric that this network cannot give."""
     built = select(ExecutionMode.TRAINING, config.model.ablate).built
     for name in config.loss.weights:
         if name not in TASKS:
@@ -34,13 +33,20 @@ def check_names(config: RunConfig, dev: SampleStream) -> None:
             f"optimizer.final_learning_rate = {rates.final_learning_rate:g} is above optimizer.learning_rate = {rates.learning_rate:g}, "
             "from which the cosine falls: choose a smaller one, or raise optimizer.learning_rate"
         )
-    wanted, weights = config.training.best_metric, task_weights(config.loss)
+    wanted = config.training.best_metric
     if wanted not in ("loss", *TASKS):
         raise RedHeartError(f"training.best_metric = {wanted}: choose loss or one of {', '.join(TASKS)}")
     if wanted != "loss" and TASKS[wanted].module not in built:
         raise RedHeartError(
             f"training.best_metric = {wanted}: its module {TASKS[wanted].module} is left out by model.ablate: choose another one"
         )
+
+
+def check_names(config: RunConfig, dev: SampleStream) -> None:
+    """The same, and for a best metric that `dev` cannot give, and for what asks for a look at dev where there is nothing to look at."""
+    check_settings(config)
+    built = select(ExecutionMode.TRAINING, config.model.ablate).built
+    wanted, weights = config.training.best_metric, task_weights(config.loss)
     if not dev.num_rows:
         for key, given in (
             ("training.patience", config.training.patience),

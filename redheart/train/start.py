@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from redheart.config import THIRDS, RunConfig, write_config
-from redheart.console import console
+from redheart.console import console, unheard
 from redheart.data.fingerprint import check_encoder, with_encoder
 from redheart.data.shards import LABEL_REMEDY
 from redheart.data.stream import SampleStream
@@ -29,14 +30,14 @@ from redheart.train.claim import RESULT, Claim, naming_no_room
 from redheart.train.engine import PlainEngine, check_engine
 from redheart.train.engine.machinery import START_S
 from redheart.train.length import steps_of
-from redheart.train.named import check_names
+from redheart.train.named import check_names, check_settings
 from redheart.train.oom import build_engine, wanted_micro_batch_size
 from redheart.train.own import prepared
 from redheart.train.progress import Progress
 from redheart.train.resume import accept, command, order_of_rows
 from redheart.train.stages import looking_ten_times, split_global_batch
 from redheart.train.stalls import stacks
-from redheart.train.stored import fitting
+from redheart.train.stored import fitting, open_stored
 from redheart.train.trainer import Trainer
 
 
@@ -130,8 +131,29 @@ def train(
     with Claim(run) as claim:
         if data is None:
             claim.refuse(bool(resume), overwrite)
+            if not resume:
+                _check_before_data(config, run, overwrite, init)
             data = prepared(config, run, bool(resume))
         return _train(claim, config, data, run, resume, overwrite, update_parameters, init)
+
+
+def _check_before_data(config: RunConfig, run: Path, overwrite: bool, init: Path | None) -> None:
+    """What can be refused before a table is prepared, which takes its time and replaces what an earlier run was trained on."""
+    check_settings(config)
+    if init:
+        source = open_stored(init)
+        check_init_stays(init, run, overwrite)
+        fitting(model_config(config, source.sizes.encoder), init)
+    micro, accumulation = split_global_batch(
+        config.training.global_batch_size, config.training.micro_batch_size, launched_world_size()
+    )
+    check = partial(check_memory, config, micro, accumulation, config.data.encoder.most_tokens)
+    if launched_rank() == 0:
+        try:
+            with unheard():  # it is told once more when the data is there
+                check()
+        except RedHeartError:
+            check()
 
 
 def _train(
@@ -179,8 +201,8 @@ def _train(
         state.init, earlier = str(stored.directory.resolve()), stored.progress
         state.labels = joined(earlier.labels, weights) if earlier.labels else {}
         state.label_counts = joined(earlier.label_counts, counts) if earlier.label_counts else {}
-    if init and overwrite and init.resolve().is_relative_to(run.resolve()):
-        raise RedHeartError(f"--overwrite would remove {init}, which --init reads: name another --out")
+    if init:
+        check_init_stays(init, run, overwrite)
     # what no label taught would move the dev loss at random
     dev = Rows(data, "dev", config.data.remote, labelled_entries(state.labels), few_shapes(config))
     check_names(config, dev)
@@ -239,6 +261,11 @@ def _train(
         if launched_rank() == 0:
             write_json(run / RESULT, result.to_json())
     return result
+
+
+def check_init_stays(init: Path, run: Path, overwrite: bool) -> None:
+    if overwrite and init.resolve().is_relative_to(run.resolve()):
+        raise RedHeartError(f"--overwrite would remove {init}, which --init reads: name another --out")
 
 
 def with_edges(config: RunConfig, train: SampleStream) -> RunConfig:

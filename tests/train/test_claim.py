@@ -250,3 +250,18 @@ def test_a_tensorboard_that_finds_no_room_is_told_once_and_ends_no_run(
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert said.count("TensorBoard's files cannot be written any more") == 1
+
+
+@pytest.mark.parametrize("refused", ["a name", "init", "memory"])
+def test_what_no_data_decides_is_refused_before_a_table_is_prepared(tmp_path, monkeypatch, refused: str):
+    def no_room(*_: object) -> None:
+        raise RedHeartError("no memory")
+
+    monkeypatch.setattr("redheart.train.start.prepared", lambda *_: pytest.fail("the table was prepared"))
+    monkeypatch.setattr("redheart.train.start.check_memory", no_room)
+    name = "nonsense" if refused == "a name" else "loss"
+    wanted = config(1, "data.file=texts.csv", f"training.best_metric={name}")
+    words = {"a name": "best_metric = nonsense", "init": "does not exist", "memory": "no memory"}[refused]
+    with pytest.raises(RedHeartError, match=words):
+        train(wanted, None, tmp_path / "run", overwrite=True, init=tmp_path / "x" if refused == "init" else None)
+    assert not (tmp_path / "run").exists()

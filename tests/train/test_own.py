@@ -119,8 +119,8 @@ def test_data_that_was_prepared_anew_is_not_taken_for_what_was_trained_on(tmp_pa
     again = ["train", "--data", data, *COLUMNS, "--out", run, *TINY, "--set", "training.max_steps=1"]
     assert redheart(*again).returncode == 0
     data.write_text(data.read_text().replace("by the lake", "on the hill"))
-    refused = redheart(*again, "--overwrite", "--set", "training.best_metric=nonsense")
-    assert (refused.returncode, "nonsense" in refused.stderr) == (1, True)
+    refused = redheart(*again, "--overwrite", "--set", "training.best_metric=culture")  # the data says so
+    assert (refused.returncode, "best_metric = culture" in refused.stderr) == (1, True)
     for door in (lambda: validate(run, None, "test", None), lambda: calibrate(run)):
         with pytest.raises(RedHeartError, match=r"run/data holds other rows than this was trained on .*--data"):
             door()
