@@ -90,6 +90,10 @@ while :; do
     say "not started again: somebody asked it to end (exit code $code)"
     exit "$code"
   fi
+  if any 141; then
+    say "not started again: nobody reads its stdout any more (exit code $code)"
+    exit "$code"
+  fi
   if [[ "$code" =~ ^(2|126|127)$ ]] && [ ! -s "$codes" ]; then
     say "not started again: the line cannot be started (exit code $code)"
     exit "$code"

@@ -18,7 +18,7 @@ from redheart.caches import forget_empty_variables
 from redheart.console import any_encoding, console, emit, literal, quiet_start, show_answers, table
 from redheart.device import settle_allocator
 from redheart.early import check
-from redheart.ends import code_of, ending
+from redheart.ends import UNREAD, code_of, ending
 from redheart.files import is_here, no_room
 from redheart.ranks import is_main, launched_rank, leaving
 from redheart.schema import RedHeartError
@@ -353,14 +353,18 @@ def main() -> None:
         forget_empty_variables()
         quiet_start()
         settle_allocator()
-        arguments = sys.argv[1:]
+        arguments, stdout = sys.argv[1:], sys.stdout
         debug = "--debug" in arguments or os.environ.get("REDHEART_DEBUG", "") not in ("", "0")
         try:
             with leaving():
                 app(check(typer.main.get_command(app), arguments))
-        except BrokenPipeError:  # whoever read stdout has gone, as `| head` does: so typer ends a command that runs
+        except BrokenPipeError:  # whoever read stdout has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written as Python ends
-            sys.exit(1)
+            sys.exit(UNREAD)
+        except SystemExit:
+            if sys.stdout is not stdout:  # so typer ends a command that it met in
+                sys.exit(UNREAD)
+            raise
         except Exception as error:
             room, path = no_room(error), getattr(error, "filename", None)  # a path the user chose
             gone = isinstance(error, FileNotFoundError) and not is_here()

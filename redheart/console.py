@@ -6,6 +6,7 @@ stdout is kept for results, so that `--json` output can be piped. Whatever is pr
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -65,9 +66,9 @@ class LiteralConsole(Console):
 
     def on_broken_pipe(self) -> None:
         """Whoever read has gone: a command whose result is on stdout ends (`| head`), what is told beside the work does not end it."""
-        if not self.stderr:
-            super().on_broken_pipe()
         self._go_unheard()
+        if not self.stderr:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def _go_unheard(self) -> None:
         self.quiet = True

@@ -8,6 +8,7 @@
 | 70 | nobody foresaw it: a traceback | may help |
 | 75 | another rank, a node or the network was lost: one line names it | helps |
 | 128 + N | signal N; SIGINT and SIGTERM end a run with a checkpoint | was asked to end |
+| 141 | whoever read stdout has gone, as `head` does (128 + SIGPIPE); all other work is done | |
 
 A launcher has an exit code of its own, and keeps signals to itself: each process appends to the file of REDHEART_EXIT_CODES, where
 that is set, "pid N" as it begins and its code as it ends (launch/processes.sh reads them).
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 
 from redheart.schema import PassingError, RedHeartError
 
-REFUSED, UNFORESEEN, PASSING = 1, 70, 75
+REFUSED, UNFORESEEN, PASSING, UNREAD = 1, 70, 75, 128 + signal.SIGPIPE
 FILE = "REDHEART_EXIT_CODES"
 
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from redheart.cli import main
+from redheart.console import show_answers
 from tests.runs import redheart
 
 
@@ -109,13 +112,18 @@ def pipe_without_a_reader():
     return open(write, "w")
 
 
-def test_a_pipe_that_nobody_reads_ends_a_command_without_a_word(monkeypatch, capsys):
-    with pipe_without_a_reader() as stdout:
+@pytest.mark.parametrize("arguments", [("train", "--help-config"), ("train", "--help"), ("answers",)])
+def test_a_pipe_that_nobody_reads_ends_a_command_as_sigpipe_does(monkeypatch, capsys, arguments):
+    """Of more than a stream keeps back: before a command runs, in typer, and from rich's console."""
+    show = lambda *_, **__: [show_answers("joy " * 9000, {"regret": 0.5})]  # noqa: E731
+    if arguments == ("answers",):
+        monkeypatch.setattr("redheart.cli.check", show)
+    with suppress(BrokenPipeError), pipe_without_a_reader() as stdout:  # as it is closed
         monkeypatch.setattr("sys.stdout", stdout)
-        monkeypatch.setattr("sys.argv", ["redheart", "train", "--help-config"])  # longer than what a stream keeps back
+        monkeypatch.setattr("sys.argv", ["redheart", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-    assert (ended.value.code, capsys.readouterr().err) == (1, "")
+    assert (ended.value.code, capsys.readouterr().err) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_directory_that_is_gone_is_one_line(monkeypatch, capsys, tmp_path):
