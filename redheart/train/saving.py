@@ -95,11 +95,10 @@ class Saver:
             self.finish()
         elif self._writing and written == engine.world_size:
             self._writing.go_on()
-        if self._lost and not self._writing:
-            checkpoint.forget_lost_best(self._state, self._run)
-            self._lost = False
         if due:
             self.save(engine)
+        if not self._writing:
+            self._search_anew()
         return due > 0 or failed > 0
 
     def save(self, engine: Engine, last: bool = False) -> None:
@@ -108,6 +107,7 @@ class Saver:
             self.finish()  # where it fails, the present step has no checkpoint yet
         if self._wanted and self._saved != self._here:
             self.finish()
+            self._search_anew(saving=True)
             self._since, self._step = time.monotonic(), self._state.step
             with self._clocked(), self._failing(last):
                 self._save(engine, self._config.checkpoint.background and not last)
@@ -124,6 +124,15 @@ class Saver:
         temporary, commit = checkpoint.begin(self._run, config, state, config.checkpoint.keep_last)
         write = engine.stage(temporary)
         self._writing = _Writing(write, commit if is_main() else None)
+
+    def _search_anew(self, saving: bool = False) -> None:
+        """Where the best checkpoint was lost. `saving`: the present step is saved now, so that it may be the best."""
+        state = self._state
+        if self._lost and not (saving and state.best_step == state.step):
+            checkpoint.forget_lost_best(state, self._run)
+            if saving and state.best_step is None and state.value is not None and state.value_step == state.step:
+                state.improves(state.value)
+        self._lost = False
 
     def finish(self) -> None:
         """Waits for the save that is under way."""

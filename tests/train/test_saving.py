@@ -145,6 +145,24 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_searched_anew(data: Path, 
     assert result.calibration is not None
 
 
+def test_a_best_checkpoint_whose_save_fails_as_the_run_ends_is_searched_anew(data: Path, tmp_path: Path, monkeypatch):
+    """In the background the run learns of it when it saves its last step, which was worse, and is the best of what is there."""
+    commit, values = checkpoint.commit_directory, {1: 2.0, 2: 2.5}
+
+    def full(temporary, final, aside):
+        if final.name == steps(1)[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+        commit(temporary, final, aside)
+
+    monkeypatch.setattr(checkpoint, "commit_directory", full)
+    monkeypatch.setattr(Trainer, "_is_best", lambda self, _: self.state.improves(values[self.state.step]))
+    background = ("checkpoint.background=true", "checkpoint.on_error=go_on", "training.evaluate_every=1")
+    result = start(config("training.max_steps=2", *background), data, tmp_path / "run")
+    assert (result.state.best_step, result.saving["failed"], names(tmp_path / "run")) == (2, 1, steps(2))
+    assert checkpoint.best(tmp_path / "run") == checkpoint.last(tmp_path / "run")
+    assert result.calibration is not None
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_run_ends_well_only_with_its_last_checkpoint(data: Path, tmp_path: Path, monkeypatch, times: int):
     """The last step is saved in the background; a save of it that failed is tried again, and has then to succeed."""
