@@ -39,9 +39,13 @@ def scalars(run: Path, prefix: str = "") -> dict[str, dict[int, float]]:
     """Values by step of every tag of a run's TensorBoard events that begins so; empty where there are none."""
     if not (run / "tensorboard").is_dir():
         return {}
+    from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    try:
+        events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    except (FileNotFoundError, DirectoryDeletedError):  # the run is being replaced
+        return {}
     names = [name for name in events.Tags()["scalars"] if name.startswith(prefix)]
     return {name: {e.step: e.value for e in events.Scalars(name)} for name in names}
 

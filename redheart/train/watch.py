@@ -72,8 +72,14 @@ def server(run: Path, port: int) -> ThreadingHTTPServer:
             if self.path != "/" or name not in ("127.0.0.1", "localhost"):
                 self.send_error(404)
                 return
-            body = page_so_far(run).encode()
-            self.send_response(200)
+            status = 200
+            try:
+                body = page_so_far(run).encode()
+            except RedHeartError as error:  # the run is being replaced, and will be there when the browser asks again
+                status = 503
+                now = Section("Now", [f"Nothing can be shown: {error}."])
+                body = to_html(f"Red Heart: {run.name}", [now], REFRESH_S).encode()
+            self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -8,9 +8,12 @@ import struct
 import threading
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from redheart.files import write_pointer
 from redheart.schema import RedHeartError
@@ -59,6 +62,32 @@ def test_a_browser_that_goes_away_while_the_page_is_made_is_no_error(tmp_path: P
         asked.wait(10)
         client.close()
         gone.set()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_is_replaced_while_the_page_is_made_is_no_error(
+    whole_run: Path, tmp_path: Path, monkeypatch, capsys
+):
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+    def removed(error: type[Exception]) -> None:
+        shutil.rmtree(run / "tensorboard")
+        raise error(f"{run}/tensorboard")
+
+    for error in (FileNotFoundError, DirectoryDeletedError):
+        with monkeypatch.context() as patched:
+            patched.setattr(EventAccumulator, "Reload", partial(removed, error))
+            (run / "tensorboard").mkdir(exist_ok=True)
+            assert "Nothing has been logged yet" in page_so_far(run)
+    with server(run, 0) as serving:
+        (run / "config.yaml").unlink()
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        with pytest.raises(urllib.error.HTTPError, match="503") as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{serving.server_port}/")
+        page = refused.value.read().decode()
+        serving.shutdown()
+    assert '<meta http-equiv="refresh" content="10">' in page
+    assert "config.yaml does not exist" in page
     assert capsys.readouterr().err == ""
 
 
