@@ -712,6 +712,23 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [r["emotion"] for r in mapped] == [None, None]
 
 
+def test_dates_of_the_hub_that_python_does_not_know_stop_nothing(tmp_path: Path):
+    far = pa.array([-62167219201 * 10**6, 253402300800 * 10**6], pa.timestamp("us"))  # the years -1 and 10000
+    table = {
+        "body": ["One.", "Two."],
+        "sorry": [0.5, 1.0],
+        "since": far,
+        "until": pa.array([-800000, 3000000], pa.date32()),
+    }
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "set" / "train.parquet")
+    columns = {"hub": {"body": "text", "sorry": "regret"}}
+    read = collect(f"hub=hub:{tmp_path / 'set'}", columns=columns).records
+    assert [(r["text"], r["regret"]) for r in read] == [("One.", 0.5), ("Two.", 1.0)]
+    with pytest.raises(RedHeartError, match="unknown field 'body'"):
+        collect(f"hub=hub:{tmp_path / 'set'}")
+
+
 def hub_set(path: Path, *splits: str) -> str:
     """A data set whose card names these splits, each with the same row twice."""
     files = "".join(f"  - split: {s}\n    path: {s}.jsonl\n" for s in splits)

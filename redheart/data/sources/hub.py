@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from redheart.data.sources.records import our_split
 from redheart.data.sources.rows import Row
-from redheart.data.sources.tabular import target_of, to_record
+from redheart.data.sources.tabular import KEPT, cells, target_of, to_record
 from redheart.schema import RedHeartError
 
 
@@ -26,9 +26,12 @@ def read(identity: str, columns: Mapping[str, str]) -> Iterator[Row]:
         ours = _our_splits(identity, [str(s) for s in splits])
         for split, rows in splits.items():
             known = ours[str(split)]
-            for number, row in enumerate(rows):
+            # tables of one row: what Python has no value for, such as a date behind the year 9999, is no error where nobody named it
+            for number, row in enumerate(rows.with_format("arrow")):
                 place = f"{name} {split}: row {number + 1}"
-                record = to_record(row, targets, place)
+                read_ = [c for c in row.schema.names if not targets or c in targets or c in KEPT]
+                raw = cells(row, 0, row.schema.names, read_, place)
+                record = to_record(raw, targets, place) if isinstance(raw, dict) else raw
                 if isinstance(record, dict) and known and "split" not in columns.values():
                     record["split"] = known
                 yield place, record

@@ -297,14 +297,15 @@ def _parquet(path: Path, wanted: Set[str] | None) -> Iterator[tuple[str, dict[st
         for batch in file.iter_batches():
             for row in range(batch.num_rows):
                 number += 1
-                yield f"{path.name}: row {number}", _cells(batch, row, names, read, f"{path.name}: row {number}")
+                yield f"{path.name}: row {number}", cells(batch, row, names, read, f"{path.name}: row {number}")
     except (OSError, ValueError) as error:
         raise RedHeartError(f"{path} is not a readable Parquet file ({error})") from error
 
 
-def _cells(
-    batch: pa.RecordBatch, row: int, names: Sequence[str], read: Sequence[str], place: str
+def cells(
+    batch: pa.RecordBatch | pa.Table, row: int, names: Sequence[str], read: Sequence[str], place: str
 ) -> dict[str, Any] | InvalidRecord:
+    """A row as Python's values; those of columns that are not `read` are null."""
     cells: dict[str, Any] = dict.fromkeys(names)
     for name in read:
         cell = batch.column(name).slice(row, 1)
@@ -317,7 +318,7 @@ def _cells(
     return cells
 
 
-def _python(cell: pa.Array) -> Any:
+def _python(cell: pa.Array | pa.ChunkedArray) -> Any:
     """The value of an array of one; dates that Python does not know, such as those behind the year 9999, as text."""
     try:
         return cell.to_pylist()[0]
