@@ -61,7 +61,8 @@ def dedup(data: str | Path, out: Path | None = None, threshold: float | None = N
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="redheart-dedup-", dir=out and out.parent) as work:
-        leaks = near_leaks(records, np.concatenate(pooled), np.concatenate(contrasts), threshold, Path(work))
+        vectors = np.concatenate(pooled), np.concatenate(contrasts)
+        leaks = near_leaks(records, *vectors, threshold, Path(work), "--threshold")
     if out is None:
         return DedupReport(leaks.report, {})
     return DedupReport(leaks.report, _write(store, out, leaks.dropped, leaks.report))

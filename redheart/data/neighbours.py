@@ -65,12 +65,18 @@ class _Texts:
 
 
 def near_leaks(
-    records: Sequence[Mapping[str, Any]], pooled: np.ndarray, contrasts: np.ndarray, threshold: float, work: Path
+    records: Sequence[Mapping[str, Any]],
+    pooled: np.ndarray,
+    contrasts: np.ndarray,
+    threshold: float,
+    work: Path,
+    named: str = "data.dedup_threshold",
 ) -> Leaks:
     """Finds the train rows that repeat a dev or test row, and the dev rows that repeat a test row; test rows always stay.
 
     pooled [N, E]: mean token states of the records' texts; contrasts [C, E]: those of the contrast texts that are there, in order.
-    Files pass through `work`. Raises RedHeartError where FAISS cannot be had or fails, or where a split would become empty.
+    Files pass through `work`. `named`: how the user gives the threshold. Raises RedHeartError where FAISS cannot be had or fails, or
+    where a split would become empty.
     """
     texts = _texts_of(records, pooled, contrasts)
     a, b, similarity, exact = search(texts.vectors, texts.split, texts.row, threshold, work)
@@ -88,7 +94,7 @@ def near_leaks(
     dropped: dict[str, Counter[str]] = {}
     for row in closest:
         dropped.setdefault(records[row]["source"], Counter())[records[row]["split"]] += 1
-    _refuse_empty(records, dropped, threshold)
+    _refuse_empty(records, dropped, threshold, named)
     identical = sum(value == IDENTICAL for value, _, _ in closest.values())
     within = Counter(records[row]["split"] for row in repeated)
     report = {
@@ -213,14 +219,14 @@ def _identical(texts: _Texts) -> list[tuple[int, int, float]]:
 
 
 def _refuse_empty(
-    records: Sequence[Mapping[str, Any]], dropped: Mapping[str, Mapping[str, int]], threshold: float
+    records: Sequence[Mapping[str, Any]], dropped: Mapping[str, Mapping[str, int]], threshold: float, named: str
 ) -> None:
     rows = Counter(r["split"] for r in records)
     for split, judges in JUDGES.items():
         if rows[split] and sum(counts.get(split, 0) for counts in dropped.values()) == rows[split]:
             raise RedHeartError(
                 f"all {rows[split]} rows of {split} repeat {' or '.join(judges)} rows at similarity {threshold:g}: "
-                "raise data.dedup_threshold, or split the sources otherwise"
+                f"raise {named}, or split the sources otherwise"
             )
 
 

@@ -15,10 +15,12 @@ from redheart.data import neighbours
 from redheart.data.dedup import dedup
 from redheart.data.neighbours import ROOT, VARIABLE, interpreter, near_leaks, search
 from redheart.data.prepare import prepare
-from redheart.data.shards import open_shard
+from redheart.data.shards import SplitsWriter, open_shard
 from redheart.data.store import Store
 from redheart.data.stream import SampleStream
 from redheart.schema import SPLITS, RedHeartError
+from tests.data.shard_data import MAX_TOKENS, make_row, write_index
+from tests.data.shard_data import WIDTH as ROW_WIDTH
 from tests.runs import redheart
 
 needs_faiss = pytest.mark.skipif(
@@ -156,6 +158,17 @@ def test_identical_texts_are_duplicates_whatever_the_vectors_say(tmp_path: Path,
     assert "3 (3 identical, 0 near)" in neighbours.describe(leaks.report)
     with pytest.raises(RedHeartError, match="all 1 rows of train repeat dev or test"):
         near_leaks([records[0], records[5], records[6]], far_apart(3), far_apart(0), 0.95, tmp_path)
+
+
+def test_the_command_s_refusal_names_its_own_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), {}
+    monkeypatch.setattr(neighbours, "search", lambda *a: nothing)
+    writer, rng = SplitsWriter(tmp_path, ROW_WIDTH, MAX_TOKENS), np.random.default_rng(0)
+    for number, split in enumerate(("train", "dev")):  # of one text
+        writer.write(f"{split}-00000.arrow", [{**make_row(number + 1, rng), "split": split}], 1)
+    write_index(tmp_path, writer.finish(), {"name": "random", "width": ROW_WIDTH})
+    with pytest.raises(RedHeartError, match=r"all 1 rows of train repeat dev or test rows.*: raise --threshold, or"):
+        dedup(tmp_path)
 
 
 def test_without_faiss_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
