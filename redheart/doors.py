@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import re
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
@@ -161,7 +162,7 @@ class Run:
 
     def export(self, out: Path_) -> Path:
         """Writes safetensors, config.json and a model card."""
-        with telling_no_room("the export"):
+        with naming_arguments(), telling_no_room("the export"):
             export(self.path, Path(out))
         return Path(out)
 
@@ -191,7 +192,7 @@ def prepare(
     >>> data.report.rows["train"] + data.report.rows["dev"] + data.report.rows["test"]
     24
     """
-    with leaving_no_trace(), telling_no_room("preparing"), tempfile.TemporaryDirectory() as folder:
+    with naming_arguments(), leaving_no_trace(), telling_no_room("preparing"), tempfile.TemporaryDirectory() as folder:
         config = load_config(preset, overrides(settings)).data
         names = [source] if isinstance(source, str) else list(_files(source, Path(folder)))
         return Prepared(Path(out), _prepare(names, Path(out), config, samples, force_preprocess, skip_invalid))
@@ -220,7 +221,7 @@ def train(
     >>> run.result.state.step, run.pipeline()("I promised to call and forgot.").keys() >= {"regret"}
     (2, True)
     """
-    with leaving_no_trace():
+    with naming_arguments(), leaving_no_trace():
         given, answers = _place(data), [f"{c}={a}" for c, a in (labels or {}).items()]
         call = _settings(None, preset, overrides(settings), Path(out), resume, given, text, answers)
         start = Path(init) if init is not None else None
@@ -243,7 +244,7 @@ def evaluate(
     >>> redheart.evaluate("runs/first").frame().columns[0]
     'answer'
     """
-    with leaving_no_trace(), telling_no_room("the report"):
+    with naming_arguments(), leaving_no_trace(), telling_no_room("the report"):
         where = Path(report) if report is not None else None
         return Evaluated(*validate(Path(checkpoint), _place(data), split, where, device, swap, untrained))
 
@@ -332,6 +333,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Decimal):
         return _plain(float(value))
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+ARGUMENTS = {  # what options of the command line, which errors name, are here
+    **{f"--{name}": f"{name}=" for name in ("data", "out", "preset", "text", "init", "samples", "split", "report")},
+    **{"--resume": 'resume="last"', "--overwrite": "overwrite=True", "--force-preprocess": "force_preprocess=True"},
+    **{"--skip-invalid": "skip_invalid=True", "--label": "labels={COLUMN: ANSWER}", "--set": "A__B=C for A.B=C"},
+}
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Errors that name options, but for those of a command to be pasted, say what they are in Python too."""
+    try:
+        yield
+    except RedHeartError as error:
+        options = dict.fromkeys(re.findall(r"(?<!\S)--[a-z-]+", re.sub(r"`[^`]*`|\(redheart [^)]*\)", "", str(error))))
+        if told := ", ".join(f"{option} is {ARGUMENTS[option]}" for option in options if option in ARGUMENTS):
+            error.args = (f"{error} (in Python {told})",)
+        raise
 
 
 @contextmanager

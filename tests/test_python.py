@@ -1,6 +1,7 @@
 """From Python: the doors' own examples, what a call leaves in the process, and everything that holds texts."""
 
 import doctest
+import inspect
 import logging
 import os
 import random
@@ -52,6 +53,29 @@ def home(tmp_path_factory: pytest.TempPathFactory):
             runner.run(example, out=said.append, clear_globs=False)
     yield names, "".join(said), runner.summarize(verbose=False)
     os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("runs/x holds a run already: go on with --resume, replace it with --overwrite, or name another --out",
+         ' (in Python --resume is resume="last", --overwrite is overwrite=True, --out is out=)'),
+        ("choose --set memory.strategy=plain", " (in Python --set is A__B=C for A.B=C)"),
+        ("fit one with `redheart calibrate --data DIR`", ""),
+        ("leave it out (redheart train --out x --resume); it ends here", ""),
+        ("--threshold 2 is no cosine", ""),
+    ],
+)  # fmt: skip
+def test_an_error_that_names_options_says_what_they_are_in_python(said: str, told: str):
+    with pytest.raises(RedHeartError) as error, doors.naming_arguments():
+        raise RedHeartError(said)
+    assert str(error.value) == said + told
+
+
+def test_no_argument_is_named_that_no_door_has():
+    doors_ = (doors.prepare, doors.train, doors.evaluate)
+    known = {name for door in doors_ for name in inspect.signature(door).parameters}
+    assert {told.partition("=")[0] for told in doors.ARGUMENTS.values()} - {"A__B"} <= known
 
 
 def test_the_examples_of_the_docstrings_are_true(home):
