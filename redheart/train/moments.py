@@ -25,13 +25,12 @@ from redheart.train.engine import PLAIN_STATE, Engine, parameter_groups, read_st
 from redheart.train.engine.moments import Read
 from redheart.train.engine.universal import read_whole, universal_checkpoint
 from redheart.train.engine.zero import TAG
+from redheart.train.engine.zero_files import RESIDENT, ZeroFiles, is_readable_in_parts
 from redheart.train.stored import Stored
 
 INDEX = "moments.json"
 AGAIN = "grow the network again"
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
-# bytes read of a mapped state before it is mapped anew: what was read stays in memory as long as the mapping
-RESIDENT = 2**27
 
 
 class Moments(NamedTuple):
@@ -49,6 +48,11 @@ def open_moments(stored: Stored) -> Iterator[Moments]:
         yield _carried(directory)
     elif (directory / PLAIN_STATE).is_file():
         yield _of_plain(stored)
+    elif is_readable_in_parts(directory / TAG):
+        files = ZeroFiles(directory / TAG)
+        if files.step is None:
+            raise _none_yet(stored)
+        yield Moments(files.step, files.moments)
     elif (directory / TAG).is_dir():
         with universal_checkpoint(directory / TAG) as converted:
             yield _of_universal(converted / "zero", stored)

@@ -1,6 +1,6 @@
 """Weights on the disk, read one tensor at a time: an export's safetensors (one file or several), or a checkpoint's state.
 
-`read(name)` gives a tensor on the CPU; of an export only the tensors that are asked for take memory.
+`read(name)` gives a tensor on the CPU; of an export, and of a checkpoint of ZeRO-1 or -2, only the tensors that are asked for take memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from redheart.model.loading import (
 from redheart.model.redheart import RedHeartConfig, RedHeartModel
 from redheart.schema import RedHeartError
 from redheart.train.checkpoint import read_progress
-from redheart.train.engine import consolidated_weights
+from redheart.train.engine import weights_in_parts
 from redheart.train.export import AGAIN, read_settings, resolve
 from redheart.train.progress import Progress
 
@@ -57,8 +57,7 @@ def open_stored(path: Path) -> Stored:
         progress = read_progress(directory)
         config = read_config(directory / "config.yaml", "choose another checkpoint")
         sizes = model_config(config, progress.encoder)
-        weights = consolidated_weights(directory)
-        read, shapes = weights.__getitem__, shapes_of(weights)
+        read, shapes = weights_in_parts(directory)
     with torch.device("meta"):
         network = RedHeartModel(sizes).state_dict()
     refuse_other_tensors(directory, shapes_of(network), shapes)

@@ -13,9 +13,11 @@ from redheart.memory import states
 from redheart.memory.states import REDUCE_BUCKET, bucket_of
 from redheart.model.build import build_model
 from redheart.model.select import MODULES
-from redheart.train.engine import consolidated_weights, make_engine, zero
+from redheart.train.engine import consolidated_weights, make_engine, weights_in_parts, zero
 from redheart.train.engine.machinery import settle_sizes
-from redheart.train.engine.zero import place_buffers
+from redheart.train.engine.universal import universal_checkpoint, whole_moments
+from redheart.train.engine.zero import TAG, place_buffers
+from redheart.train.engine.zero_files import ZeroFiles, is_readable_in_parts
 from redheart.train.measure import run_steps
 from tests.runs import distance, forked
 from tests.train.tiny import SETTINGS
@@ -101,6 +103,28 @@ def test_two_ranks_become_one_and_two_again(strategy: str, tmp_path: Path):
     # twice blocks of 8 bits began elsewhere, and the steps drift apart
     assert two["losses"] == pytest.approx(whole["losses"][5:], rel=1e-2)
     assert not list(tmp_path.glob("*.universal"))
+    for saved, steps in ((tmp_path / "a", 2), (tmp_path / "b", 5)):
+        assert_read_in_parts(saved, steps, strategy.startswith("zero2"))
+
+
+def assert_read_in_parts(checkpoint: Path, steps: int, in_parts: bool) -> None:
+    """Weights and moments one by one are those of DeepSpeed's ways, of as many ranks as there were; ZeRO-3's are not asked for so."""
+    assert is_readable_in_parts(checkpoint / TAG) == in_parts
+    read, shapes = weights_in_parts(checkpoint)
+    whole = consolidated_weights(checkpoint)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    assert all(torch.equal(read(name), tensor) for name, tensor in whole.items())
+    assert all(read(name).dtype == tensor.dtype for name, tensor in whole.items())
+    if not in_parts:
+        return
+    files = ZeroFiles(checkpoint / TAG)
+    assert files.step == steps
+    with universal_checkpoint(checkpoint / TAG) as converted:
+        names = [name for name in whole if (converted / "zero" / name / "exp_avg.pt").is_file()]
+        assert len(names) > 200
+        for name in names:
+            for mine, theirs in zip(files.moments(name), whole_moments(converted, name), strict=True):
+                assert torch.equal(mine.flatten(), theirs.flatten())
 
 
 def assert_exported(checkpoint: Path, **wanted: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from redheart.train.engine.base import Build, Engine, Update, free_memory, param
 from redheart.train.engine.machinery import compile_kernels, tensors_only
 from redheart.train.engine.plain import PLAIN_STATE, PlainEngine, read_state
 from redheart.train.engine.possible import check_engine
-from redheart.train.engine.zero import DeepSpeedEngine
+from redheart.train.engine.zero import TAG, DeepSpeedEngine
+from redheart.train.engine.zero_files import ZeroFiles, is_readable_in_parts
 
 
 def make_engine(build: Build, config: RunConfig, accumulation: int, micro_batch_size: int) -> Engine:
@@ -65,3 +67,12 @@ def consolidated_weights(directory: Path) -> dict[str, torch.Tensor]:
 
         state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="pytorch_model")
     return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def weights_in_parts(directory: Path) -> tuple[Callable[[str], torch.Tensor], dict[str, tuple[int, ...]]]:
+    """The same, read one by one where the engine's files allow it; and their shapes."""
+    if is_readable_in_parts(directory / TAG):
+        files = ZeroFiles(directory / TAG)
+        return files.weight, files.shapes
+    weights = consolidated_weights(directory)
+    return weights.__getitem__, {name: tuple(tensor.shape) for name, tensor in weights.items()}
