@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,30 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+_earlier = 0  # the peak before the kernel's was last reset: `without`
+
+
 def resident_peak() -> int:
-    """The most bytes of this process that were in memory since it began, or since `forget_peaks`."""
-    return status_bytes("VmHWM")
+    """The most bytes of this process that were in memory since it began, or since `forget_peaks`, but for what `without` leaves out."""
+    return max(_earlier, status_bytes("VmHWM"))
+
+
+@contextmanager
+def without(mapped: int) -> Iterator[None]:
+    """Inside, a peak does not count `mapped` bytes: pages of files that are mapped meanwhile, which the system may write back instead."""
+    global _earlier
+    before = resident_peak()
+    _reset()
+    try:
+        yield
+    finally:
+        _earlier = max(before, status_bytes("VmHWM") - mapped)
+        _reset()
+
+
+def _reset() -> None:
+    if PEAKS.exists():
+        PEAKS.write_text("5", encoding="ascii")
 
 
 def shards_in_memory() -> int:
@@ -53,8 +76,9 @@ def shards_in_memory() -> int:
 
 def forget_peaks() -> None:
     """The present size is the peak from here on, on the host and in torch's GPU allocator; on a system without /proc nothing happens."""
-    if PEAKS.exists():
-        PEAKS.write_text("5", encoding="ascii")
+    global _earlier
+    _earlier = 0
+    _reset()
     if has_gpu() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 

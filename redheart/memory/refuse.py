@@ -11,7 +11,7 @@ from redheart.config import RunConfig
 from redheart.console import console
 from redheart.device import has_gpu
 from redheart.memory.activations import MicroStep, measured
-from redheart.memory.budget import CONTEXT, budget_of, local_world_size, resident, resident_peak
+from redheart.memory.budget import CONTEXT, budget_of, local_world_size, resident, resident_peak, shards_in_memory
 from redheart.memory.plan import GIB, Candidate, Request, fastest, parameters_of, plan, predict
 from redheart.memory.show import plan_table, show_memory
 from redheart.ranks import launched_world_size
@@ -66,8 +66,8 @@ def check_memory(config: RunConfig, micro_batch_size: int, accumulation: int, to
 def planned_and_taken(planned: Candidate) -> dict[str, dict[str, float]]:
     """{where: {predicted_gib, observed_gib}} of this process; nothing where the activations were not measured.
 
-    `host`: peak resident memory; `gpu`: what torch's allocator had reserved at most. Several ranks share one prediction,
-    so they are not compared.
+    `host`: peak resident memory, without pages that the system takes back when it needs them: of shards, and of files that a save maps;
+    `gpu`: what torch's allocator had reserved at most. Several ranks share one prediction, so they are not compared.
     """
     if not planned.host.get("activations", planned.gpu.get("activations")):
         return {}
@@ -75,7 +75,7 @@ def planned_and_taken(planned: Candidate) -> dict[str, dict[str, float]]:
     if has_gpu():
         peaks["gpu"] = (planned.gpu_peak - CONTEXT, torch.cuda.max_memory_reserved())
     else:
-        peaks["host"] = (planned.host_peak, resident_peak())
+        peaks["host"] = (planned.host_peak, resident_peak() - shards_in_memory())
     return {where: {"predicted_gib": p / GIB, "observed_gib": o / GIB} for where, (p, o) in peaks.items()}
 
 

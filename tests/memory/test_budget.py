@@ -192,6 +192,27 @@ def test_pages_of_shards_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert over_host_memory(config, 5) is None
 
 
+def test_a_peak_leaves_out_the_files_that_a_save_maps(tmp_path: Path):
+    """In a process of its own, whose peak can be reset; other memory that is taken meanwhile counts."""
+    asked = """
+import sys, torch
+from redheart.memory.budget import resident, resident_peak, without
+MIB = 2**20
+before = resident_peak()
+with without(256 * MIB):
+    torch.from_file(sys.argv[1], shared=True, size=64 * MIB, dtype=torch.float32).fill_(1.0)
+assert resident_peak() - before < 32 * MIB, (before, resident_peak())
+start = resident()
+with without(256 * MIB):
+    torch.from_file(sys.argv[1], shared=True, size=64 * MIB, dtype=torch.float32).fill_(1.0), torch.ones(64 * MIB)
+assert abs(resident_peak() - start - 256 * MIB) < 32 * MIB, (start, resident_peak())
+"""
+    file = tmp_path / "masters"
+    file.write_bytes(b"")
+    os.truncate(file, 256 * 2**20)
+    subprocess.run([sys.executable, "-c", asked, str(file)], check=True, timeout=120)
+
+
 def test_times_in_fp32_are_those_without_tf32():
     """TF32 is off, so an fp32 product is not assumed to be as fast as with it."""
     step, small = MicroStep(10**6, 10**6, 10**6, 10**3, 10**9, 10), Parameters(((1000,), (10,)))

@@ -64,6 +64,11 @@ class SplitMasters:
         return "single_partition_of_fp32_groups", "base_optimizer_state"
 
     @property
+    def mapped_bytes(self) -> int:
+        """Of the files that hold whole masters while a checkpoint is saved."""
+        return 4 * sum(flat.numel() for flat in self._flats)
+
+    @property
     def more_bytes(self) -> int:
         """By which the masters of a checkpoint are larger than what is here."""
         return sum(flat.numel() for flat in self._flats)

@@ -17,6 +17,7 @@ from torch import nn
 
 from redheart.config import RunConfig
 from redheart.device import has_gpu
+from redheart.memory.budget import without
 from redheart.memory.ds_files import SPLIT
 from redheart.memory.malloc import map_pieces
 from redheart.model.build import Place
@@ -187,7 +188,8 @@ class DeepSpeedEngine(Engine):
     def save(self, directory: Path) -> None:
         if self._masters is not None:
             self._masters.directory = directory
-        self._accelerator.save_state(str(directory), safe_serialization=True)
+        with without(self._masters.mapped_bytes if self._masters is not None else 0):
+            self._accelerator.save_state(str(directory), safe_serialization=True)
 
     def stage(self, directory: Path) -> Callable[[], None]:
         writer = self._engine.checkpoint_engine
