@@ -15,7 +15,8 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results"
 def test_a_recipe_trains_as_its_result_says(preset):
     path = ROOT / "launch" / "recipes" / f"{preset}.yaml"
     config, told = load_config(str(path)), read_json(RESULTS / f"control-{preset}-test.json", "")
-    assert config.model == load_config(preset).model
+    as_read = {"encoder_width": config.model.encoder_width}  # which the encoder's layers decide
+    assert config.model == load_config(preset).model.model_copy(update=as_read)
     assert (config.training.max_steps, config.training.global_batch_size) == (told["steps"], told["batch"])
     row = next(
         line for line in (ROOT / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
@@ -33,3 +34,17 @@ def test_a_recipe_trains_as_its_result_says(preset):
         said = re.search(rf"{name} (0\.\d\d)", re.sub(r"\n# *", " ", text))
         assert said is not None, name
         assert float(said[1]) == round(metrics[entry]["mean"], 2), name
+
+
+def test_the_recipe_of_goemotions_says_what_its_figure_says():
+    path = ROOT / "launch" / "recipes" / "goemotions.yaml"
+    config, text = load_config(str(path)), re.sub(r"\n# *", " ", path.read_text(encoding="utf-8"))
+    told = next(f for f in read_json(RESULTS / "figures.json", "") if path.name in f["command"])
+    assert config.data.encoder.layers == (0, 1, 2, 3, 4, 5, 6)
+    assert config.model.encoder_width == 7 * 384
+    assert f"{config.training.max_steps:,} steps of {config.training.global_batch_size}" in told["what"]
+    for entry in ("7 emotions", "28 emotions"):
+        said, measured = (re.search(rf"{entry} \**(0\.\d+)", t) for t in (text, told["figure"]))
+        assert said is not None
+        assert measured is not None
+        assert said[1] == measured[1], entry
