@@ -41,7 +41,7 @@ from redheart.data.order import CHUNK, WINDOW_SHARDS
 from redheart.data.pretrained import revision
 from redheart.data.questions import lacks
 from redheart.data.readable import check_languages, unreadable
-from redheart.data.reuse import plans_of, refuse_itself
+from redheart.data.reuse import contents_of, refuse_itself
 from redheart.data.shards import FORMAT_VERSION, INDEX, LABEL_REMEDY, SplitsWriter
 from redheart.data.store import Store
 from redheart.device import chosen_device
@@ -189,7 +189,7 @@ def _plan_of(records: list[dict[str, Any]], gathered: Gathered, config: DataConf
     without = {"remote", "file", "features_from"} | (set() if config.dedup else {"dedup", "dedup_threshold"})
     settings = config.model_dump(mode="json", exclude=without)
     if config.features_from:  # they decide the last bits of the features
-        settings["features_from"] = plans_of(config.features_from, config.remote)
+        settings["features_from"] = contents_of(config.features_from, config.remote)
     device = chosen_device(config.encoder.device, "data.encoder.device")
     settings["encoder"]["device"] = device.type  # decides the last bits of the features
     if not config.encoder.beside:

@@ -16,7 +16,7 @@ import numpy as np
 
 from redheart.config import RemoteConfig
 from redheart.console import console, progress
-from redheart.data.shards import Shard, open_shard
+from redheart.data.shards import Shard, content_digest, open_shard
 from redheart.data.store import Store
 from redheart.schema import SPLITS, RedHeartError
 
@@ -69,9 +69,9 @@ class KnownFeatures:
             console.print(f"features of {self._found} of {self._asked} texts were taken from {SETTING}")
 
 
-def plans_of(directories: Sequence[str], remote: RemoteConfig) -> list[str]:
-    """What identifies the content of every directory."""
-    return [Store(directory, remote).index["plan"] for directory in directories]
+def contents_of(directories: Sequence[str], remote: RemoteConfig) -> list[str]:
+    """What identifies the content of every directory: one plan gives features with other last bits on another machine."""
+    return [content_digest(Store(directory, remote).index) for directory in directories]
 
 
 def refuse_itself(directories: Sequence[str], out: Path) -> None:

@@ -52,6 +52,10 @@ def open_moments(stored: Stored) -> Iterator[Moments]:
         files = ZeroFiles(directory / TAG)
         if files.step is None:
             raise _none_yet(stored)
+        if not files.knows_moments:
+            raise RedHeartError(
+                f"{directory} holds 8-bit moments of bitsandbytes (memory.strategy=gpu_8bit), which cannot be read: leave --moments out"
+            )
         yield Moments(files.step, files.moments)
     elif (directory / TAG).is_dir():
         with universal_checkpoint(directory / TAG) as converted:
@@ -152,8 +156,6 @@ def _of_universal(zero: Path, stored: Stored) -> Moments:
     first = next(iter(shapes))
     if not (zero / first / f"{FIRST}.pt").is_file():
         raise _none_yet(stored)
-    if (zero / first / "step.pt").is_file():
-        return Moments(int(load(first, "step")), read)
     # ZeRO-3's parameters are converted without their step; DeepSpeed, too, then takes that of the first state
     optimizer = torch.load(zero / "optimizer_state.pt", map_location="cpu", mmap=True)
     return Moments(int(optimizer["optimizer_state_dict"]["state"][0]["step"]), read)

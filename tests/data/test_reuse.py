@@ -17,6 +17,7 @@ from redheart.data.prepare import prepare
 from redheart.data.shards import INDEX, open_shard
 from redheart.data.store import Store
 from redheart.schema import SPLITS, RedHeartError
+from tests.runs import forked
 
 TEXTS = [
     "I felt happy when my sister came home.", "I lost my keys and I was furious.", "The night was dark and I was afraid.",
@@ -128,3 +129,16 @@ def test_a_directory_without_data_and_the_result_itself_are_refused(known: Path,
         with pytest.raises(RedHeartError, match=words):
             prepare([f"mine={known.parent / 'texts.jsonl'}"], tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_take_them_together(known: Path, tmp_path: Path):
+    source = f"mine={known.parent / 'texts.jsonl'}"
+    settings = ["--set", "data.encoder={layers: [6, 0], max_tokens: 10}", "--set", "data.labeler.max_texts=0"]
+    arguments = ["prepare", "--source", source, "--out", tmp_path / "out", *settings, "--features-from", known]
+    done = forked("redheart", *arguments, "--set", "data.rows_per_shard=1", ranks=2)
+    assert done.returncode == 0, done.stderr
+    before, now = features(known), features(tmp_path / "out")
+    assert now.keys() == before.keys()
+    for text, states in now.items():
+        np.testing.assert_array_equal(states, before[text][:, CHOSEN])

@@ -8,9 +8,11 @@ import torch
 from redheart.config import load_config
 from redheart.model.redheart import RedHeartConfig
 from redheart.optim import CPUAdamW8bit
+from redheart.optim.state import STATES
 from redheart.schema import RedHeartError
-from redheart.train.engine import PlainEngine
+from redheart.train.engine import PlainEngine, weights_in_parts
 from redheart.train.engine.moments import CHUNK, Piece, adopt
+from redheart.train.engine.zero import TAG
 from redheart.train.moments import open_moments
 from redheart.train.progress import Progress
 from redheart.train.stored import Stored
@@ -53,6 +55,22 @@ def test_zero_goes_on_with_them(strategy: str, ranks: int, tmp_path: Path):
     reset = run(ranks, strategy=strategy, steps=3, carry=str(tmp_path / "a"), moments=False)
     assert reset["losses"][0] == pytest.approx(whole["losses"][3], rel=1e-5)
     assert reset["losses"][2] != pytest.approx(whole["losses"][5], rel=1e-3)  # ten times as far as with them
+    if strategy == "zero2_offload_8bit":
+        refuses_those_of_bitsandbytes(tmp_path / "a")
+
+
+def refuses_those_of_bitsandbytes(checkpoint: Path) -> None:
+    """As gpu_8bit leaves them, under names of their own; the weights are read all the same."""
+    (file,) = (checkpoint / TAG).glob("*_optim_states.pt")
+    content = torch.load(file, weights_only=False)
+    for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        for number, name in enumerate(STATES):
+            state[f"state{number}"] = state.pop(name)
+    torch.save(content, file)
+    with pytest.raises(RedHeartError, match=r"gpu_8bit.*leave --moments out"), open_moments(stored(checkpoint)):
+        pass
+    read, shapes = weights_in_parts(checkpoint)
+    assert all(read(name).shape == shape for name, shape in shapes.items())
 
 
 def test_8_bit_moments_are_taken_over_in_chunks():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +55,15 @@ class ZeroFiles:
             for group, names in enumerate(shard["param_slice_mappings"]):
                 for name, at in names.items():
                     self._fragments.setdefault(name, []).append(Fragment(rank, group, at.start, at.numel))
-        steps = [int(state["step"]) for shard in self._mapped for state in self._states(shard).values()]
-        self.step = max(steps, default=0) or None
+
+    @property
+    def step(self) -> int | None:
+        return max((int(state["step"]) for state in self._all_states()), default=0) or None
+
+    @property
+    def knows_moments(self) -> bool:
+        """Whether they are fp32, or 8 bits as CPUAdamW8bit codes them."""
+        return all(STATES[0] in state or "exp_avg" in state for state in self._all_states())
 
     def weight(self, name: str) -> torch.Tensor:
         if name in self._buffers:
@@ -93,6 +100,9 @@ class ZeroFiles:
                 for file in self._files
             ]
         self._touched = 0
+
+    def _all_states(self) -> Iterator[dict[str, Any]]:
+        return (state for shard in self._mapped for state in self._states(shard).values())
 
     @staticmethod
     def _states(shard: dict[str, Any]) -> dict[int, Any]:
