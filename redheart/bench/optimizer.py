@@ -9,14 +9,20 @@ the processor.
 DeepSpeed's bf16 kernel keeps weights, gradients and states in bfloat16
 (bf16_optimizer_states), and needs no cast. bitsandbytes is so slow on a CPU that it gets fewer elements.
 
+With --instructions avx2 a process of its own compiles ours and DeepSpeed's kernels for x86-64-v3, beside those of the processor, and
+torch's follow its switch ATEN_CPU_CAPABILITY: what a processor without AVX-512 does, at this one's clock and memory.
+
 Temporaries are the growth of the process' largest resident size during one step after the first (VmHWM in /proc/self/status,
 reset through /proc/self/clear_refs, with the C library's free memory given back before).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import median
 from typing import Annotated, Any
 
@@ -29,6 +35,7 @@ from redheart.memory.budget import PEAKS, forget_peaks, resident_peak
 from redheart.memory.malloc import trim
 from redheart.optim import CPUAdamW8bit
 from redheart.optim.adam8bit import kernel
+from redheart.optim.building import build_root
 from redheart.optim.state import BLOCK, MASTERS
 from redheart.options import Rounds
 from redheart.schema import RedHeartError
@@ -59,6 +66,9 @@ def bench_optimizer(
     master: Annotated[
         str, typer.Option("--master", help="Of our weights: split (bfloat16 and a byte) or fp32, with a bfloat16 copy.")
     ] = "split",
+    instructions: Annotated[
+        str, typer.Option("--instructions", help="native: all that the processor has; avx2: no AVX-512 in any kernel.")
+    ] = "native",
 ) -> dict[str, Any]:
     """A step of the 8-bit Adam on the CPU, beside DeepSpeed's, torch's and bitsandbytes', in turns; a ratio is our time over theirs.
 
@@ -71,17 +81,41 @@ def bench_optimizer(
         raise RedHeartError(f"--master {master}: choose split or fp32")
     if not PEAKS.exists():
         raise RedHeartError("bench optimizer measures temporaries through /proc: run it on Linux")
+    if instructions == "native":
+        return _bench(params, threads, rounds, master, instructions)
+    if instructions != "avx2":
+        raise RedHeartError(f"--instructions {instructions}: choose native or avx2")
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        raise RedHeartError("--instructions avx2: this processor has no AVX2")
+    with variables_kept():
+        # read when a process first computes, and when it first builds
+        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "TORCH_EXTENSIONS_DIR": str(build_root() / "avx2")}
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            return fresh.submit(_bench, params, threads, rounds, master, instructions).result()
+
+
+def _bench(n: int, threads: int, rounds: int, master: str, instructions: str) -> dict[str, Any]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _bench(params, threads, rounds, master)
+        with variables_kept():  # no process group comes of it
+            import_machinery()  # else every optimizer of DeepSpeed's asks for the processor anew, for more than a second
+        if instructions == "avx2":
+            _build_for_avx2()
+        return _timed(n, threads, rounds, master) | {"instructions": instructions}
     finally:
         torch.set_num_threads(before)
 
 
-def _bench(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
-    with variables_kept():  # no process group comes of it
-        import_machinery()  # else every optimizer of DeepSpeed's asks for the processor anew, for more than a second
+def _build_for_avx2() -> None:
+    """What this process compiles from here on, ours (a builder of DeepSpeed's) and DeepSpeed's own."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    OpBuilder.cpu_arch = lambda builder: "-march=x86-64-v3"
+    OpBuilder.simd_width = lambda builder: "-D__AVX256__"
+
+
+def _timed(n: int, threads: int, rounds: int, master: str) -> dict[str, Any]:
     from bitsandbytes.optim import AdamW8bit
 
     few = min(n, MOST_BITSANDBYTES)

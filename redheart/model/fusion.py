@@ -1,9 +1,9 @@
 """The utility modules: every module's state and every reading of an answer -> the final, calibrated answers.
 
-An answer is a weighted mean of its readings, the weights read from the text, each reading scaled entry by entry, plus a correction
-and a bias. Readings of modules that are absent get no weight. The utility mixes its readings with weights that do not depend on
-the text, so that the difference of two texts' utilities stays a difference of the same function. All answers are computed at
-once: `Layout` says where each label, each reading and each entry of one stands.
+An answer is a weighted mean of its readings, the weights read from the text, each reading scaled entry by entry, plus a shift in the
+answer's unit, read from the text too. Readings of modules that are absent get no weight. The utility mixes its readings with weights
+that do not depend on the text, so that the difference of two texts' utilities stays a difference of the same function. All answers are
+computed at once: `Layout` says where each label, each reading and each entry of one stands.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Layout:
 
 class Utility(nn.Module):
     """See the module's docstring. `widths`: of the state of every module that is built; `sources`: label -> who reads it, of those;
-    `utilities`: the modules that read a utility."""
+    `utilities`: the modules that read a utility; `units`: label -> what a shift of 1 adds to its answers."""
 
     def __init__(
         self,
@@ -71,10 +71,12 @@ class Utility(nn.Module):
         widths: Mapping[str, int],
         sources: Mapping[str, Sequence[str]],
         utilities: Sequence[str],
+        units: Mapping[str, float],
         dropout: float,
     ):
         super().__init__()
         self.states, self.utilities, self.layout = list(widths), list(utilities), Layout(sources)
+        self.units = [units[label] for label in self.layout.labels]
         projected = {w: [m for m in widths if widths[m] == w] for w in dict.fromkeys(widths.values()) if w != width}
         self.projected = {f"of_{w}" if not isinstance(w, Width) else "of_tokens": m for w, m in projected.items()}
         self.inputs = nn.ModuleDict(
@@ -89,10 +91,10 @@ class Utility(nn.Module):
         self.query = query(len(self.layout.labels), width)
         self.layers = QueryStack(layers, width, heads, dropout)
         self.norm = Norm(width)
-        self.correction = Linear(width, len(self.layout.label_of_entry))
+        self.shift = Linear(width, len(self.layout.label_of_entry))
         self.weights = Linear(width, len(self.layout.weighed)) if self.layout.weighed else None
         self.scale = nn.Parameter(torch.ones(len(self.layout.entries))) if self.layout.entries else None
-        for linear in (self.correction, self.weights):
+        for linear in (self.shift, self.weights):
             if linear is not None:  # at first an answer is near the plain mean of its readings
                 nn.init.normal_(linear.weight, std=0.002)
                 nn.init.zeros_(linear.bias)
@@ -132,8 +134,8 @@ class Utility(nn.Module):
     def _answers(self, x: torch.Tensor, readings: Readings) -> torch.Tensor:
         """x [B, labels, K] -> every label's entries side by side, fp32 [B, entries]."""
         layout, tables = self.layout, self._tables_on(x.device)
-        # a query gives the entries of its own label, of which there are few: all are computed and the others multiplied by zero
-        answers = (full_precision(self.correction(x)) * tables["entry_of_label"].to(x.dtype)).sum(1)
+        # a query gives the entries of its own label, in its unit; of these there are few: all are computed, the others multiplied by zero
+        answers = (full_precision(self.shift(x)) * tables["entry_of_label"].to(x.dtype)).sum(1)
         present = [(label, m) for label, m in layout.readings if m in readings.get(label, {})]
         if not present or self.scale is None:
             return answers
@@ -176,14 +178,14 @@ class Utility(nn.Module):
 
     @torch.inference_mode(False)  # they serve a training pass as well
     def _tables_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The layout as index tensors and as matrices of zeros and ones (of 0 and -inf for the softmax); made once on a device."""
+        """The layout as index tensors and as matrices of zeros and ones (units; 0 and -inf for the softmax); made once on a device."""
         if device not in self._tables:
             layout, count = self.layout, len(self.layout.labels)
             own = torch.eye(count)
             of_reading = own[:, layout.label_of_reading]
             same = of_reading.T @ of_reading
             tables = {
-                "entry_of_label": own[:, layout.label_of_entry],
+                "entry_of_label": torch.tensor(self.units).diag()[:, layout.label_of_entry],
                 "weighed_of_label": of_reading[:, layout.weighed],
                 "same_label": torch.zeros_like(same).masked_fill(same == 0, float("-inf")),
                 "weighed": torch.tensor(layout.weighed, dtype=torch.int64),

@@ -18,6 +18,7 @@ from redheart.causality.levels import LEVELS
 from redheart.config import LossConfig
 from redheart.losses.bentham import hedonic_entries
 from redheart.losses.emotion import focal_entries
+from redheart.losses.regret import matching_huber_entries
 from redheart.losses.surd import density_entries, surd_probabilities
 from redheart.model.analyzers import (
     SUBSETS,
@@ -83,7 +84,7 @@ def squared_rating(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.
 
 
 def huber_strength(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    return huber(torch.sigmoid(raw), target, config)
+    return matching_huber_entries(raw, target, config.huber_delta)
 
 
 def huber(raw: Raw, target: torch.Tensor, config: LossConfig) -> torch.Tensor:
@@ -106,13 +107,15 @@ class Judgement:
     """How an answer is judged: `entries` [B, n] of its loss from raw answers and targets [B, n], each for itself (or, of a simplex,
     each row of a label for itself); which link makes it a prediction (None: it is a density, no value); which metrics and which
     baseline judge it. `spread`: raw numbers per entry of the label. `calibrated`: what a line is fitted to on dev, the raw answer as
-    the logit of a probability or the prediction in the label's units (None: its entries hang together; evaluation/calibration.py)."""
+    the logit of a probability or the prediction in the label's units (None: its entries hang together; evaluation/calibration.py).
+    `unit`: by about how much raw answers differ from text to text; layers that give one work in it, or their steps would be too long."""
 
     entries: Entries
     link: Link | None
     kind: Literal["multilabel", "binary", "score"]
     spread: int = 1
     calibrated: Literal["logit", "units"] | None = None
+    unit: float = 1.0
 
 
 PRESENCES = Judgement(focal, SIGMOID, "multilabel", calibrated="logit")
@@ -120,7 +123,7 @@ PROBABILITIES = Judgement(cross_entropy, SIGMOID, "score", calibrated="logit")
 PAIR = Judgement(
     cross_entropy, SIGMOID, "binary", calibrated="logit"
 )  # -log σ(±(u(text) - u(contrast))): Bradley and Terry (1952)
-RATINGS = Judgement(squared_rating, TANH, "score", calibrated="units")
+RATINGS = Judgement(squared_rating, TANH, "score", calibrated="units", unit=VAD_SCALE)
 HEDONIC = Judgement(hedonic, SIGMOID, "score", calibrated="units")
 STRENGTH = Judgement(huber_strength, SIGMOID, "score", calibrated="units")
 STRENGTHS = Judgement(huber, IDENTITY, "score", calibrated="units")
@@ -339,6 +342,11 @@ def sources(built: Any = MODULES) -> dict[str, list[str]]:
             if answer.fused and not answer.pair:
                 labels.setdefault(answer.label, []).extend([part.name] * (part.name in built))
     return labels
+
+
+def units() -> dict[str, float]:
+    """Label -> the unit of its raw answers, of those that are fused."""
+    return {answer.label: answer.judged.unit for part in PARTS for answer in part.answers if answer.fused}
 
 
 def utilities(built: Any = MODULES) -> list[str]:

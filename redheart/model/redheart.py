@@ -25,7 +25,7 @@ from redheart.model.layers import Masks, attention_bias, full_precision
 from redheart.model.loading import draw_missing, is_run_or_checkpoint, load_whole, refuse_packing
 from redheart.model.outputs import ANSWER_FIELDS, RedHeartOutput
 from redheart.model.padding import check_rows, checked_mask, real_tokens_first, rows_of, stacked
-from redheart.model.parts import BACKBONE, FUSION, FUSION_LAYERS, MODULES, PARTS, sizes_of, sources, utilities
+from redheart.model.parts import BACKBONE, FUSION, FUSION_LAYERS, MODULES, PARTS, sizes_of, sources, units, utilities
 from redheart.model.readout import with_readout
 from redheart.model.select import ExecutionMode, Selection, select
 from redheart.model.stacks import Recomputed
@@ -101,7 +101,9 @@ class RedHeartModel(PreTrainedModel):
         if FUSION in self.built:
             states = {part.name: part.state(sizes) for part in self.parts}
             fused, mixed = sources(self.built), utilities(self.built)
-            self._add(FUSION, Utility(task_width, task_heads, FUSION_LAYERS, states, fused, mixed, dropout), place)
+            self._add(
+                FUSION, Utility(task_width, task_heads, FUSION_LAYERS, states, fused, mixed, units(), dropout), place
+            )
         self.idle: frozenset[str] = frozenset()  # modules that set_mode has put aside
         self.dropout_masks = DropoutMasks(self)
         self._assembled = False

@@ -4,11 +4,13 @@ import json
 import math
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from redheart.bench import optimizer
 from redheart.bench.optimizer import LINK, _Link, _nearest, relative_error_by_decade
 from redheart.cli import app
+from redheart.train.engine.machinery import import_machinery
 
 NAMES = {"cpu_adamw_8bit", "deepspeed_cpu_adam", "deepspeed_cpu_adam_bf16", "torch_fused_adamw", "bitsandbytes_cpu"}
 
@@ -37,6 +39,28 @@ def test_the_command_prints_every_figure(master: str, bytes_kept: int, bytes_mov
     assert result["bytes_per_param"]["cpu_adamw_8bit"] == bytes_moved + 18 / 256
 
 
+def test_without_avx512_every_kernel_is_compiled_for_avx2(monkeypatch: pytest.MonkeyPatch):
+    import_machinery()
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    for name in ("cpu_arch", "simd_width"):
+        monkeypatch.setattr(OpBuilder, name, getattr(OpBuilder, name))  # put back afterwards
+    optimizer._build_for_avx2()
+    arguments = CPUAdamBuilder().cxx_args()
+    assert {"-march=x86-64-v3", "-D__AVX256__"} <= set(arguments)
+    assert not {"-march=native", "-D__AVX512__"} & set(arguments)
+
+
+def test_other_instructions_are_refused(monkeypatch: pytest.MonkeyPatch):
+    done = CliRunner().invoke(app, ["bench", "optimizer", "--instructions", "sse"])
+    assert done.exit_code != 0
+    assert "choose native or avx2" in str(done.exception or done.output)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    done = CliRunner().invoke(app, ["bench", "optimizer", "--instructions", "avx2"])
+    assert "has no AVX2" in str(done.exception or done.output)
+
+
 def test_relative_errors_are_those_of_the_codes():
     errors = relative_error_by_decade(blocks=64)
     root, linear = errors["exp_avg_sq_root"], errors["exp_avg_sq_root"]["linear"]
@@ -48,8 +72,6 @@ def test_relative_errors_are_those_of_the_codes():
 
 
 def test_nearest_is_nearest():
-    import torch
-
     code = torch.tensor([0.5, -1.0, 0.0])
     assert _nearest(torch.tensor([-0.6, -0.4, 0.2, 0.3, 9.0]), code).tolist() == [-1.0, 0.0, 0.0, 0.5, 0.5]
 

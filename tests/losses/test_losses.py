@@ -9,13 +9,16 @@ from torch.nn import functional as F
 
 from redheart.losses.bentham import EDGE, hedonic, pair_logistic
 from redheart.losses.combine import combine, factors
+from redheart.losses.constant import best_constant
 from redheart.losses.elementwise import cross_entropy, huber, squared, weighted
 from redheart.losses.emotion import gate_balance, router_z, soft_focal
+from redheart.losses.regret import matching_huber
 from redheart.losses.surd import density_cross_entropy
 
 LOSSES = {
     "squared": squared,
     "huber": partial(huber, delta=0.25),
+    "matching_huber": partial(matching_huber, delta=0.25),
     "cross_entropy": cross_entropy,
     "soft_focal": partial(soft_focal, gamma=2.0),
     "hedonic": partial(hedonic, extreme_penalty=0.1),
@@ -163,6 +166,38 @@ def test_huber_is_quadratic_inside_and_linear_outside():
     t, w = torch.zeros(1, 1), torch.ones(1, 1)
     assert huber(torch.full((1, 1), 0.2), t, w, 0.25)[0].item() == pytest.approx(0.5 * 0.2**2)
     assert huber(torch.full((1, 1), 0.9), t, w, 0.25)[0].item() == pytest.approx(0.25 * (0.9 - 0.125))
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.25, 1.0])
+def test_the_matching_huber_loss_slopes_as_the_cut_error_and_is_0_at_the_target(delta):
+    x = torch.linspace(-12, 12, 481, dtype=torch.float64)[:, None]
+    for t in (0.0, 0.05, 0.4, 1.0):
+        target = torch.full_like(x, t)
+        values = torch.cat([matching_huber(row[None], target[:1], torch.ones(1, 1), delta)[0].view(1) for row in x])
+        _, _, slope = value_and_gradient(partial(matching_huber, delta=delta), x, target, torch.ones_like(x))
+        torch.testing.assert_close(slope, (x.sigmoid() - t).clamp(-delta, delta))
+        assert (slope.diff(dim=0) >= 0).all()  # convex
+        integrals = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(slope[:, 0], x[:, 0])])
+        torch.testing.assert_close(values - values[0], integrals, rtol=0, atol=2e-3)
+        if 0 < t < 1:
+            assert matching_huber(logit(t), target[:1], torch.ones(1, 1), delta)[0].item() == pytest.approx(
+                0, abs=1e-12
+            )
+        assert values.min() >= -1e-12
+
+
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.3, 0.7])
+def test_the_matching_huber_loss_is_least_where_hubers_is_and_finds_a_rare_answer(share):
+    target = (torch.arange(2000, dtype=torch.float64)[:, None] < 2000 * share).double()
+    weight, delta = torch.ones_like(target), 0.25
+    matching, hubers = partial(matching_huber, delta=delta), partial(huber, delta=delta)
+    best = best_constant(matching, lambda p: torch.logit(p, eps=1e-9), target, weight, 0.0, 1.0)
+    assert best.item() == pytest.approx(
+        best_constant(hubers, lambda p: p, target, weight, 0.0, 1.0).item(), rel=1e-4, abs=1e-6
+    )
+    # a row that has it pulls with all of delta from there, however rare it is; Huber's loss pulls σ'(x) times as much
+    _, _, slope = value_and_gradient(matching, logit(best.item()), target[:1], weight[:1])
+    assert slope.item() == pytest.approx(-min(delta, 1 - best.item()))
 
 
 def logit(p: float) -> torch.Tensor:

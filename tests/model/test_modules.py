@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from redheart.config import LossConfig, load_config
-from redheart.model.analyzers import SUBSETS, EmotionAnalyzer, pointwise_ladder
+from redheart.model.analyzers import SUBSETS, VAD_SCALE, EmotionAnalyzer, pointwise_ladder
 from redheart.model.axes import Width
 from redheart.model.backbone import Backbone, EncoderStack, TaskPooling
 from redheart.model.build import build_model
@@ -23,7 +23,8 @@ from redheart.model.layers import (
     query_layer,
 )
 from redheart.model.moe import DenseMixture, inert
-from redheart.model.parts import PARTS
+from redheart.model.outputs import ANSWER_FIELDS
+from redheart.model.parts import PARTS, units
 from redheart.model.redheart import RedHeartConfig, RedHeartModel, RedHeartOutput
 from redheart.model.select import FEEDS, MODULES, ExecutionMode, select
 from redheart.schema import LABELS, RedHeartError
@@ -98,6 +99,22 @@ def test_a_network_built_without_a_module_trains(module: str):
 def test_every_module_that_reads_a_label_says_so_in_the_table():
     assert {part.name for part in PARTS} | {"backbone", "aux.utility"} == set(MODULES)
     assert {m for s in FEEDS.values() for m in s} | set(FEEDS) <= set(MODULES)
+
+
+def test_the_fusion_shifts_answers_by_their_units(network, batch):
+    before = ask(network, batch)
+    with torch.no_grad():
+        network.aux["utility"].shift.bias.add_(1.0)
+    try:
+        after = ask(network, batch)
+    finally:
+        with torch.no_grad():
+            network.aux["utility"].shift.bias.sub_(1.0)
+    for label, unit in units().items():
+        if label != "preference":  # which fusion gives as a sum
+            moved = after[ANSWER_FIELDS[label]] - before[ANSWER_FIELDS[label]]
+            torch.testing.assert_close(moved, torch.full_like(moved, unit))
+    assert units()["vad"] == VAD_SCALE != units()["regret"] == 1
 
 
 def test_selection_by_mode():
