@@ -196,8 +196,8 @@ def packed_losses(outputs: RedHeartOutput, values: torch.Tensor, weights: torch.
     if not gates:
         return Losses(packing.names, sums, counts)
     regularisers = _regularisers([full_precision(outputs[name]) for name in gates], config)
-    samples = counts.new_full((len(gates),), float(len(values)))
-    return Losses((*packing.names, *gates), torch.cat([sums, regularisers]), torch.cat([counts, samples]))
+    of_samples = pad(counts, (0, len(gates)), value=float(len(values)))
+    return Losses((*packing.names, *gates), torch.cat([sums, regularisers]), of_samples)
 
 
 def _regularisers(gates: Sequence[torch.Tensor], config: LossConfig) -> torch.Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from redheart.losses.elementwise import SumCount, huber, labelled, weighted
@@ -22,9 +25,34 @@ def matching_huber(logits: torch.Tensor, target: torch.Tensor, weight: torch.Ten
 
 
 def matching_huber_entries(logits: torch.Tensor, target: torch.Tensor, delta: float) -> torch.Tensor:
-    """`matching_huber`, entry by entry: cross-entropy less the target's entropy as far as the error is within delta, then a line."""
-    low, high = torch.logit((target - delta).clamp(min=0)), torch.logit((target + delta).clamp(max=1))
-    near = logits.clamp(low, high)
-    entropy = torch.special.entr(target) + torch.special.entr(1 - target)
-    inside = F.binary_cross_entropy_with_logits(near, target, reduction="none") - entropy
-    return inside.add((logits - near).abs(), alpha=delta)
+    """`matching_huber`, entry by entry."""
+    entries: torch.Tensor = _MatchingHuber.apply(logits, target, delta)[0]
+    return entries
+
+
+class _MatchingHuber(torch.autograd.Function):
+    """With H the entropy of a yes or no, g the cut error and q = t + g: H(q) - H(t) + g x, whose slope in x is g. Where nothing is cut,
+    q = σ(x), and that is the cross-entropy less what the target's entropy makes of it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: torch.Tensor, target: torch.Tensor, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        cut = (torch.sigmoid(logits) - target).clamp(-delta, delta)
+        return torch.addcmul(_entropy(target + cut) - _entropy(target), cut, logits), cut
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, of_cut: None) -> tuple[torch.Tensor | None, None, None]:
+        (cut,) = ctx.saved_tensors
+        return None if grad is None else grad * cut, None, None
+
+
+def _entropy(p: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy(p, p, reduction="none")

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from redheart.model.axes import COPY, FIXED, Width
 from redheart.model.layers import (
@@ -139,9 +140,10 @@ class Utility(nn.Module):
         present = [(label, m) for label, m in layout.readings if m in readings.get(label, {})]
         if not present or self.scale is None:
             return answers
-        nothing = answers.new_zeros(len(x), 1)
         values = [
-            full_precision(readings[label][m]) if (label, m) in present else nothing.expand(-1, LABELS[label].size)
+            full_precision(readings[label][m])
+            if (label, m) in present
+            else answers.new_zeros(len(x), LABELS[label].size)
             for label, m in layout.readings
         ]
         scaled = torch.cat(values, 1) * full_precision(self.scale)
@@ -149,7 +151,7 @@ class Utility(nn.Module):
         if shares is not None:
             scaled = scaled * shares.index_select(1, tables["reading_of_entry"])
         # every entry's readings beside each other, and zeros where it has fewer than another: a sum without atomics
-        columns = torch.cat([scaled, nothing], 1).index_select(1, tables["columns"])
+        columns = pad(scaled, (0, 1)).index_select(1, tables["columns"])
         return answers + columns.unflatten(1, (-1, answers.shape[1])).sum(1)
 
     def _shares(self, x: torch.Tensor, present: list[bool]) -> torch.Tensor | None:
