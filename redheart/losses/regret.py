@@ -55,4 +55,5 @@ class _MatchingHuber(torch.autograd.Function):
 
 
 def _entropy(p: torch.Tensor) -> torch.Tensor:
-    return F.binary_cross_entropy(p, p, reduction="none")
+    with torch.autocast(p.device.type, enabled=False):  # which forbids this function on a GPU, whatever it is given
+        return F.binary_cross_entropy(p, p, reduction="none")

@@ -186,6 +186,15 @@ def test_the_matching_huber_loss_slopes_as_the_cut_error_and_is_0_at_the_target(
         assert values.min() >= -1e-12
 
 
+def test_the_matching_huber_loss_is_the_same_under_autocast():
+    x, t, w = (tensor.float() for tensor in case())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = value_and_gradient(partial(matching_huber, delta=0.25), x, t, w)
+    outside = value_and_gradient(partial(matching_huber, delta=0.25), x, t, w)
+    assert torch.equal(inside[0], outside[0])
+    assert torch.equal(inside[2], outside[2])
+
+
 @pytest.mark.parametrize("share", [0.005, 0.02, 0.3, 0.7])
 def test_the_matching_huber_loss_is_least_where_hubers_is_and_finds_a_rare_answer(share):
     target = (torch.arange(2000, dtype=torch.float64)[:, None] < 2000 * share).double()
