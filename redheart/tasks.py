@@ -21,7 +21,8 @@ from redheart.losses.emotion import gate_balance, router_z
 from redheart.model.analyzers import SUBSETS
 from redheart.model.layers import full_precision
 from redheart.model.outputs import RedHeartOutput
-from redheart.model.parts import FUSION, PARTS, SHARES, Answer, Judgement, Part
+from redheart.model.parts import FUSION, PARTS, SHARES, Answer, Judgement, Part, units
+from redheart.model.prior import Start
 from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS
 
 
@@ -190,7 +191,7 @@ def packed_losses(outputs: RedHeartOutput, values: torch.Tensor, weights: torch.
     parts = zip(packing.kinds, raw.split(packing.raw_sizes, 1), target.split(packing.sizes, 1), strict=True)
     entries = torch.cat([kind(x, t, config) for kind, x, t in parts], 1)
     entries = (entries * weight).masked_fill(missing, 0.0)
-    both = pad(torch.stack([entries.sum(0), weight.sum(0).to(entries.dtype)]), (0, 1))
+    both = pad(torch.stack([entries, weight.to(entries.dtype)]).sum(1), (0, 1))
     sums, counts = both.index_select(1, packing.places).unflatten(1, (len(packing.names), -1)).sum(-1).unbind()
     gates = [name for name in GATES if name in outputs]
     if not gates:
@@ -239,6 +240,12 @@ def constant_answers(
     known = {n: t for n, t in TASKS.items() if (n in LABELS or t.judged.link is None) and weights[t.label].sum() > 0}
     answers = {n: t.constant(labels[t.label], weights[t.label], config)[0] for n, t in known.items()}
     return {n: a[0] if TASKS[n].judged.link is None else a for n, a in answers.items()}
+
+
+def what_is_known(labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig) -> Start:
+    """Of labels[name] [N, size]: what a fresh network starts with."""
+    answers, losses = constant_answers(labels, weights, config), constant_losses(labels, weights, config)
+    return Start(answers, units({n: max(losses[n], config.constant_floor) for n in answers if n in LABELS}))
 
 
 def constant_losses(

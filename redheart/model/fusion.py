@@ -77,7 +77,6 @@ class Utility(nn.Module):
     ):
         super().__init__()
         self.states, self.utilities, self.layout = list(widths), list(utilities), Layout(sources)
-        self.units = [units[label] for label in self.layout.labels]
         projected = {w: [m for m in widths if widths[m] == w] for w in dict.fromkeys(widths.values()) if w != width}
         self.projected = {f"of_{w}" if not isinstance(w, Width) else "of_tokens": m for w, m in projected.items()}
         self.inputs = nn.ModuleDict(
@@ -101,8 +100,17 @@ class Utility(nn.Module):
                 nn.init.zeros_(linear.bias)
         count = len(self.utilities)
         self.utility_scale = nn.Parameter(torch.full((count,), 1 / count)) if count else None
-        self.axes = {"query": (FIXED, COPY), "scale": (FIXED,), "utility_scale": (FIXED,)}
+        self.register_buffer("units", torch.ones(len(self.layout.labels)))
+        self.count_in(units)
+        self.axes = {"query": (FIXED, COPY), "scale": (FIXED,), "utility_scale": (FIXED,), "units": (FIXED,)}
         self._tables: dict[torch.device, dict[str, torch.Tensor]] = {}
+
+    units: torch.Tensor
+
+    def count_in(self, units: Mapping[str, float]) -> None:
+        """From here on a shift of 1 adds to a label's answers what `units` says; labels it does not name keep what they have."""
+        for i, label in enumerate(self.layout.labels):
+            self.units[i] = units.get(label, self.units[i])
 
     def forward(
         self, states: Mapping[str, torch.Tensor], tasks: torch.Tensor, readings: Readings, masks: Masks
@@ -136,7 +144,8 @@ class Utility(nn.Module):
         """x [B, labels, K] -> every label's entries side by side, fp32 [B, entries]."""
         layout, tables = self.layout, self._tables_on(x.device)
         # a query gives the entries of its own label, in its unit; of these there are few: all are computed, the others multiplied by zero
-        answers = (full_precision(self.shift(x)) * tables["entry_of_label"].to(x.dtype)).sum(1)
+        shift = full_precision(self.shift(x))
+        answers = (shift * (tables["entry_of_label"] * self.units[:, None]).to(shift.dtype)).sum(1)
         present = [(label, m) for label, m in layout.readings if m in readings.get(label, {})]
         if not present or self.scale is None:
             return answers
@@ -180,14 +189,14 @@ class Utility(nn.Module):
 
     @torch.inference_mode(False)  # they serve a training pass as well
     def _tables_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The layout as index tensors and as matrices of zeros and ones (units; 0 and -inf for the softmax); made once on a device."""
+        """The layout as index tensors and as matrices of zeros and ones (of 0 and -inf for the softmax); made once on a device."""
         if device not in self._tables:
             layout, count = self.layout, len(self.layout.labels)
             own = torch.eye(count)
             of_reading = own[:, layout.label_of_reading]
             same = of_reading.T @ of_reading
             tables = {
-                "entry_of_label": torch.tensor(self.units).diag()[:, layout.label_of_entry],
+                "entry_of_label": own[:, layout.label_of_entry],
                 "weighed_of_label": of_reading[:, layout.weighed],
                 "same_label": torch.zeros_like(same).masked_fill(same == 0, float("-inf")),
                 "weighed": torch.tensor(layout.weighed, dtype=torch.int64),

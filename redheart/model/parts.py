@@ -7,6 +7,7 @@ the file of its module; where it stands among PARTS is its turn in the forward p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -108,14 +109,15 @@ class Judgement:
     each row of a label for itself); which link makes it a prediction (None: it is a density, no value); which metrics and which
     baseline judge it. `spread`: raw numbers per entry of the label. `calibrated`: what a line is fitted to on dev, the raw answer as
     the logit of a probability or the prediction in the label's units (None: its entries hang together; evaluation/calibration.py).
-    `unit`: by about how much raw answers differ from text to text; layers that give one work in it, or their steps would be too long."""
+    `unit`: by about how much raw answers differ from text to text, from the best constant's loss; what the fusion adds to an answer
+    counts in it, or its steps and its gradient would be too large."""
 
     entries: Entries
     link: Link | None
     kind: Literal["multilabel", "binary", "score"]
     spread: int = 1
     calibrated: Literal["logit", "units"] | None = None
-    unit: float = 1.0
+    unit: Callable[[float], float] = lambda loss: 1.0
 
 
 PRESENCES = Judgement(focal, SIGMOID, "multilabel", calibrated="logit")
@@ -123,7 +125,7 @@ PROBABILITIES = Judgement(cross_entropy, SIGMOID, "score", calibrated="logit")
 PAIR = Judgement(
     cross_entropy, SIGMOID, "binary", calibrated="logit"
 )  # -log σ(±(u(text) - u(contrast))): Bradley and Terry (1952)
-RATINGS = Judgement(squared_rating, TANH, "score", calibrated="units", unit=VAD_SCALE)
+RATINGS = Judgement(squared_rating, TANH, "score", calibrated="units", unit=math.sqrt)
 HEDONIC = Judgement(hedonic, SIGMOID, "score", calibrated="units")
 STRENGTH = Judgement(huber_strength, SIGMOID, "score", calibrated="units")
 STRENGTHS = Judgement(huber, IDENTITY, "score", calibrated="units")
@@ -329,6 +331,7 @@ PARTS: tuple[Part, ...] = (
         latents={"covariance": "emotion_covariance"},
     ),
 )
+USUAL_LOSSES = {"vad": VAD_SCALE**2}
 BACKBONE, FUSION = "backbone", "aux.utility"
 FUSION_LAYERS = 3
 MODULES = (BACKBONE, *(part.name for part in PARTS), FUSION)
@@ -344,9 +347,11 @@ def sources(built: Any = MODULES) -> dict[str, list[str]]:
     return labels
 
 
-def units() -> dict[str, float]:
-    """Label -> the unit of its raw answers, of those that are fused."""
-    return {answer.label: answer.judged.unit for part in PARTS for answer in part.answers if answer.fused}
+def units(losses: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Label -> the unit of its raw answers, of those that are fused; `losses`: of best constants, of labels that the data have."""
+    losses = {**USUAL_LOSSES, **(losses or {})}
+    fused = {answer.label: answer.judged for part in PARTS for answer in part.answers if answer.fused}
+    return {label: judged.unit(losses.get(label, 1.0)) for label, judged in fused.items()}
 
 
 def utilities(built: Any = MODULES) -> list[str]:

@@ -20,7 +20,7 @@ from redheart.config import LossConfig, RunConfig
 from redheart.console import console
 from redheart.files import remove, write_json
 from redheart.model.build import Place, build_model, model_config
-from redheart.model.prior import Raw, start_at
+from redheart.model.prior import Start, start_at
 from redheart.model.redheart import RedHeartModel
 from redheart.ranks import barrier, is_main, launched_world_size, together
 from redheart.schema import Batch, RedHeartError
@@ -40,13 +40,13 @@ def build_engine(
     run: Path,
     micro_batch_size: int,
     init: Path | None = None,
-    constants: Raw | None = None,
+    start: Start | None = None,
     records: bool = True,
 ) -> Engine:
     """A fresh network from the run's seed on the configured engine; DeepSpeed's settings go to RUN/ds_config.json with `records`.
 
     `micro_batch_size` has to divide what one rank has of the global batch. `init`: where its weights come from instead;
-    `constants`: the answers its biases start with (model/prior.py).
+    `start`: what it knows of its data (model/prior.py).
     """
     torch.manual_seed(config.training.seed)
     stored = fitting(model_config(config, encoder), init) if init else None
@@ -55,8 +55,8 @@ def build_engine(
         def start_and_place(name: str, module: nn.Module) -> None:
             if stored:
                 fill(stored, name, module)
-            elif constants:
-                start_at(name, module, constants)
+            elif start:
+                start_at(name, module, start)
             place(name, module)  # last: it may cut the module up
 
         return build_model(config, encoder, start_and_place)

@@ -22,7 +22,7 @@ from redheart.model.build import model_config
 from redheart.model.regional import compiler, few_shapes
 from redheart.ranks import barrier, check_launch, launched_rank, launched_world_size, naming_lost_ranks
 from redheart.schema import RedHeartError
-from redheart.tasks import constant_answers, constant_losses
+from redheart.tasks import constant_losses, what_is_known
 from redheart.train import checkpoint
 from redheart.train.agree import agree
 from redheart.train.calibrate import calibrate_best
@@ -213,7 +213,7 @@ def _train(
         others = launched_world_size() - 1
         waiting = f"; waiting up to {START_S} s for {others} other processes of this launch" if others else ""
         console.print(f"starting DeepSpeed (its kernels compile on first use, about a minute){waiting} …")
-    constants = None if source else constant_answers(*streams[0].label_sample(), config.loss)
+    known = None if source else what_is_known(*streams[0].label_sample(), config.loss)
     with (
         naming_no_room(run),
         naming_lost_ranks(
@@ -222,7 +222,7 @@ def _train(
             lambda: f" at step {state.step}",
         ),
     ):
-        engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, constants, records)
+        engine = build_engine(config, state.encoder, run, state.micro_batch_size, init, known, records)
         agree(run, config, streams[0].index, source)
         if source:
             engine.load(source)

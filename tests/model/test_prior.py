@@ -1,15 +1,17 @@
 """A fresh network says about what the best constant predictor says."""
 
+import pytest
 import torch
 
 from redheart.causality.levels import LEVELS
 from redheart.config import LossConfig, load_config
+from redheart.model.analyzers import VAD_SCALE
 from redheart.model.build import build_model
 from redheart.model.heads.regret import RegretHead
 from redheart.model.parts import PARTS
-from redheart.model.prior import start_at
+from redheart.model.prior import Start, start_at
 from redheart.schema import LABELS
-from redheart.tasks import TASKS, constant_answers, constant_losses, task_losses
+from redheart.tasks import TASKS, constant_losses, task_losses, what_is_known
 from tests.train.two_ranks import SETTINGS, make_batch
 
 
@@ -32,13 +34,13 @@ def losses_of(network, batch, labels) -> dict[str, float]:
 
 def test_answers_start_near_the_constant_predictor():
     batch, labels = skewed_labels()
-    constants = constant_answers(labels, batch.weights, LossConfig())
+    known = what_is_known(labels, batch.weights, LossConfig())
     best = constant_losses(labels, batch.weights, LossConfig())
     config = load_config("local", SETTINGS)
     torch.manual_seed(0)
     plain = losses_of(build_model(config, None), batch, labels)
     torch.manual_seed(0)
-    started = losses_of(build_model(config, None, lambda n, m: start_at(n, m, constants)), batch, labels)
+    started = losses_of(build_model(config, None, lambda n, m: start_at(n, m, known)), batch, labels)
     for name in ("regret", "vad", "acceptability", "analyzers.regret/regret", "analyzers.surd/density"):
         assert started[name] < 1.5 * max(best[name], 0.01), name
         assert started[name] < plain[name], name
@@ -52,13 +54,32 @@ def test_every_place_is_there_and_takes_its_answer():
             if answer.prior:
                 bias = network.get_submodule(part.name).get_parameter(answer.prior.bias)
                 assert bias.numel() in (LABELS[answer.label].size, LEVELS)
-        start_at(part.name, network.get_submodule(part.name), raw)
+        start_at(part.name, network.get_submodule(part.name), Start(raw, {}))
     assert network.heads["bentham"].verdicts.bias.tolist() == [[0.25]] * 4
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.15, 0.4])
+def test_ratings_are_shifted_in_units_of_their_deviation_whatever_the_data(spread):
+    labels = {n: torch.zeros(400, label.size) for n, label in LABELS.items()}
+    weights = {n: torch.zeros_like(x) for n, x in labels.items()}
+    labels["vad"], weights["vad"] = (
+        spread * torch.tensor([-1.0, 1.0])[torch.arange(400) % 2, None].expand(-1, 3),
+        torch.ones(400, 3),
+    )
+    network = build_model(load_config("local", SETTINGS), None)
+    fusion = network.get_submodule("aux.utility")
+    before = fusion.units.clone()
+    start_at("aux.utility", fusion, what_is_known(labels, weights, LossConfig()))
+    place = fusion.layout.labels.index("vad")
+    assert before[place].item() == pytest.approx(VAD_SCALE)
+    assert fusion.units[place].item() == pytest.approx(max(spread, 0.1), rel=1e-3)  # loss.constant_floor is 0.1²
+    assert [u for i, u in enumerate(fusion.units.tolist()) if i != place] == [1.0] * (len(before) - 1)
+    assert "aux.utility.units" in network.state_dict()  # so that every checkpoint and export has them
 
 
 def test_the_regret_head_says_the_constant_where_its_features_say_nothing():
     head = RegretHead(16, 2, 0.0).eval()
-    start_at("heads.regret", head, {"regret": torch.tensor([-3.0])})
+    start_at("heads.regret", head, Start({"regret": torch.tensor([-3.0])}, {}))
     with torch.no_grad():
         for silent in (head.mix, head.outcome):
             silent.weight.zero_()
