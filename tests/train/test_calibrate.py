@@ -111,6 +111,18 @@ def test_a_run_ends_with_the_calibration_of_its_best_checkpoint(run, data):
     assert after.prediction.mean(0)[fitted] == pytest.approx(after.target.mean(0)[fitted], abs=0.02)
 
 
+def test_checkpoint_and_export_have_the_units_of_the_data(run, data, tmp_path):
+    """The deviation of all ratings: that is what the best constant's squared error is."""
+    export(run, tmp_path / "model")
+    labels, weights = SampleStream(data, "train").label_sample()
+    vad = labels["vad"][weights["vad"][:, 0] > 0]
+    for made in (resolve(run), tmp_path / "model"):
+        fusion = load_model(made).model.get_submodule("aux.utility")
+        found = dict(zip(fusion.layout.labels, fusion.units.tolist(), strict=True))
+        assert found.pop("vad") == pytest.approx(vad.std(0, correction=0).square().mean().sqrt().item(), rel=0.02)
+        assert set(found.values()) == {1.0}
+
+
 def test_checkpoint_export_and_pipeline_say_the_same(run, tmp_path, capsys):
     """And what they say is the fit by hand on the network's own answers."""
     export(run, tmp_path / "model")
