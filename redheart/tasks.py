@@ -158,10 +158,9 @@ class _Packing:
         for label, where in LABEL_COLUMNS.items():
             if LABELS[label].simplex:
                 hang_together[where, where] = 1.0
-        self.of_raw = torch.tensor(of_raw, device=device)
         self.columns = torch.tensor([c for own in columns for c in own], device=device)
         self.places = torch.tensor(places, device=device)
-        self.hang_together = hang_together.to(device)
+        self.of_raw = hang_together[:, of_raw].to(device)  # times weights: above 0 where a raw answer counts
 
 
 _packings: dict[tuple[tuple[str, ...], torch.device], _Packing] = {}
@@ -182,8 +181,7 @@ def packed_losses(outputs: RedHeartOutput, values: torch.Tensor, weights: torch.
     readings = {name: task.reading(outputs) for name, task in TASKS.items()}
     packing = _packing(tuple(name for name, reading in readings.items() if reading is not None), values)
     raw = full_precision(torch.cat([readings[name].flatten(1) for name in packing.names], 1))  # type: ignore[union-attr]
-    shared = torch.mm(weights, packing.hang_together.to(weights.dtype))
-    unknown = shared.index_select(1, packing.of_raw) <= 0
+    unknown = torch.mm(weights, packing.of_raw.to(weights.dtype)) <= 0
     target, weight = values.index_select(1, packing.columns), weights.index_select(1, packing.columns)
     missing = weight <= 0
     # before the loss, so that a NaN where there is no label has no gradient either

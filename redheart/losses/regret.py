@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from redheart.losses.elementwise import SumCount, huber, labelled, weighted
 
+EPS = 1e-7  # entropies of what is nearer to 0 or 1 are those of this
+
 __all__ = ["huber", "matching_huber", "matching_huber_entries"]
 
 
@@ -39,7 +41,10 @@ class _MatchingHuber(torch.autograd.Function):
     @staticmethod
     def forward(logits: torch.Tensor, target: torch.Tensor, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
         cut = (torch.sigmoid(logits) - target).clamp(-delta, delta)
-        return torch.addcmul(_entropy(target + cut) - _entropy(target), cut, logits), cut
+        both = torch.stack([target + cut, target])
+        # entropies; binary_cross_entropy would do without logits, but ends the process where a GPU gives it a NaN
+        of_reached, of_target = F.binary_cross_entropy_with_logits(torch.logit(both, EPS), both, reduction="none")
+        return torch.addcmul(of_reached - of_target, cut, logits), cut
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -52,8 +57,3 @@ class _MatchingHuber(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, of_cut: None) -> tuple[torch.Tensor | None, None, None]:
         (cut,) = ctx.saved_tensors
         return None if grad is None else grad * cut, None, None
-
-
-def _entropy(p: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(p.device.type, enabled=False):  # which forbids this function on a GPU, whatever it is given
-        return F.binary_cross_entropy(p, p, reduction="none")
