@@ -64,7 +64,7 @@ def control() -> str:
     how = f"bash tests/benchmarks/quality.sh OUT --no-equal-size --steps 3000 {options} --set memory.strategy=plain"
     same = f"redheart bench control --data DATA --out OUT --no-equal-size --steps 2150 {options}"
     parts = [
-        _control("control-local-test.json", f"{corpora}, {best}", passes.format(2.4), f"{cores}, 2026-11-28", how),
+        _control("control-local-test.json", f"{corpora}, {best}", passes.format(2.4), f"{cores}, 2026-11-29", how),
         "![metrics of both, test](results/control-local.png)\n",
         _control("control-local-default.json", f"{corpora}, {usual}", passes.format(1), f"{cores}, 2026-11-27", same),
     ]
