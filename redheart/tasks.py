@@ -240,9 +240,14 @@ def constant_answers(
     return {n: a[0] if TASKS[n].judged.link is None else a for n, a in answers.items()}
 
 
-def what_is_known(labels: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], config: LossConfig) -> Start:
-    """Of labels[name] [N, size]: what a fresh network starts with."""
-    answers, losses = constant_answers(labels, weights, config), constant_losses(labels, weights, config)
+def what_is_known(
+    labels: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    losses: Mapping[str, float],
+    config: LossConfig,
+) -> Start:
+    """Of labels[name] [N, size] and their `constant_losses`: what a fresh network starts with."""
+    answers = constant_answers(labels, weights, config)
     return Start(answers, units({n: max(losses[n], config.constant_floor) for n in answers if n in LABELS}))
 
 

@@ -213,7 +213,11 @@ def _train(
         others = launched_world_size() - 1
         waiting = f"; waiting up to {START_S} s for {others} other processes of this launch" if others else ""
         console.print(f"starting DeepSpeed (its kernels compile on first use, about a minute){waiting} …")
-    known = None if source else what_is_known(*streams[0].label_sample(), config.loss)
+    known = None
+    if not source:
+        sample = streams[0].label_sample()
+        state.scales = constant_losses(*sample, config.loss)
+        known = what_is_known(*sample, state.scales, config.loss)
     with (
         naming_no_room(run),
         naming_lost_ranks(
@@ -231,8 +235,6 @@ def _train(
                 checkpoint.clear(run, config if source == checkpoint.last(run) else None)
                 write_config(run / "config.yaml", config)
             barrier()
-        else:
-            state.scales = constant_losses(*streams[0].label_sample(), config.loss)
         _announce(config, engine.world_size, accumulation, total_steps, state)
         trainer = Trainer(config, run, engine, (streams[0], dev), state, total_steps, update_parameters, records)
         started, first = time.perf_counter(), state.step

@@ -34,8 +34,8 @@ def losses_of(network, batch, labels) -> dict[str, float]:
 
 def test_answers_start_near_the_constant_predictor():
     batch, labels = skewed_labels()
-    known = what_is_known(labels, batch.weights, LossConfig())
     best = constant_losses(labels, batch.weights, LossConfig())
+    known = what_is_known(labels, batch.weights, best, LossConfig())
     config = load_config("local", SETTINGS)
     torch.manual_seed(0)
     plain = losses_of(build_model(config, None), batch, labels)
@@ -69,7 +69,8 @@ def test_ratings_are_shifted_in_units_of_their_deviation_whatever_the_data(sprea
     network = build_model(load_config("local", SETTINGS), None)
     fusion = network.get_submodule("aux.utility")
     before = fusion.units.clone()
-    start_at("aux.utility", fusion, what_is_known(labels, weights, LossConfig()))
+    losses = constant_losses(labels, weights, LossConfig())
+    start_at("aux.utility", fusion, what_is_known(labels, weights, losses, LossConfig()))
     place = fusion.layout.labels.index("vad")
     assert before[place].item() == pytest.approx(VAD_SCALE)
     assert fusion.units[place].item() == pytest.approx(max(spread, 0.1), rel=1e-3)  # loss.constant_floor is 0.1²
