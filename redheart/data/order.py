@@ -2,9 +2,10 @@
 
 Position p is one integer that runs on through the epochs. An epoch shuffles the shards and takes them in windows of a few;
 within a window the rows are sorted by length (equal lengths in random order), cut into chunks of like length, and the chunks
-are shuffled. Chunks start at multiples of their size, counted in positions, so that a micro-batch holds one length and hardly
-any padding. Only one window is ever computed: a start costs the same at any position. Step s of a run with global batch G uses
-positions [s·G, (s+1)·G); rank r takes its slice.
+are shuffled. Chunks start at multiples of their size, counted in positions: a micro-batch of that size holds one length, and a
+step holds several, since steps of one length each (and of pairs alone, which have buckets of their own) teach less. Only one
+window is ever computed: a start costs the same at any position. Step s of a run with global batch G uses positions
+[s·G, (s+1)·G); rank r takes its slice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from redheart.schema import RedHeartError
 
-CHUNK = 64  # samples of like length that stand together
+CHUNK = 8  # samples of like length that stand together; a data directory keeps what it was prepared with
 WINDOW_SHARDS = 16  # shards that are mixed, and open, at once
 DIVERSITY = 16  # a window is cut into at least so many chunks, or its rows are shuffled one by one
 

@@ -111,14 +111,14 @@ class SampleStream:
     ) -> Iterator[Batch]:
         """The micro-batches of this rank at a step; together the ranks see the global batch exactly once.
 
-        A micro-batch larger than the order's chunk takes chunks of neighbouring lengths. That changes which samples share a
-        micro-batch, never which samples a step sees.
+        Micro-batches larger than the order's chunk, where a step has several, take chunks of neighbouring lengths. That changes which
+        samples share a micro-batch, never which samples a step sees.
         """
         order = self.order(seed)
         where = rank_slice(positions(step, global_batch_size), rank, world_size)
         numbers = order.samples(where)
         self._prefetch(order, int(where[-1]))
-        if micro_batch_size > self.index.get("chunk", CHUNK):
+        if self.index.get("chunk", CHUNK) < micro_batch_size < len(where):
             by_length = np.argsort(self._buckets_of(numbers), kind="stable")
             where, numbers = where[by_length], numbers[by_length]
         for start in range(0, len(where), micro_batch_size):

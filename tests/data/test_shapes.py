@@ -9,7 +9,7 @@ import torch
 
 from redheart.config import RunConfig, load_config
 from redheart.data.collate import collate, rounded_tokens
-from redheart.data.order import Order, bucket, positions
+from redheart.data.order import CHUNK, Order, bucket, positions
 from redheart.losses.combine import factors
 from redheart.model.build import build_model
 from redheart.schema import LABEL_COLUMNS, LABELS, NUM_LABEL_COLUMNS, Batch
@@ -89,7 +89,7 @@ def test_shapes_of_a_batch():
 
 
 def test_an_epoch_has_few_shapes_and_few_seams_where_pairs_meet_others():
-    rng, limit, rows, micro = np.random.default_rng(1), 64, 40_000, 16
+    rng, limit, rows, micro = np.random.default_rng(1), 64, 40_000, CHUNK
     texts = np.clip(rng.lognormal(3.0, 0.5, rows).astype(int), 1, limit)
     pairs = np.where(rng.random(rows) < 0.15, np.clip(texts + rng.integers(-6, 7, rows), 1, limit), 0)
     lengths = np.stack([texts, pairs], 1)
@@ -106,4 +106,4 @@ def test_an_epoch_has_few_shapes_and_few_seams_where_pairs_meet_others():
         mixed += 0 < with_contrast < micro
         shapes.add((micro, rounded_tokens(int(own.max()), limit), micro if with_contrast else 0))
     assert len(shapes) <= 16
-    assert mixed <= 4  # of 2,500: a seam in each of two windows, and where the windows meet
+    assert mixed <= 4  # of 5,000: a seam in each of two windows, and where the windows meet
