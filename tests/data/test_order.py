@@ -120,6 +120,20 @@ def test_chunks_hold_one_length_in_every_epoch():
         assert np.mean(spread) < 2
 
 
+def test_a_step_sees_several_lengths_and_pairs_beside_single_texts():
+    """A step of one length, or of pairs alone, is a step of few tasks: what a data set mixes has to meet in one."""
+    rng, limit, size = np.random.default_rng(0), 64, 32
+    texts = np.clip(rng.lognormal(3.0, 0.5, 4000).astype(int), 1, limit)
+    pairs = np.where(rng.random(4000) < 0.3, texts, 0)
+    own = np.sort([bucket(t, c, limit) for t, c in zip(texts.tolist(), pairs.tolist(), strict=True)])
+    buckets = np.stack(np.unique(own, return_counts=True), 1).tolist()
+    index = {"splits": {"train": {"shards": [{"rows": 4000, "buckets": buckets}]}}}
+    steps = np.stack([own[global_batch(index, 0, step, size)] for step in range(4000 // size)])
+    single, paired = (steps <= limit).any(1), (steps > limit).any(1)
+    assert np.mean(single & paired) > 0.6  # 0.75 where each of four chunks is of pairs with a chance of 0.3
+    assert np.mean([len(np.unique(step)) >= 3 for step in steps]) > 0.9
+
+
 def test_companions_change_from_epoch_to_epoch():
     order = Order(split_of([4000]), seed=0)
     first, second = (order.samples(np.arange(e * 4000, (e + 1) * 4000)) for e in (0, 1))
