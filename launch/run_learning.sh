@@ -100,12 +100,14 @@ fi
 [ "$mode" = train-test ] && settings+=(--set training.max_steps=6 --set training.evaluate_every=3)
 
 if [ "$samples" = default ]; then samples=${dataset:+64}; fi
+# directories are named by what is read and by the code that prepares it: what an earlier version prepared is not taken for it
+code=(redheart/data/*.py)
 source_name=everyday preparing=()
 if [ -n "$dataset" ]; then
   source_name="own=$dataset"
-  data="data/own-$(echo "$dataset" | cat - "$dataset" | sha256sum | cut -c1-8)-${samples:-all}" # anew once the file has changed
+  data="data/own-$(echo "$dataset" | cat - "$dataset" "${code[@]}" | sha256sum | cut -c1-8)-${samples:-all}"
 else
-  data="data/everyday-$(cat redheart/data/corpus/*.json | sha256sum | cut -c1-8)-${samples:-all}"
+  data="data/everyday-$(cat redheart/data/corpus/*.json "${code[@]}" | sha256sum | cut -c1-8)-${samples:-all}"
   if [ "$preset" = local ]; then # what lacks a label would take the LLM minutes
     preparing=(--set data.labeler.max_texts=32)
     data+=-local
