@@ -37,7 +37,7 @@ def test_wrong_words_print_the_usage_and_exit_2(words: list[str]):
     assert "usage: bash launch/run_learning.sh MODE" in result.stderr
 
 
-def test_a_dataset_that_has_changed_is_prepared_anew_and_a_missing_one_is_said_at_once(tmp_path: Path):
+def test_a_dataset_or_code_that_has_changed_is_prepared_anew_and_a_missing_one_is_said_at_once(tmp_path: Path):
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "setup_env.sh").write_text("")
     script = tmp_path / "launch" / "run_learning.sh"
@@ -54,11 +54,13 @@ def test_a_dataset_that_has_changed_is_prepared_anew_and_a_missing_one_is_said_a
 
     missing = learn()
     assert (missing.returncode, missing.stderr) == (1, "run_learning: --dataset own.json is no file\n")
-    for text in ("[1]", "[1]", "[2]"):
+    (tmp_path / "redheart" / "data").mkdir(parents=True)
+    for text, code in (("[1]", "CHUNK = 64"), ("[1]", "CHUNK = 64"), ("[2]", "CHUNK = 64"), ("[2]", "CHUNK = 8")):
         (tmp_path / "own.json").write_text(text)
+        (tmp_path / "redheart" / "data" / "order.py").write_text(code)
         assert learn().returncode == 0
     prepared = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("prepare")]
-    assert [prepared.index(line) for line in prepared] == [0, 0, 2]
+    assert [prepared.index(line) for line in prepared] == [0, 0, 2, 3]
 
 
 @pytest.mark.parametrize("script", ["run_learning.sh", "setup_env.sh", "run_tests.sh", "multinode/run_node.sh"])
