@@ -19,7 +19,7 @@ from redheart.data.stream import SampleStream
 from redheart.evaluation.answers import JUDGES
 from redheart.evaluation.evaluate import forward, predict_all
 from redheart.evaluation.page import Picture
-from redheart.model.analyzers import masked_mean
+from redheart.model.layers import attention_bias, mean_of_tokens
 from redheart.model.redheart import RedHeartModel
 from redheart.schema import EMOTIONS, LABELS, Batch
 
@@ -74,7 +74,7 @@ def causes_of_regret(model: RedHeartModel, stream: SampleStream, untrained: Coll
             said[name].append(_quantity(name, answers[name]))
         for name, found in labels.items():
             found.append(_quantity(name, _labelled(batch, name)))
-        pooled.append(masked_mean(moved.features, moved.mask))
+        pooled.append(mean_of_tokens(moved.features, attention_bias(moved.mask, moved.features.dtype)))
     predicted = {name: torch.cat(v).double() for name, v in said.items() if v and name not in silent}
     if "regret" not in predicted or len(predicted) < 2:
         return None

@@ -26,12 +26,6 @@ SUBSETS = tuple(chain.from_iterable(combinations(range(len(SOURCES)), k) for k i
 VAD_SCALE = 0.15
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of [B, T, n] over the tokens where mask [B, T] is True -> [B, n]."""
-    weight = mask.to(x.dtype)[..., None]
-    return (x * weight).sum(1) / weight.sum(1)
-
-
 class EmotionAnalysis(NamedTuple):
     fine_logits: torch.Tensor  # [B, 28]
     vad_raw: torch.Tensor  # [B, 3]; tanh gives valence, arousal, dominance

@@ -33,6 +33,11 @@ def attention_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bias[:, None, None]
 
 
+def mean_of_tokens(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Mean of [B, T, n] over the real tokens, `bias` as of `attention_bias` -> [B, n]."""
+    return torch.bmm(F.softmax(bias.squeeze(1), -1), x).squeeze(1)
+
+
 def drawn(*shape: int, fan_in: int) -> nn.Parameter:
     """A parameter as nn.Linear draws its own: uniform in ±fan_in^-1/2."""
     return nn.Parameter(torch.empty(*map(int, shape)).uniform_(-(fan_in**-0.5), fan_in**-0.5))

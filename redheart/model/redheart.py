@@ -17,11 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from redheart.config import ModelConfig, parse_section
-from redheart.model.analyzers import masked_mean
 from redheart.model.backbone import Backbone
 from redheart.model.dropout import DropoutMasks
 from redheart.model.fusion import Readings, Utility, plain_mean
-from redheart.model.layers import Masks, attention_bias, full_precision
+from redheart.model.layers import Masks, attention_bias, full_precision, mean_of_tokens
 from redheart.model.loading import draw_missing, is_run_or_checkpoint, load_whole, refuse_packing
 from redheart.model.outputs import ANSWER_FIELDS, RedHeartOutput
 from redheart.model.padding import check_rows, checked_mask, real_tokens_first, rows_of, stacked
@@ -101,9 +100,8 @@ class RedHeartModel(PreTrainedModel):
         if FUSION in self.built:
             states = {part.name: part.state(sizes) for part in self.parts}
             fused, mixed = sources(self.built), utilities(self.built)
-            self._add(
-                FUSION, Utility(task_width, task_heads, FUSION_LAYERS, states, fused, mixed, units(), dropout), place
-            )
+            reads = config.encoder_width, states, fused, mixed
+            self._add(FUSION, Utility(task_width, task_heads, FUSION_LAYERS, *reads, units(), dropout), place)
         self.idle: frozenset[str] = frozenset()  # modules that set_mode has put aside
         self.dropout_masks = DropoutMasks(self)
         self._assembled = False
@@ -201,8 +199,8 @@ class RedHeartModel(PreTrainedModel):
         features, mask, places = real_tokens_first(features, mask)
         states: list[torch.Tensor] | None = [] if options["output_hidden_states"] else None
         masks = self.dropout_masks.draw(keys, features.dtype) if self.training else None
-        tokens, tasks = self.backbone(features, attention_bias(mask, features.dtype), masks, states)
-        outputs = self.answer(tokens, tasks, mask, contrast_rows, masks, without)
+        tokens, tasks, encoded = self.backbone(features, attention_bias(mask, features.dtype), masks, states)
+        outputs = self.answer(tokens, tasks, encoded, mask, contrast_rows, masks, without)
         places = places[:num_texts, :num_tokens]
         for name in ("trajectory", "signals"):
             if outputs.get(name) is not None:
@@ -217,23 +215,26 @@ class RedHeartModel(PreTrainedModel):
         self,
         tokens: torch.Tensor,
         tasks: torch.Tensor,
+        encoded: torch.Tensor,
         mask: torch.Tensor,
         contrast_rows: torch.Tensor | None = None,
         masks: Masks = None,
         without: Collection[str] = (),
     ) -> RedHeartOutput:
-        """All that follows the backbone: tokens [B + C, T, D], tasks [B + C, 4, K]; the last C rows are the contrasts of
-        `contrast_rows` [C]; dropout masks [B + C, columns]. Every part in its turn reads features by name, and adds its own."""
+        """All that follows the backbone: tokens [B + C, T, D], tasks [B + C, 4, K], the encoder's mean [B + C, E]; the last C rows are
+        the contrasts of `contrast_rows` [C]; dropout masks [B + C, columns]. Every part in its turn reads features by name, and adds
+        its own."""
         num_texts = len(mask) - (0 if contrast_rows is None else len(contrast_rows))
         of_all = {"tokens": tokens, "tasks": tasks, "mask": mask, "bias": attention_bias(mask, tokens.dtype)}
         of_texts: dict[str, Any] = {name: x[:num_texts] for name, x in of_all.items()}
         for features in (of_all, of_texts):
             features |= {f"task.{name}": x for name, x in zip(TASKS4, features["tasks"].unbind(1), strict=True)}
-        of_texts["pooled"] = masked_mean(of_texts["tokens"], of_texts["mask"])
+        of_texts["pooled"] = mean_of_tokens(of_texts["tokens"], of_texts["bias"])
         text_masks = None if masks is None else masks[:num_texts]
         answers: dict[str, Any] = {"task_features": of_texts["tasks"]}
         states: dict[str, Any] = {}
         readings: dict[str, dict[str, Any]] = {"utility": {}, "preference": {}}
+        utilities: dict[str, torch.Tensor] = {}  # of contrasts too
         for part in self.parts:
             if (module := self._present(part.name, without)) is None:
                 continue
@@ -249,26 +250,30 @@ class RedHeartModel(PreTrainedModel):
                 raw = reading[answer.read or answer.label]
                 if answer.pair:
                     readings["utility"][part.name] = raw
-                    readings["preference"][part.name] = _gap(of_module[answer.read], num_texts, contrast_rows)
+                    utilities[part.name] = of_module[answer.read]
                 elif answer.fused:
                     readings.setdefault(answer.label, {})[part.name] = raw
                 else:
                     answers[answer.output_name] = raw
+        if utilities:
+            gaps = _gaps(torch.cat([*utilities.values()], 1), num_texts, contrast_rows)
+            readings["preference"] = dict(zip(utilities, gaps.split(1, 1), strict=True))
         fields = ANSWER_FIELDS | {"utility": "utility"}
-        final = self._fused(states, of_texts["tasks"], readings, text_masks, without)
+        final = self._fused(states, of_texts["tasks"], encoded[:num_texts], readings, text_masks, without)
         return RedHeartOutput(**answers, **{fields[label]: raw for label, raw in final.items()}, readings=readings)
 
     def _fused(
         self,
         states: dict[str, torch.Tensor],
         tasks: torch.Tensor,
+        encoded: torch.Tensor,
         readings: Readings,
         masks: Masks,
         without: Collection[str],
     ) -> dict[str, torch.Tensor]:
         """The final raw answers by label, and the utility."""
         if (fusion := self._present(FUSION, without)) is not None:
-            return fusion(states, tasks, readings, masks)
+            return fusion(states, tasks, encoded, readings, masks)
         if not states:
             return plain_mean(readings)
         silent = 0.0 * torch.stack([s.float().sum() for s in states.values()]).sum()  # keeps every state in the graph
@@ -282,9 +287,9 @@ class RedHeartModel(PreTrainedModel):
         return getattr(self, room)[key]
 
 
-def _gap(utility: torch.Tensor, num_texts: int, rows: torch.Tensor | None) -> torch.Tensor:
-    """Utility [B + C, 1] -> text minus contrast, [B, 1]; 0 where there is no contrast (and u in the graph, which is alike on all ranks)."""
-    of_texts, of_contrasts = full_precision(utility).split([num_texts, len(utility) - num_texts])
+def _gaps(utilities: torch.Tensor, num_texts: int, rows: torch.Tensor | None) -> torch.Tensor:
+    """Utilities [B + C, n] -> text minus contrast, [B, n]; 0 where there is no contrast (and all in the graph, alike on all ranks)."""
+    of_texts, of_contrasts = full_precision(utilities).split([num_texts, len(utilities) - num_texts])
     if rows is None:
         return 0.0 * of_texts
     return torch.zeros_like(of_texts).index_copy(0, rows, of_texts.index_select(0, rows) - of_contrasts)
