@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 FIELDS = ("n", "abs", "sq", "p", "t", "pp", "tt", "pt", "tp", "fp", "fn", "tn", "bad", "rows")
 Tally = torch.Tensor  # float64 [len(FIELDS), size]
 MIN_TEXTS = 20  # with fewer nothing can be told
+LEAST_VARIANCE = 0.01  # that errors are compared with: of labels that hardly differ every error would be a large one
 ROUNDING = 1e-11  # of a sum of squares: what a difference of such sums is off by, with room
 
 
@@ -41,6 +43,17 @@ def pair_tally(prediction: torch.Tensor, target: torch.Tensor, labelled: torch.T
     """
     both, true = (torch.cat([x, 1 - x]) for x in (prediction, target))
     return tally(both, true, torch.cat([labelled, labelled])) / 2
+
+
+def unexplained(sums: Tally) -> float:
+    """1 - R²: squared errors over the squares of what labels differ from their mean by, of all entries together; NaN where nothing is
+    labelled or an entry is not finite. Labels' variance counts as LEAST_VARIANCE at least."""
+    if not_finite(sums):
+        return math.nan
+    n, _, sq, _, t, _, tt, *_ = sums
+    known = n > 0
+    of_labels = torch.maximum(tt - t * t / n, LEAST_VARIANCE * n)[known].sum().item()
+    return sq[known].sum().item() / of_labels if of_labels else math.nan
 
 
 def not_finite(sums: Tally) -> int:

@@ -170,7 +170,12 @@ class TrainingConfig(Section):
         100, gt=0, description="steps between two looks at gradients' angles and regret's causes"
     )
     checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
-    best_metric: str = Field("loss", description="`loss` (weighted dev loss, lower is better) or one output's dev loss")
+    best_metric: str = Field(
+        "loss",
+        description="what the best checkpoint has least of on dev: `loss` (the weighted one), one output's, or `unexplained`: the share "
+        "of labels' variance that final answers leave open (1 - R²), which does not end at the first answer that is too sure, as `loss` "
+        "does with few texts",
+    )
     log_samples: bool = Field(False, description="write every step's sample ids to samples-rankN.jsonl")
     max_bad_steps: int = Field(3, gt=0, description="non-finite steps in a row that end the run")
     collective_timeout_s: int = Field(
@@ -200,7 +205,9 @@ class CheckpointConfig(Section):
         None, gt=0, description="minutes after which one is due, whatever the steps; null: none"
     )
     keep_last: int = Field(2, gt=0, description="newest checkpoints that stay")
-    keep_best: int = Field(1, gt=0, description="checkpoints with the best dev loss that stay beside them")
+    keep_best: int = Field(
+        1, gt=0, description="checkpoints that are best on dev (training.best_metric) and stay beside them"
+    )
     keep_every: int | None = Field(None, gt=0, description="those of steps that are multiples of it stay; null: none")
     background: bool = Field(
         False, description="training goes on while a copy of weights and states in host memory is written"

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
-from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
+from sklearn.metrics import f1_score, mean_absolute_error, r2_score, root_mean_squared_error
 
 from redheart.evaluation.answers import Answers, left_out, metric, resampled, sums
-from redheart.metrics import FIELDS, not_finite, pair_tally, summarise, tally
+from redheart.metrics import FIELDS, LEAST_VARIANCE, not_finite, pair_tally, summarise, tally, unexplained
 
 P = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
 T = (P + 0.6 * torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) - 0.3).clamp(0, 1)
@@ -22,6 +22,25 @@ def test_they_equal_the_libraries():
     assert told["pearson"] == pytest.approx(np.mean([pearsonr(p[:, k], t[:, k])[0] for k in range(3)]), rel=1e-5)
     assert told["macro_f1"] == pytest.approx(f1_score(t > 0.5, p > 0.5, average="macro"), rel=1e-6)
     assert told["accuracy"] == pytest.approx(((p > 0.5) == (t > 0.5)).mean(), rel=1e-6)
+
+
+def test_what_is_unexplained_is_1_less_the_coefficient_of_determination():
+    assert unexplained(tally(P, T, ALL)) == pytest.approx(1 - r2_score(T, P, multioutput="variance_weighted"), rel=1e-6)
+    few = ALL.clone()
+    few[3:, 0] = 0
+    few[:, 2] = 0
+    kept = [T[:3, 0], T[:, 1]]
+    errors = (P[:3, 0] - T[:3, 0]).square().sum() + (P[:, 1] - T[:, 1]).square().sum()
+    expected = errors / sum(len(t) * max(float(t.var(correction=0)), LEAST_VARIANCE) for t in kept)
+    assert unexplained(tally(P, T, few)) == pytest.approx(float(expected), rel=1e-6)
+    one = ALL[:1] * 0 + 1  # a single label differs from nothing
+    assert unexplained(tally(P[:1], T[:1], one)) == pytest.approx(
+        float((P[:1] - T[:1]).square().mean() / LEAST_VARIANCE), rel=1e-6
+    )
+    assert np.isnan(unexplained(tally(P, T, ALL * 0)))
+    wrong = P.clone()
+    wrong[4, 1] = np.inf
+    assert np.isnan(unexplained(tally(wrong, T, ALL)))
 
 
 def test_parts_add_up_to_the_whole():

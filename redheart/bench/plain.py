@@ -23,7 +23,7 @@ from redheart.model.backbone import sinusoids
 from redheart.model.outputs import ANSWER_FIELDS, RedHeartOutput
 from redheart.model.padding import stacked
 from redheart.schema import LABELS, MAX_POSITIONS, RedHeartError
-from redheart.tasks import TASKS
+from redheart.tasks import TASKS, task_weights
 from redheart.train import stages
 
 LAYERS, DROPOUT, DROPOUT_BEFORE_ANSWERS = 3, 0.2, 0.3
@@ -103,9 +103,9 @@ def width_of_size(encoder_width: int, parameters: int, labels: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest dev loss of a run, and the weights that had it."""
+    """The lowest value of `training.best_metric` in a run, and the weights that had it."""
 
-    dev_loss: float
+    value: float
     step: int
     weights: dict[str, torch.Tensor]
 
@@ -149,9 +149,10 @@ def train_control(
                 rows = settings.evaluate_rows
                 found = evaluate(network, streams[1], config.loss, factors, device, batch_size=micro, max_rows=rows)
                 found.check_finite()
-                if best is None or found.total < best.dev_loss:
+                value = found.value(settings.best_metric, task_weights(config.loss))
+                if best is None or value < best.value:
                     weights = {n: w.cpu() for n, w in copy.deepcopy(network.state_dict()).items()}
-                    best = Best(found.total, step + 1, weights)
+                    best = Best(value, step + 1, weights)
                 bar.update(task, note=f"dev {found.total:.4f}")
             bar.update(task, completed=step + 1)
     assert best is not None

@@ -17,13 +17,14 @@ from torch import nn
 
 from redheart.config import LossConfig
 from redheart.data.stream import SampleStream
-from redheart.metrics import FIELDS, Tally, empty_tally, not_finite, pair_tally, summarise, tally
+from redheart.metrics import FIELDS, Tally, empty_tally, not_finite, pair_tally, summarise, tally, unexplained
 from redheart.model.outputs import RedHeartOutput
 from redheart.ranks import sum_over_ranks, together
 from redheart.schema import LABELS, ORIGINS, Batch, RedHeartError
 from redheart.tasks import TASKS, packed_losses
 
 Row = tuple[str, str]  # task, origin
+UNEXPLAINED = "unexplained"  # of training.best_metric
 METRICS = {
     "multilabel": ("macro_f1", "mae"),
     "binary": ("accuracy",),
@@ -44,7 +45,7 @@ class Evaluation:
     """`losses`: loss ÷ labels per task; `total`: Σ factor·loss; `metrics`: by (task, origin), see metrics.summarise.
 
     `not_finite`: how many labelled entries a task answered with a NaN or an infinity; it has no metrics for that origin. `said`: on
-    the first rank, what was said of the first rows.
+    the first rank, what was said of the first rows. `unexplained`: of final answers, metrics.unexplained, whoever made the labels.
     """
 
     rows: int
@@ -52,7 +53,16 @@ class Evaluation:
     total: float
     metrics: dict[Row, dict[str, float]]
     not_finite: dict[Row, int]
+    unexplained: dict[str, float]
     said: Said | None = field(default=None, compare=False)
+
+    def value(self, metric: str, weights: Mapping[str, float]) -> float:
+        """What `training.best_metric` is lowest of: lower is better. `weights`: tasks.task_weights."""
+        if metric == UNEXPLAINED:
+            shares = {name: weights[name] for name in self.unexplained if weights[name]}
+            total = sum(share * self.unexplained[name] for name, share in shares.items())
+            return total / sum(shares.values()) if shares else math.nan
+        return self.total if metric == "loss" else self.losses[metric]
 
     def check_finite(self) -> None:
         """Raises RedHeartError that names the answers or losses that are not finite."""
@@ -169,12 +179,16 @@ def _merge(
     total_counts = dict(zip(TASKS, flat[len(TASKS) : 2 * len(TASKS)], strict=True))
     flat = flat[2 * len(TASKS) :]
     metrics, bad = {}, {}
+    whole = {name: empty_tally(LABELS[task.label].size) for name, task in TASKS.items() if task.final}
     for row in _rows():
         size = LABELS[TASKS[row[0]].label].size * len(FIELDS)
         merged, flat = torch.tensor(flat[:size], dtype=torch.float64).view(len(FIELDS), -1), flat[size:]
+        if row[0] in whole:
+            whole[row[0]] += merged
         if count := not_finite(merged):
             bad[row] = count
         elif summary := summarise(merged):
             metrics[row] = summary
     losses = {n: total_sums[n] / total_counts[n] for n in TASKS if total_counts[n] > 0}
-    return Evaluation(rows, losses, sum(factors[n] * v for n, v in losses.items()), metrics, bad)
+    left = {name: unexplained(sums) for name, sums in whole.items() if sums[FIELDS.index("n")].any()}
+    return Evaluation(rows, losses, sum(factors[n] * v for n, v in losses.items()), metrics, bad, left)

@@ -1,7 +1,7 @@
 """What a run shows while it runs: TensorBoard, from the main process, told as a story from the first screen on.
 
-0_overview/  loss, dev_loss and the constant predictor's, learning_rate, samples_per_s, memory, grad_norm, skipped_steps; micro_batch_size,
-             with a text under `out_of_memory`, wherever it had to shrink (train/oom.py)
+0_overview/  loss, dev_loss and the constant predictor's, dev_unexplained (training.best_metric), learning_rate, samples_per_s, memory,
+             grad_norm, skipped_steps; micro_batch_size, with a text under `out_of_memory`, wherever it had to shrink (train/oom.py)
 1_quality/ANSWER/  train_loss, dev_loss, constant, and metrics by who made the labels
 2_modules/MODULE/  grad_norm, and train_loss and dev_loss of what it says alone
 3_synergy/  train/synergy.py
@@ -30,11 +30,11 @@ from redheart.console import clock, console, progress
 from redheart.data.stream import SampleStream
 from redheart.device import has_gpu
 from redheart.evaluation.curves import CONSTANT, DEV, LOSS, MODULES, OVERVIEW, RATE, SYNERGY, tag
-from redheart.evaluation.evaluate import METRICS, Evaluation
+from redheart.evaluation.evaluate import METRICS, UNEXPLAINED, Evaluation
 from redheart.evaluation.examples import Example, shown
 from redheart.ranks import is_main
 from redheart.schema import Batch
-from redheart.tasks import TASKS
+from redheart.tasks import TASKS, task_weights
 from redheart.train.aside import Aside, SampleLog
 from redheart.train.engine import Update
 from redheart.train.progress import Progress
@@ -126,6 +126,7 @@ class Board:
         """Logs a look at dev: losses beside the constant predictor's, metrics, and some texts of the split with what was said."""
         constant = sum(self._factors[name] * self._state.scales[name] for name in result.losses)
         values = {DEV: result.total, CONSTANT: constant}
+        values[f"{OVERVIEW}/dev_unexplained"] = result.value(UNEXPLAINED, task_weights(self._config.loss))
         for name, value in result.losses.items():
             values |= {tag(name, "dev_loss"): value}
             values |= {tag(name, "constant"): self._state.scales[name]} if TASKS[name].final else {}

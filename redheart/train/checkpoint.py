@@ -126,7 +126,8 @@ def last(run: Path) -> Path | None:
 
 
 def best(run: Path) -> Path | None:
-    """The checkpoint with the best dev loss, as the newest one says; None where no dev loss was finite, or it is gone.
+    """The checkpoint that is best on dev (training.best_metric), as the newest one says; None where no look at dev gave a finite
+    value, or it is gone.
 
     Raises RedHeartError where the newest one is damaged and cannot say.
     """

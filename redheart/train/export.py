@@ -51,7 +51,7 @@ def resolve(path: Path) -> Path:
     directory = checkpoint.best(path)
     if directory is None and (directory := checkpoint.last(path)) is not None:
         console.print(
-            f"{path} has no dev loss that says which checkpoint is the best: reading the last, {directory.name}",
+            f"{path} has nothing on dev that says which checkpoint is the best: reading the last, {directory.name}",
             markup=False,
         )
     return checkpoint.verified(directory or path)

@@ -7,11 +7,13 @@ import difflib
 
 from redheart.config import RunConfig
 from redheart.data.stream import SampleStream
+from redheart.evaluation.evaluate import UNEXPLAINED
 from redheart.model.select import ExecutionMode, select
 from redheart.schema import LABELS, RedHeartError
 from redheart.sections import OptimizerConfig
 from redheart.tasks import TASKS, task_weights
 
+OF_ALL = ("loss", UNEXPLAINED)  # best metrics that are of all answers together
 CHUNK = 256  # dev rows looked at in one go
 
 
@@ -34,9 +36,9 @@ def check_settings(config: RunConfig) -> None:
             "from which the cosine falls: choose a smaller one, or raise optimizer.learning_rate"
         )
     wanted = config.training.best_metric
-    if wanted not in ("loss", *TASKS):
-        raise RedHeartError(f"training.best_metric = {wanted}: choose loss or one of {', '.join(TASKS)}")
-    if wanted != "loss" and TASKS[wanted].module not in built:
+    if wanted not in (*OF_ALL, *TASKS):
+        raise RedHeartError(f"training.best_metric = {wanted}: choose {', '.join(OF_ALL)} or one of {', '.join(TASKS)}")
+    if wanted not in OF_ALL and TASKS[wanted].module not in built:
         raise RedHeartError(
             f"training.best_metric = {wanted}: its module {TASKS[wanted].module} is left out by model.ablate: choose another one"
         )
@@ -57,14 +59,14 @@ def check_names(config: RunConfig, dev: SampleStream) -> None:
                     f"{key} = {given}: the data has no dev rows, so nothing tells a better checkpoint: leave it out, or give some samples "
                     "split 'dev'"
                 )
-        if wanted == "loss":
+        if wanted in OF_ALL:
             return  # the newest checkpoint counts as the best
         raise RedHeartError(
             f"training.best_metric = {wanted}: the data has no dev rows: give some samples split 'dev', or leave it at loss, where "
             "the newest checkpoint counts as the best"
         )
     names = [
-        n for n, task in TASKS.items() if task.module in built and (n == wanted or (wanted == "loss" and weights[n]))
+        n for n, task in TASKS.items() if task.module in built and (n == wanted or (wanted in OF_ALL and weights[n]))
     ]
     needed, found = {TASKS[n].label for n in names}, set()
     for batch in dev.in_order(CHUNK, max_rows=config.training.evaluate_rows):
@@ -72,12 +74,12 @@ def check_names(config: RunConfig, dev: SampleStream) -> None:
         if needed & found:
             return
     looked = f"none of the {min(dev.num_rows, config.training.evaluate_rows)} dev rows that training looks at"
-    if wanted == "loss":
+    if wanted in OF_ALL:
         raise RedHeartError(
             f"{looked} has a label that enters the loss and that training rows have too, so no checkpoint could be told to be the best: "
             "label some of them, or give them split 'train'"
         )
-    others = ", ".join(["loss", *(n for n, task in TASKS.items() if task.final and task.label in found)])
+    others = ", ".join([*OF_ALL, *(n for n, task in TASKS.items() if task.final and task.label in found)])
     raise RedHeartError(
         f"training.best_metric = {wanted}: {looked} has a label of it that training rows have too: label some, raise "
         f"training.evaluate_rows, or choose from {others}"

@@ -57,6 +57,7 @@ class TrainResult:
     saving: dict[str, float] = field(default_factory=dict)  # train/saving.py; of this launch
     resume_s: float | None = None  # from the command to the first step, where it went on with a run
     recorded: bool = True
+    best_metric: str = "loss"
 
     @property
     def end(self) -> str:
@@ -78,7 +79,8 @@ class TrainResult:
         if state.initial_dev_loss is not None and state.last_dev_loss is not None:
             said += f"; dev loss {state.initial_dev_loss:.4f} → {state.last_dev_loss:.4f}"
         if state.best_value is not None:
-            said += f", best {state.best_value:.4f} at step {state.best_step}"
+            what = "" if self.best_metric == "loss" else f"{self.best_metric} "
+            said += f", best {what}{state.best_value:.4f} at step {state.best_step}"
         return f"{said}; " + (f"everything is in {self.run}" if self.recorded else f"{self.run} is as it was")
 
     def costs(self) -> str:
@@ -256,7 +258,7 @@ def _train(
     go_on = command(run) if update_parameters else "a dry run keeps no checkpoint: start it again"
     result = TrainResult(
         run, state, total_steps, seconds, stop.signal, memory, go_on, calibration, first, trainer.saver.figures(),
-        started - began if source else None, records,
+        started - began if source else None, records, config.training.best_metric,
     )  # fmt: skip
     if update_parameters:
         console.print(result.costs())

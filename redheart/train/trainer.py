@@ -147,4 +147,4 @@ class Trainer:
         return result
 
     def _is_best(self, result: Evaluation) -> bool:
-        return self.state.improves({**result.losses, "loss": result.total}[self.config.training.best_metric])
+        return self.state.improves(result.value(self.config.training.best_metric, task_weights(self.config.loss)))

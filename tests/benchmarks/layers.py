@@ -124,7 +124,7 @@ def leg(read: str, seed: int, config: RunConfig, data: str, preset: str | None, 
     judged = answers(whole, dev)
     return {
         "parameters": sum(p.numel() for p in whole.parameters()), "seconds": seconds, "best_step": best.step,
-        "dev_loss": best.dev_loss, "averages": losses,
+        "dev_loss": best.value, "averages": losses,
         "metrics": {name: value for name, (_, value) in measure(judged, judged, entries, same_rows=True).items()},
         "shares": {f"sum {i}": dict(zip(map(str, layers), of.tolist(), strict=True)) for i, of in enumerate(reading.shares())},
     }  # fmt: skip
@@ -144,7 +144,8 @@ def main() -> None:
             done = a.work / f"{read}-{seed}.json"
             if a.only and done.stem not in a.only:
                 continue
-            config = configured(a.preset or "local", seed, a.steps, a.batch, f"training.evaluate_every={a.steps // 8}")
+            looks = f"training.evaluate_every={a.steps // 8}", "training.best_metric=loss"
+            config = configured(a.preset or "local", seed, a.steps, a.batch, *looks)
             run = partial(leg, read, seed, config, a.data, a.preset, a.learning_rate)
             found[read].append(kept(done, config, index, run, preset=a.preset, rate=a.learning_rate))
             console.print(f"{read}, seed {seed}: dev {found[read][-1]['dev_loss']:.4f}, {found[read][-1]['metrics']}")

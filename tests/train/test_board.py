@@ -10,18 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from redheart.config import load_config
+from redheart.config import load_config, read_config
 from redheart.console import LiteralConsole
+from redheart.data.stream import SampleStream
 from redheart.evaluation.curves import RATE
+from redheart.evaluation.evaluate import forward, predict_all
 from redheart.evaluation.examples import Example
-from redheart.tasks import TASKS
+from redheart.tasks import TASKS, task_weights
 from redheart.train import board, trainer
 from redheart.train.board import _table
 from redheart.train.engine import Update
+from redheart.train.export import load_model
 from redheart.train.progress import Progress
 from redheart.train.saving import Saver
 from redheart.train.start import train as start
@@ -44,10 +48,45 @@ def content(events: EventAccumulator, tag: str) -> bytes:
 def test_the_first_tags_are_the_overview_and_then_come_quality_modules_synergy(events: EventAccumulator):
     tags = sorted(events.Tags()["scalars"])
     assert list(dict.fromkeys(tag.split("/")[0] for tag in tags)) == ["0_overview", "1_quality", "2_modules"]
-    overview = {"loss", "dev_loss", "constant", "learning_rate", "samples_per_s", "host_rss_gib", "grad_norm"}
+    overview = {
+        "loss",
+        "dev_loss",
+        "dev_unexplained",
+        "constant",
+        "learning_rate",
+        "samples_per_s",
+        "host_rss_gib",
+        "grad_norm",
+    }
     assert {tag.split("/")[1] for tag in tags if tag.startswith("0_")} == overview | {"skipped_steps"}
     final = {name for name, task in TASKS.items() if task.final}
     assert {tag.split("/")[1] for tag in tags if tag.startswith("1_")} <= final
+
+
+def test_the_kept_checkpoint_has_least_of_what_the_preset_names(whole_run: Path, data: Path):
+    """`unexplained`, here computed from the answers of the checkpoint itself."""
+    looks = scalars(whole_run, "0_overview/dev_unexplained")
+    state = json.loads(sorted((whole_run / "checkpoints").glob("step-*/trainer.json"))[-1].read_text())
+    assert (state["best_step"], state["best_value"]) == (min(looks, key=looks.get), pytest.approx(min(looks.values())))
+    model = load_model(whole_run / "checkpoints" / f"step-{state['best_step']:08d}").model
+    said: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name, task in TASKS.items() if task.final}
+    for batch in SampleStream(data, "dev").in_order(16):
+        answers = predict_all(forward(model, batch.to("cpu", torch.float32)))
+        for name in said:
+            label = TASKS[name].label
+            said[name].append((answers[name], batch.labels[label], batch.weights[label] > 0))
+    left = {}
+    for name, parts in said.items():
+        answer, true, known = (torch.cat(x).double() for x in zip(*parts, strict=True))
+        if TASKS[name].kind == "binary":
+            answer, true, known = torch.cat([answer, 1 - answer]), torch.cat([true, 1 - true]), known.repeat(2, 1)
+        pairs = [(a[k > 0], t[k > 0]) for a, t, k in zip(answer.T, true.T, known.T, strict=True) if k.any()]
+        if pairs:
+            errors = sum(float((a - t).square().sum()) for a, t in pairs)
+            left[name] = errors / sum(len(t) * max(0.01, float(t.var(correction=0))) for _, t in pairs)
+    weights = task_weights(read_config(whole_run / "config.yaml", "").loss)
+    mean = sum(weights[n] * v for n, v in left.items()) / sum(weights[n] for n in left)
+    assert mean == pytest.approx(state["best_value"], rel=1e-3)
 
 
 def test_the_constant_predictor_s_line_is_that_of_the_losses_beside_it(whole_run: Path):
