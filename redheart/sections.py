@@ -173,8 +173,7 @@ class TrainingConfig(Section):
     best_metric: str = Field(
         "loss",
         description="what the best checkpoint has least of on dev: `loss` (the weighted one), one output's, or `unexplained`: the share "
-        "of labels' variance that final answers leave open (1 - R²), which does not end at the first answer that is too sure, as `loss` "
-        "does with few texts",
+        "of labels' variance that final answers leave open (1 - R²), in which a few answers that are too sure weigh less than in `loss`",
     )
     log_samples: bool = Field(False, description="write every step's sample ids to samples-rankN.jsonl")
     max_bad_steps: int = Field(3, gt=0, description="non-finite steps in a row that end the run")

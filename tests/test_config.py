@@ -43,7 +43,7 @@ DEFAULTS = {
              "regret_edges": (1 / 3, 2 / 3), "constant_floor": 0.01},
     "loss.shares": {"heads": 0.7, "analyzers": 0.3, "aux": 1.0},
     "training": {"seed": 0, "epochs": None, "max_steps": None, "precision": "bf16", "log_every": 10, "evaluate_rows": 2048,
-                 "synergy_every": 100, "log_samples": False, "patience": None,
+                 "synergy_every": 100, "best_metric": "loss", "log_samples": False, "patience": None,
                  "max_bad_steps": 3, "collective_timeout_s": 600},
     "guard": {"on_spike": "warn", "window": 32, "threshold": 20.0, "skip_steps": 4, "max_rewinds": 3},
     "checkpoint": {"minutes": None, "keep_last": 2, "keep_best": 1, "keep_every": None, "background": False,
@@ -52,10 +52,10 @@ DEFAULTS = {
 }  # fmt: skip
 # what each preset says itself, in the order of its file
 SAID = {
-    "330m": (768, 12, 512, 8, "unexplained", 64, 64, 200, 200, "zero2_offload_8bit"),
-    "1b3": (1536, 24, 1024, 16, True, "unexplained", 64, 64, 200, 200, "zero2_offload_8bit", 32),
-    "base": (192, 6, 128, 4, 5e-4, "unexplained", 32, 32, "fp32", 0, 200),
-    "local": (96, 3, 64, 2, 7e-4, "unexplained", 32, 32, "fp32", 0, 50),
+    "330m": (768, 12, 512, 8, 64, 64, 200, 200, "zero2_offload_8bit"),
+    "1b3": (1536, 24, 1024, 16, True, 64, 64, 200, 200, "zero2_offload_8bit", 32),
+    "base": (192, 6, 128, 4, 5e-4, 32, 32, "fp32", 0, 200),
+    "local": (96, 3, 64, 2, 7e-4, 32, 32, "fp32", 0, 50),
 }
 
 

@@ -268,7 +268,7 @@ def test_an_answer_that_is_not_finite_is_refused_by_name(model):
     pipeline = RedHeartPipeline(model, Encoder(), trained=ALL)
     with torch.no_grad():
         fusion = model.get_submodule("aux.utility")
-        weight, layout = fusion.query_shift.bias, fusion.layout
+        weight, layout = fusion.shift.bias, fusion.layout
         kept = weight.clone()
         weight[layout.label_of_entry.index(layout.labels.index("vad")) + 1] = math.nan
         with pytest.raises(RedHeartError, match="network's vad of text 1 is not a finite number"):

@@ -1,7 +1,6 @@
 """The shared reader: token features of the frozen encoder -> contextual tokens and one feature for each task.
 
-features [B, T, E], mask [B, T]  ->  tokens [B, T, D], task features [B, 4, K] (order: schema.TASKS4), and the mean of the encoder's
-features [B, E], each token's normed.
+features [B, T, E], mask [B, T]  ->  tokens [B, T, D], task features [B, 4, K] (order: schema.TASKS4).
 Input projection and its norm, pre-LN encoder layers (Xiong et al. 2020) with SDPA, then per task attention pooling, a residual
 specialisation, and attention across the tasks.
 """
@@ -26,7 +25,6 @@ from redheart.model.layers import (
     attend_tokens,
     drawn,
     faint,
-    mean_of_tokens,
     stacked_linear,
 )
 from redheart.model.stacks import Recomputed
@@ -152,17 +150,15 @@ class Backbone(nn.Module):
 
     def forward(
         self, features: torch.Tensor, bias: torch.Tensor, masks: Masks, states: list[torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`bias` as of layers.attention_bias; who reads the mean does not train the norm. `states`, where given, is appended what enters
-        the first layer and what leaves each."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`bias` as of layers.attention_bias. `states`, where given, is appended what enters the first layer and what leaves each."""
         if features.shape[1] > MAX_POSITIONS:
             raise ValueError(f"at most {MAX_POSITIONS} tokens: got {features.shape[1]}")
-        normed = self.input_norm(features)
-        x = self.input(normed)
+        x = self.input(self.input_norm(features))
         x = self.token_norm(x + self.refine(F.gelu(x)))
         x = x + self.positions[: x.shape[1]].to(x.dtype)
         if states is not None:
             states.append(x)
         tokens = self.norm(self.layers(x, bias, states))
         tasks = self.specialise(self.pooling(tokens, bias), masks)
-        return tokens, self.output_norm(self.cross(tasks)), mean_of_tokens(normed.detach(), bias)
+        return tokens, self.output_norm(self.cross(tasks))

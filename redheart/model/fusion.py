@@ -1,8 +1,7 @@
 """The utility modules: every module's state and every reading of an answer -> the final, calibrated answers.
 
 An answer is a weighted mean of its readings, the weights read from the text, each reading scaled entry by entry, plus a shift in the
-answer's unit, read from the text too: by the fusion's query for it, and linearly from the mean of the encoder's features, which
-few texts suffice to learn. Readings of modules that are absent get no weight. The utility mixes its readings with weights
+answer's unit, read from the text too. Readings of modules that are absent get no weight. The utility mixes its readings with weights
 that do not depend on the text, so that the difference of two texts' utilities stays a difference of the same function. All answers are
 computed at once: `Layout` says where each label, each reading and each entry of one stands.
 """
@@ -14,7 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import pad
 
 from redheart.model.axes import COPY, FIXED, Width
 from redheart.model.layers import (
@@ -62,16 +61,14 @@ class Layout:
 
 
 class Utility(nn.Module):
-    """See the module's docstring. `encoder_width`: of the features; `widths`: of the state of every module that is built;
-    `sources`: label -> who reads it, of those; `utilities`: the modules that read a utility; `units`: label -> what a shift of 1
-    adds to its answers."""
+    """See the module's docstring. `widths`: of the state of every module that is built; `sources`: label -> who reads it, of those;
+    `utilities`: the modules that read a utility; `units`: label -> what a shift of 1 adds to its answers."""
 
     def __init__(
         self,
         width: Width,
         heads: int,
         layers: int,
-        encoder_width: int,
         widths: Mapping[str, int],
         sources: Mapping[str, Sequence[str]],
         utilities: Sequence[str],
@@ -94,11 +91,10 @@ class Utility(nn.Module):
         self.query = query(len(self.layout.labels), width)
         self.layers = QueryStack(layers, width, heads, dropout)
         self.norm = Norm(width)
-        self.query_shift = Linear(width, len(self.layout.label_of_entry))
+        self.shift = Linear(width, len(self.layout.label_of_entry))
         self.weights = Linear(width, len(self.layout.weighed)) if self.layout.weighed else None
         self.scale = nn.Parameter(torch.ones(len(self.layout.entries))) if self.layout.entries else None
-        self.feature_shift = nn.Parameter(torch.zeros(len(self.layout.label_of_entry), encoder_width))
-        for linear in (self.query_shift, self.weights):
+        for linear in (self.shift, self.weights):
             if linear is not None:  # at first an answer is near the plain mean of its readings
                 nn.init.normal_(linear.weight, std=0.002)
                 nn.init.zeros_(linear.bias)
@@ -106,9 +102,7 @@ class Utility(nn.Module):
         self.utility_scale = nn.Parameter(torch.full((count,), 1 / count)) if count else None
         self.register_buffer("units", torch.ones(len(self.layout.labels)))
         self.count_in(units)
-        self.axes = {
-            "query": (FIXED, COPY), "feature_shift": (FIXED, FIXED), "scale": (FIXED,), "utility_scale": (FIXED,), "units": (FIXED,),
-        }  # fmt: skip
+        self.axes = {"query": (FIXED, COPY), "scale": (FIXED,), "utility_scale": (FIXED,), "units": (FIXED,)}
         self._tables: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     units: torch.Tensor
@@ -119,18 +113,12 @@ class Utility(nn.Module):
             self.units[i] = units.get(label, self.units[i])
 
     def forward(
-        self,
-        states: Mapping[str, torch.Tensor],
-        tasks: torch.Tensor,
-        encoded: torch.Tensor,
-        readings: Readings,
-        masks: Masks,
+        self, states: Mapping[str, torch.Tensor], tasks: torch.Tensor, readings: Readings, masks: Masks
     ) -> dict[str, torch.Tensor]:
-        """States by module, tasks [B, 4, K], the encoder's mean [B, E] -> final raw answers by label, fp32 [B, size]; `utility` and
-        `preference` where read."""
+        """States by module, tasks [B, 4, K] -> final raw answers by label, fp32 [B, size]; `utility` and `preference` where read."""
         memory = self.digest(torch.cat([*self._known(states, tasks.dtype), self.task(tasks)], 1), masks)
         x = self.norm(self.layers(self.query, memory, None, masks))  # [B, labels, K]
-        final = self._answers(x, encoded, readings)
+        final = self._answers(x, readings)
         mixed = {name: self._mixed(readings[name]) for name in ("utility", "preference") if readings.get(name)}
         return dict(zip(self.layout.labels, final.split(self.layout.sizes, 1), strict=True)) | mixed
 
@@ -152,11 +140,11 @@ class Utility(nn.Module):
         places = [i for i, m in enumerate(self.states) if m in states]
         return [normed if len(places) == len(self.states) else normed[:, places]]
 
-    def _answers(self, x: torch.Tensor, encoded: torch.Tensor, readings: Readings) -> torch.Tensor:
-        """x [B, labels, K], encoded [B, E] -> every label's entries side by side, fp32 [B, entries]."""
+    def _answers(self, x: torch.Tensor, readings: Readings) -> torch.Tensor:
+        """x [B, labels, K] -> every label's entries side by side, fp32 [B, entries]."""
         layout, tables = self.layout, self._tables_on(x.device)
         # a query gives the entries of its own label, in its unit; of these there are few: all are computed, the others multiplied by zero
-        shift = full_precision(self.query_shift(x) + F.linear(encoded, self.feature_shift)[:, None])
+        shift = full_precision(self.shift(x))
         answers = (shift * (tables["entry_of_label"] * self.units[:, None]).to(shift.dtype)).sum(1)
         present = [(label, m) for label, m in layout.readings if m in readings.get(label, {})]
         if not present or self.scale is None:
@@ -172,7 +160,7 @@ class Utility(nn.Module):
         if shares is not None:
             scaled = scaled * shares.index_select(1, tables["reading_of_entry"])
         # every entry's readings beside each other, and zeros where it has fewer than another: a sum without atomics
-        columns = F.pad(scaled, (0, 1)).index_select(1, tables["columns"])
+        columns = pad(scaled, (0, 1)).index_select(1, tables["columns"])
         return answers + columns.unflatten(1, (-1, answers.shape[1])).sum(1)
 
     def _shares(self, x: torch.Tensor, present: list[bool]) -> torch.Tensor | None:

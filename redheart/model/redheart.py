@@ -100,8 +100,9 @@ class RedHeartModel(PreTrainedModel):
         if FUSION in self.built:
             states = {part.name: part.state(sizes) for part in self.parts}
             fused, mixed = sources(self.built), utilities(self.built)
-            reads = config.encoder_width, states, fused, mixed
-            self._add(FUSION, Utility(task_width, task_heads, FUSION_LAYERS, *reads, units(), dropout), place)
+            self._add(
+                FUSION, Utility(task_width, task_heads, FUSION_LAYERS, states, fused, mixed, units(), dropout), place
+            )
         self.idle: frozenset[str] = frozenset()  # modules that set_mode has put aside
         self.dropout_masks = DropoutMasks(self)
         self._assembled = False
@@ -199,8 +200,8 @@ class RedHeartModel(PreTrainedModel):
         features, mask, places = real_tokens_first(features, mask)
         states: list[torch.Tensor] | None = [] if options["output_hidden_states"] else None
         masks = self.dropout_masks.draw(keys, features.dtype) if self.training else None
-        tokens, tasks, encoded = self.backbone(features, attention_bias(mask, features.dtype), masks, states)
-        outputs = self.answer(tokens, tasks, encoded, mask, contrast_rows, masks, without)
+        tokens, tasks = self.backbone(features, attention_bias(mask, features.dtype), masks, states)
+        outputs = self.answer(tokens, tasks, mask, contrast_rows, masks, without)
         places = places[:num_texts, :num_tokens]
         for name in ("trajectory", "signals"):
             if outputs.get(name) is not None:
@@ -215,15 +216,13 @@ class RedHeartModel(PreTrainedModel):
         self,
         tokens: torch.Tensor,
         tasks: torch.Tensor,
-        encoded: torch.Tensor,
         mask: torch.Tensor,
         contrast_rows: torch.Tensor | None = None,
         masks: Masks = None,
         without: Collection[str] = (),
     ) -> RedHeartOutput:
-        """All that follows the backbone: tokens [B + C, T, D], tasks [B + C, 4, K], the encoder's mean [B + C, E]; the last C rows are
-        the contrasts of `contrast_rows` [C]; dropout masks [B + C, columns]. Every part in its turn reads features by name, and adds
-        its own."""
+        """All that follows the backbone: tokens [B + C, T, D], tasks [B + C, 4, K]; the last C rows are the contrasts of
+        `contrast_rows` [C]; dropout masks [B + C, columns]. Every part in its turn reads features by name, and adds its own."""
         num_texts = len(mask) - (0 if contrast_rows is None else len(contrast_rows))
         of_all = {"tokens": tokens, "tasks": tasks, "mask": mask, "bias": attention_bias(mask, tokens.dtype)}
         of_texts: dict[str, Any] = {name: x[:num_texts] for name, x in of_all.items()}
@@ -259,21 +258,20 @@ class RedHeartModel(PreTrainedModel):
             gaps = _gaps(torch.cat([*utilities.values()], 1), num_texts, contrast_rows)
             readings["preference"] = dict(zip(utilities, gaps.split(1, 1), strict=True))
         fields = ANSWER_FIELDS | {"utility": "utility"}
-        final = self._fused(states, of_texts["tasks"], encoded[:num_texts], readings, text_masks, without)
+        final = self._fused(states, of_texts["tasks"], readings, text_masks, without)
         return RedHeartOutput(**answers, **{fields[label]: raw for label, raw in final.items()}, readings=readings)
 
     def _fused(
         self,
         states: dict[str, torch.Tensor],
         tasks: torch.Tensor,
-        encoded: torch.Tensor,
         readings: Readings,
         masks: Masks,
         without: Collection[str],
     ) -> dict[str, torch.Tensor]:
         """The final raw answers by label, and the utility."""
         if (fusion := self._present(FUSION, without)) is not None:
-            return fusion(states, tasks, encoded, readings, masks)
+            return fusion(states, tasks, readings, masks)
         if not states:
             return plain_mean(readings)
         silent = 0.0 * torch.stack([s.float().sum() for s in states.values()]).sum()  # keeps every state in the graph

@@ -98,11 +98,11 @@ class Synergy:
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            tokens, features_of_tasks, encoded = model.backbone(features, attention_bias(mask, features.dtype), None)
+            read = model.backbone(features, attention_bias(mask, features.dtype), None)
         found = []
         for tasks, rows in zip(task.split(size), row.split(size), strict=True):
-            leaves = [x[rows].requires_grad_() for x in (tokens, features_of_tasks)]
-            outputs = model.answer(leaves[0], leaves[1], encoded[rows], mask[rows])
+            leaves = [x[rows].requires_grad_() for x in read]  # tokens, task features
+            outputs = model.answer(leaves[0], leaves[1], mask[rows])
             labels = {n: v[rows] for n, v in batch.labels.items()}
             mine = {n: tasks == COMPARED.index(n) for n in COMPARED}
             weights = {n: v[rows] * mine[n][:, None] if n in mine else v[rows] for n, v in batch.weights.items()}

@@ -104,43 +104,17 @@ def test_every_module_that_reads_a_label_says_so_in_the_table():
 def test_the_fusion_shifts_answers_by_their_units(network, batch):
     before = ask(network, batch)
     with torch.no_grad():
-        network.aux["utility"].query_shift.bias.add_(1.0)
+        network.aux["utility"].shift.bias.add_(1.0)
     try:
         after = ask(network, batch)
     finally:
         with torch.no_grad():
-            network.aux["utility"].query_shift.bias.sub_(1.0)
+            network.aux["utility"].shift.bias.sub_(1.0)
     for label, unit in units().items():
         if label != "preference":  # which fusion gives as a sum
             moved = after[ANSWER_FIELDS[label]] - before[ANSWER_FIELDS[label]]
             torch.testing.assert_close(moved, torch.full_like(moved, unit))
     assert units()["vad"] == VAD_SCALE != units()["regret"] == 1
-
-
-def test_the_fusion_reads_the_mean_of_the_normed_features(network, batch):
-    """Linearly, of real tokens alone, in the unit of each label, and nothing but the weights of it learns from that."""
-    features, mask = batch
-    labels = [label for label in units() if label != "preference"]
-    network.train()
-    before = network(features, mask, sample_keys=torch.arange(4))
-    weight = network.aux["utility"].feature_shift
-    kept = weight.detach().clone()
-    change = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        weight.add_(change)
-    after = network(features, mask, sample_keys=torch.arange(4))
-    normed = network.backbone.input_norm(features)
-    mean = torch.stack([x[:n].mean(0) for x, n in zip(normed, mask.sum(1), strict=True)])
-    for label, rows in zip(labels, change.split([LABELS[label].size for label in labels]), strict=True):
-        moved = after[ANSWER_FIELDS[label]] - before[ANSWER_FIELDS[label]]
-        torch.testing.assert_close(moved, units()[label] * mean @ rows.T, atol=1e-9, rtol=1e-7)  # units are fp32
-    slopes = [
-        torch.autograd.grad(outputs.vad_raw.sum(), network.backbone.input_norm.weight)[0] for outputs in (before, after)
-    ]
-    torch.testing.assert_close(*slopes, atol=1e-9, rtol=0)
-    with torch.no_grad():
-        weight.copy_(kept)
-    network.eval()
 
 
 def test_selection_by_mode():

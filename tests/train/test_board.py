@@ -31,7 +31,7 @@ from redheart.train.saving import Saver
 from redheart.train.start import train as start
 from redheart.train.synergy import Synergy
 from tests.browser import browser, colours, look
-from tests.runs import scalars
+from tests.runs import SMALL, scalars, train
 from tests.train.conftest import WHOLE
 from tests.train.tiny import SETTINGS
 
@@ -63,12 +63,15 @@ def test_the_first_tags_are_the_overview_and_then_come_quality_modules_synergy(e
     assert {tag.split("/")[1] for tag in tags if tag.startswith("1_")} <= final
 
 
-def test_the_kept_checkpoint_has_least_of_what_the_preset_names(whole_run: Path, data: Path):
+def test_what_answers_leave_open_on_dev_chooses_the_checkpoint_where_asked_for(data: Path, tmp_path: Path):
     """`unexplained`, here computed from the answers of the checkpoint itself."""
-    looks = scalars(whole_run, "0_overview/dev_unexplained")
-    state = json.loads(sorted((whole_run / "checkpoints").glob("step-*/trainer.json"))[-1].read_text())
+    run, asked = tmp_path / "run", ("training.best_metric=unexplained", f"training.evaluate_every={WHOLE // 2}")
+    told = train(data, run, WHOLE, *SMALL, "--set", "memory.strategy=plain", *(x for a in asked for x in ("--set", a)))
+    looks = scalars(run, "0_overview/dev_unexplained")
+    state = json.loads(sorted((run / "checkpoints").glob("step-*/trainer.json"))[-1].read_text())
+    assert f"best unexplained {state['best_value']:.4f} at step {state['best_step']}" in told.stderr
     assert (state["best_step"], state["best_value"]) == (min(looks, key=looks.get), pytest.approx(min(looks.values())))
-    model = load_model(whole_run / "checkpoints" / f"step-{state['best_step']:08d}").model
+    model = load_model(run / "checkpoints" / f"step-{state['best_step']:08d}").model
     said: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name, task in TASKS.items() if task.final}
     for batch in SampleStream(data, "dev").in_order(16):
         answers = predict_all(forward(model, batch.to("cpu", torch.float32)))
@@ -84,7 +87,7 @@ def test_the_kept_checkpoint_has_least_of_what_the_preset_names(whole_run: Path,
         if pairs:
             errors = sum(float((a - t).square().sum()) for a, t in pairs)
             left[name] = errors / sum(len(t) * max(0.01, float(t.var(correction=0))) for _, t in pairs)
-    weights = task_weights(read_config(whole_run / "config.yaml", "").loss)
+    weights = task_weights(read_config(run / "config.yaml", "").loss)
     mean = sum(weights[n] * v for n, v in left.items()) / sum(weights[n] for n in left)
     assert mean == pytest.approx(state["best_value"], rel=1e-3)
 

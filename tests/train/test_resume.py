@@ -229,7 +229,9 @@ class Rows:
 
 def test_a_best_metric_that_no_dev_row_can_give_is_refused_before_a_step():
     check_names(local("training.best_metric=bentham"), Rows())
-    with pytest.raises(RedHeartError, match=r"best_metric = bentham: none of the 8 dev rows.*loss, unexplained, emotion") as error:
+    with pytest.raises(
+        RedHeartError, match=r"best_metric = bentham: none of the 8 dev rows.*loss, unexplained, emotion"
+    ) as error:
         check_names(local("training.best_metric=bentham"), Rows(("bentham",)))
     assert "bentham" not in str(error.value).split("choose from")[1]
     with pytest.raises(RedHeartError, match="none of the 8 dev rows"):

@@ -32,9 +32,11 @@ def test_cosines_are_those_of_each_tasks_own_backward_pass_and_no_parameter_is_t
 
     few = slice(0, ROWS)
     network.eval()
-    *read, encoded = network.backbone(batch.features[few], attention_bias(batch.mask[few], torch.float32), None)
-    leaves = [x.detach().requires_grad_() for x in read]
-    outputs = network.answer(*leaves, encoded, batch.mask[few])
+    leaves = [
+        x.detach().requires_grad_()
+        for x in network.backbone(batch.features[few], attention_bias(batch.mask[few], torch.float32), None)
+    ]
+    outputs = network.answer(*leaves, batch.mask[few])
     labels, weights = ({n: v[few] for n, v in d.items()} for d in (batch.labels, batch.weights))
     losses = task_losses(outputs, labels, weights, LossConfig())
     expected = {}
