@@ -90,7 +90,7 @@ def trained(data: Path, steps: int, width: int = 32, split: str = "dev") -> tupl
     network = PlainTransformer(E, width, bench.labels)
     best = train_control(network, (bench.streams["train"], bench.streams["dev"]), config, bench.factors, 3e-3)
     network.load_state_dict(best.weights)
-    return bench, network.eval(), best.dev_loss
+    return bench, network.eval(), best.value
 
 
 def test_sizes():
