@@ -17,13 +17,15 @@ start() { # LINE, in the background; SIGUSR1, which batch systems send to all pr
 }
 
 find_processes() { # all: the pids of the line's processes; ranks: those of redheart among them
-  local pid
+  local pid found # $! stays what it is, for a signal may come between `&` and what keeps it: no process substitution, which sets it
   all=() ranks=()
+  found=$(exec grep -lszxF "$mark" /proc/[0-9]*/environ) || true
   while IFS= read -r pid; do
+    [ -n "$pid" ] || continue
     pid=${pid#/proc/} pid=${pid%/environ}
     all+=("$pid")
     if grep -qsx "pid $pid" "$codes"; then ranks+=("$pid"); fi
-  done < <(exec grep -lszxF "$mark" /proc/[0-9]*/environ)
+  done <<<"$found"
 }
 
 end() { # SIGNAL PID…

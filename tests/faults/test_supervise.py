@@ -259,6 +259,22 @@ def test_a_node_without_a_supervisor_passes_signals_on_past_its_launcher(tmp_pat
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
+def test_looking_for_processes_leaves_what_was_started_last_as_it_is(tmp_path: Path):
+    """A signal that comes between `sleep &` and `child=$!` looks for them: the pause would be left behind, or the line's launcher."""
+    script = """set -euo pipefail
+    mark=REDHEART_EXIT_CODES=$codes; source launch/processes.sh
+    for marked in 0 1; do
+      if [ $marked = 1 ]; then (declare -x "$mark"; exec sleep 60) & else sleep 60 & fi
+      started=$! all=(none yet)
+      while [ ${#all[@]} != $marked ]; do find_processes; done
+      [ "$started" = "$!" ] && echo "$marked ${all[*]/$started/that}"
+      kill "$started"
+    done"""
+    environment = {**os.environ, "codes": str(tmp_path / "codes")}
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60)
+    assert (ran.stdout, ran.returncode) == ("0 \n1 that\n", 0), ran.stderr
+
+
 def test_the_longest_pause_is_bounded_and_a_signal_ends_it(tmp_path: Path):
     line = f"import os; open({str(tmp_path / 'log')!r}, 'a').write('.'); os.kill(os.getpid(), 9)"
     command = [*SUPERVISE[:-1], "100", "--", sys.executable, "-c", line, "--out", str(tmp_path / "run")]
