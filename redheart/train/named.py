@@ -69,6 +69,8 @@ def check_names(config: RunConfig, dev: SampleStream) -> None:
         n for n, task in TASKS.items() if task.module in built and (n == wanted or (wanted in OF_ALL and weights[n]))
     ]
     needed, found = {TASKS[n].label for n in names}, set()
+    if wanted == UNEXPLAINED:  # which weighs final answers alone
+        needed &= {task.label for name, task in TASKS.items() if task.final and weights[name]}
     for batch in dev.in_order(CHUNK, max_rows=config.training.evaluate_rows):
         found |= {label for label in LABELS if batch.weights[label].any()}
         if needed & found:

@@ -242,6 +242,16 @@ def test_a_best_metric_that_no_dev_row_can_give_is_refused_before_a_step():
         check_names(local("training.best_metric=heads.emotion/emotion", "model.ablate=[heads.emotion]"), Rows())
 
 
+def test_what_is_unexplained_needs_a_final_answer_that_enters_the_loss():
+    labels = tuple(make_batch(range(1)).weights)
+    alone = Rows(tuple(x for x in labels if x != "vad"))
+    check_names(local("training.best_metric=unexplained"), alone)
+    check_names(local("training.best_metric=unexplained", "model.ablate=[aux.utility]"), alone)
+    check_names(local("loss.weights={vad: 0}"), alone)  # what the analyzer says of it enters the loss
+    with pytest.raises(RedHeartError, match=r"none of the 8 dev rows.*has a label that enters the loss"):
+        check_names(local("training.best_metric=unexplained", "loss.weights={vad: 0}"), alone)
+
+
 def test_what_needs_dev_rows_is_refused_without_them():
     for setting in ("training.patience=1", "checkpoint.keep_best=2"):
         check_names(local(setting), Rows())
