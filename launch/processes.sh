@@ -50,6 +50,10 @@ listen() { # SIGTERM, SIGINT and SIGUSR1 go on to the line
   trap 'pass_on USR1' USR1
 }
 
+lost() { # whether a process told how it began and not how it ended, as one does that is killed
+  [ "$(grep -c '^pid ' "$codes")" -gt "$(grep -vc '^pid ' "$codes")" ]
+}
+
 wait_for_line() { # until its launcher, whose exit code is then `code`, and all its processes have ended
   local pid rounds=0 left
   while :; do # a signal interrupts `wait`; the line still has to end, with a checkpoint
@@ -74,4 +78,5 @@ wait_for_line() { # until its launcher, whose exit code is then `code`, and all 
     find_processes
   done
   sent=()
+  if [ "$code" -eq 0 ] && lost; then code=137; fi # deepspeed's runner calls it well when its own launcher was killed with all ranks
 }

@@ -60,6 +60,7 @@ def supervised(folder: Path, plan: str, *more: str, options: tuple[str, ...] = (
         ("s:75:1,s:0:0", (), 0, ["", "--resume"], "was lost"),  # a peer's end, under a launcher with a code of its own
         ("s:75+143:1,s:0:0", (), 0, ["", "--resume"], "was lost"),
         ("s:70:70,s:0:0", (), 0, ["", "--resume"], "nobody foresaw"),
+        ("s:pid 1+pid 2+0:0,s:pid 1+0:0", (), 0, ["", "--resume"], "it was killed"),  # of a launcher that calls it well
         ("s:141:1", (), 1, [""], "nobody reads its stdout any more"),
         ("s::-9,s:0:0", ("--init", "a b", "--preset", "x"), 0, ["--init a b --preset x", "--preset x --resume"], ""),
         ("s::-9,s:0:0", ("--resume", "old", "--x"), 0, ["--resume old --x", "--x --resume"], ""),
