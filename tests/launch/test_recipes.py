@@ -36,15 +36,22 @@ def test_a_recipe_trains_as_its_result_says(preset):
         assert float(said[1]) == round(metrics[entry]["mean"], 2), name
 
 
-def test_the_recipe_of_goemotions_says_what_its_figure_says():
-    path = ROOT / "launch" / "recipes" / "goemotions.yaml"
+@pytest.mark.parametrize(
+    ("name", "layers", "entries"),
+    [
+        ("goemotions", tuple(range(7)), ("7 emotions", "28 emotions")),
+        ("mpnet", (0, 3, 6, 9, 12), ("7 emotions", "28 emotions", "valence", "pairs")),
+    ],
+)
+def test_a_recipe_of_other_features_says_what_its_figure_says(name, layers, entries):
+    path = ROOT / "launch" / "recipes" / f"{name}.yaml"
     config, text = load_config(str(path)), re.sub(r"\n# *", " ", path.read_text(encoding="utf-8"))
     told = next(f for f in read_json(RESULTS / "figures.json", "") if path.name in f["command"])
-    assert config.data.encoder.layers == (0, 1, 2, 3, 4, 5, 6)
-    assert config.model.encoder_width == 7 * 384
+    assert config.data.encoder.layers == layers
+    assert config.model.encoder_width == len(layers) * {"goemotions": 384, "mpnet": 768}[name]
     assert f"{config.training.max_steps:,} steps of {config.training.global_batch_size}" in told["what"]
-    for entry in ("7 emotions", "28 emotions"):
+    for entry in entries:
         said, measured = (re.search(rf"{entry} \**(0\.\d+)", t) for t in (text, told["figure"]))
-        assert said is not None
-        assert measured is not None
+        assert said is not None, entry
+        assert measured is not None, entry
         assert said[1] == measured[1], entry
