@@ -50,8 +50,8 @@ listen() { # SIGTERM, SIGINT and SIGUSR1 go on to the line
   trap 'pass_on USR1' USR1
 }
 
-lost() { # whether a process told how it began and not how it ended, as one does that is killed
-  [ "$(grep -c '^pid ' "$codes")" -gt "$(grep -vc '^pid ' "$codes")" ]
+launcher_erred() { # whether a process ended with 70 or 75, or told how it began and not how it ended, as one does that is killed
+  grep -qxE '70|75' "$codes" || [ "$(grep -c '^pid ' "$codes")" -gt "$(grep -vc '^pid ' "$codes")" ]
 }
 
 wait_for_line() { # until its launcher, whose exit code is then `code`, and all its processes have ended
@@ -78,5 +78,5 @@ wait_for_line() { # until its launcher, whose exit code is then `code`, and all 
     find_processes
   done
   sent=()
-  if [ "$code" -eq 0 ] && lost; then code=137; fi # deepspeed's runner calls it well when its own launcher was killed with all ranks
+  if [ "$code" -eq 0 ] && launcher_erred; then code=137; fi # deepspeed's runner calls it well when its own launcher was killed
 }

@@ -61,6 +61,8 @@ def supervised(folder: Path, plan: str, *more: str, options: tuple[str, ...] = (
         ("s:75+143:1,s:0:0", (), 0, ["", "--resume"], "was lost"),
         ("s:70:70,s:0:0", (), 0, ["", "--resume"], "nobody foresaw"),
         ("s:pid 1+pid 2+0:0,s:pid 1+0:0", (), 0, ["", "--resume"], "it was killed"),  # of a launcher that calls it well
+        ("s:pid 1+75:0,s:pid 1+0:0", (), 0, ["", "--resume"], "was lost"),
+        ("s:pid 1+1+pid 2+0:0", (), 0, [""], ""),  # of a line with its own idea of what matters, as `|| true`
         ("s:141:1", (), 1, [""], "nobody reads its stdout any more"),
         ("s::-9,s:0:0", ("--init", "a b", "--preset", "x"), 0, ["--init a b --preset x", "--preset x --resume"], ""),
         ("s::-9,s:0:0", ("--resume", "old", "--x"), 0, ["--resume old --x", "--x --resume"], ""),
