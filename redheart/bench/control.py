@@ -37,6 +37,7 @@ from redheart.data.shards import content_digest
 from redheart.data.stream import SampleStream
 from redheart.device import compute_device, has_gpu
 from redheart.evaluation.answers import answers
+from redheart.evaluation.curves import dev_losses
 from redheart.evaluation.evaluate import Evaluation, evaluate
 from redheart.evaluation.measures import Measured, measure, over_seeds, paired
 from redheart.evaluation.page import figure
@@ -123,13 +124,14 @@ def bench_control(
     for seed in numbers:
         for leg, trained in legs.items():
             found[leg].append(bench.judged(leg, seed, trained))
-    first = next(iter(legs))
+    first, others = next(iter(legs)), [] if controls_only else list(legs)[1:]
     total = config.training.max_steps
     result = {
         "preset": config.preset, "data": Path(data).name, "split": split, "steps": total,
         "batch": config.training.global_batch_size, "learning_rate": learning_rate, "seeds": numbers,
         "legs": {leg: sizes[leg] | _summary(runs) for leg, runs in found.items()},
-        "difference": {leg: _difference(found[first], found[leg]) for leg in legs if leg != first and not controls_only},
+        "difference": {leg: _difference(found[first], found[leg]) for leg in others},
+        "time_to": {leg: _time_to(found[first], found[leg]) for leg in others},
         "machine": machine(), "versions": {"redheart": VERSION, **{n: importlib.metadata.version(n) for n in LIBRARIES}},
     }  # fmt: skip
     place = out / (f"control-{split}" if only_seed is None else f"control-{split}-seed{only_seed}")
@@ -188,7 +190,7 @@ class _Bench:
                 best = train_control(network, streams, config, self.factors, self.learning_rate, f"{leg}, seed {seed}")
                 seconds = time.perf_counter() - started
             save_file(best.weights, path)
-            self._finish(leg, seed, settings, seconds, best.step, sha256_of(path))
+            self._finish(leg, seed, settings, seconds, best.step, best.curve, sha256_of(path))
 
         def load() -> nn.Module:
             facts = path.with_suffix(".json")
@@ -212,7 +214,7 @@ class _Bench:
             if done.signal:
                 raise RedHeartError(f"stopped by a signal in {run}: run the same command again to go on")
             # of a run that was taken up again nobody knows how long it took
-            self._finish(leg, seed, settings, None if resume else done.seconds, done.state.best_step)
+            self._finish(leg, seed, settings, None if resume else done.seconds, done.state.best_step, self._curve(run))
         return lambda: load_model(resolve(run)).model
 
     def judged(self, leg: str, seed: int, trained: Callable[[int], Load]) -> dict[str, Any]:
@@ -253,15 +255,30 @@ class _Bench:
         check_made(path, read_sealed_json(path, AGAIN), {"data": self.content, "settings": settings}, ANOTHER)
         return True
 
+    def _curve(self, run: Path) -> dict[int, float]:
+        """Dev loss at every look after the first step, of the answers that a control gives too; empty where modules are left out."""
+        found = dev_losses(run)
+        if any(label not in found for label in self.labels):
+            return {}
+        steps = [step for step in found[self.labels[0]] if step > 0]
+        return {s: sum(self.factors[label] * found[label][s] for label in self.labels) for s in steps}
+
     def _finish(
-        self, leg: str, seed: int, settings: dict[str, Any], seconds: float | None, best: int | None, weights: str = ""
+        self,
+        leg: str,
+        seed: int,
+        settings: dict[str, Any],
+        seconds: float | None,
+        best: int | None,
+        curve: Mapping[int, float],
+        weights: str = "",
     ) -> None:
         training = self.config.training
         assert training.max_steps is not None
         rate = None if seconds is None else training.max_steps * training.global_batch_size / seconds
         facts = {
             "data": self.content, "settings": settings, "weights": weights,
-            "seconds": seconds, "samples_per_s": rate, "best_step": best,
+            "seconds": seconds, "samples_per_s": rate, "best_step": best, "dev_curve": [*curve.items()],
         }  # fmt: skip
         write_sealed_json(self.out / f"{leg}-seed{seed}.json", facts)
 
@@ -294,6 +311,21 @@ def _difference(preset: Sequence[Mapping[str, Any]], control: Sequence[Mapping[s
     return {name: over_seeds(values) for name, values in paired(_values(preset), _values(control))}
 
 
+def _time_to(preset: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How long the preset trained until its dev loss was at or below the lowest of the control's, in the control's whole training
+    time, over the seeds that got there; both were looked at on the same rows at the same steps. `reached`: None where it is not known."""
+    shares: list[float] = []
+    for ours, plain in zip(preset, control, strict=True):
+        curve, aim = ours.get("dev_curve"), plain.get("dev_curve")  # legs trained before there were any have none
+        if not curve or not aim or not ours["seconds"] or not plain["seconds"]:
+            return {"reached": None}
+        lowest = min(value for _, value in aim)
+        first = next((step for step, value in curve if value <= lowest), None)
+        if first is not None:
+            shares.append(ours["seconds"] * first / curve[-1][0] / plain["seconds"])
+    return {"reached": len(shares), **(over_seeds(shares) if shares else {})}
+
+
 def _values(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     return [{name: one["value"] for name, one in run["metrics"].items()} for run in runs]
 
@@ -311,6 +343,10 @@ def show(result: dict[str, Any]) -> None:
     rows.append(("parameters", "", *(f"{leg['parameters']:,}" for leg in legs.values())))
     for key in ("seconds", "samples_per_s"):
         rows.append((key, "", *("–" if leg[key] is None else f"{leg[key]['mean']:.4g}" for leg in legs.values())))
+    times = [
+        "–" if not of["reached"] else f"{_spread(of)} ({of['reached']} seeds)" for of in result["time_to"].values()
+    ]
+    rows.append(("time to its dev loss", "of its time", *[""] * len(legs), *times))
     title = f"{_what(result)}: mean ± sd; 95 % interval"
     console.print(table(title, columns, [row + ("",) * (len(columns) - len(row)) for row in rows]))
 

@@ -103,11 +103,12 @@ def width_of_size(encoder_width: int, parameters: int, labels: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest value of `training.best_metric` in a run, and the weights that had it."""
+    """The lowest value of `training.best_metric` in a run, the weights that had it, and the dev loss at every look, by step."""
 
     value: float
     step: int
     weights: dict[str, torch.Tensor]
+    curve: dict[int, float]
 
 
 def train_control(
@@ -127,6 +128,7 @@ def train_control(
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=config.optimizer.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total)
     best: Best | None = None
+    curve: dict[int, float] = {}
     network.to(device).train()
     with progress(note, total) as (bar, task):
         for step in range(total):
@@ -149,10 +151,10 @@ def train_control(
                 rows = settings.evaluate_rows
                 found = evaluate(network, streams[1], config.loss, factors, device, batch_size=micro, max_rows=rows)
                 found.check_finite()
-                value = found.value(settings.best_metric, task_weights(config.loss))
+                value, curve[step + 1] = found.value(settings.best_metric, task_weights(config.loss)), found.total
                 if best is None or value < best.value:
                     weights = {n: w.cpu() for n, w in copy.deepcopy(network.state_dict()).items()}
-                    best = Best(value, step + 1, weights)
+                    best = Best(value, step + 1, weights, curve)
                 bar.update(task, note=f"dev {found.total:.4f}")
             bar.update(task, completed=step + 1)
     assert best is not None

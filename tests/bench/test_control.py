@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from redheart.bench.control import _Bench, _config, bench_control
+from redheart.bench.control import _Bench, _config, _time_to, bench_control
 from redheart.bench.plain import PlainTransformer, num_parameters, train_control, width_of_size
 from redheart.cli import main
 from redheart.data.shards import label_facts, open_shard, write_shard
@@ -196,10 +196,13 @@ def test_a_whole_bench_and_what_is_kept_of_it(data: Path, tmp_path: Path):
         seconds = [run["trained"]["seconds"] for run in runs]
         assert legs[leg]["seconds"]["mean"] == pytest.approx(np.mean(seconds))
         assert legs[leg]["samples_per_s"]["mean"] == pytest.approx(np.mean([3 * 16 / s for s in seconds]))
+        for run in runs:  # the one look is at the weights that were judged, and at all of dev
+            assert run["trained"]["dev_curve"] == [[3, pytest.approx(run["dev_losses"]["total"], rel=1e-4)]]
     ahead = told["difference"][small]["emotion"]["mean"]
     assert ahead == pytest.approx(
         legs[preset]["metrics"]["emotion"]["mean"] - legs[small]["metrics"]["emotion"]["mean"]
     )
+    assert told["time_to"].keys() == {small, equal}
     assert (out / "control-dev.png").stat().st_size > 10_000
     assert json.loads((out / "control-dev.json").read_text())["legs"] == legs
 
@@ -217,6 +220,18 @@ def test_a_whole_bench_and_what_is_kept_of_it(data: Path, tmp_path: Path):
     (out / "control-16-seed0-dev.json").unlink()
     with pytest.raises(RedHeartError, match="is not what was trained"):
         bench_control(str(data), out, **only, controls_only=True, equal_size=False)
+
+
+def test_the_time_to_what_a_control_ends_with():
+    run = lambda seconds, *losses: {"seconds": seconds, "dev_curve": [[10 * k + 10, x] for k, x in enumerate(losses)]}  # noqa: E731
+    control = [run(100, 5.0, 4.0, 4.1, 4.2), run(100, 5.0, 4.0)]
+    told = _time_to([run(80, 6.0, 4.0, 3.0, 3.5), run(50, 4.5, 4.2)], control)
+    assert told == {"reached": 1, "mean": pytest.approx(0.4), "sd": None, "low": None, "high": None}
+    assert _time_to([run(80, 6.0), run(50, 4.5)], control) == {"reached": 0}
+    # of a leg that was taken up again, and of one without a module that the control's answers need
+    for unknown in ({"seconds": None}, {"dev_curve": []}):
+        assert _time_to([run(80, 1.0), run(50, 1.0) | unknown], control) == {"reached": None}
+    assert _time_to([{"seconds": 80.0}, run(50, 1.0)], control) == {"reached": None}  # a leg of an earlier version
 
 
 def test_an_interrupted_leg_goes_on_with_its_own_settings_alone(
