@@ -17,10 +17,16 @@ from redheart.schema import RedHeartError
 
 Shape = tuple[int, ...]
 # of the network's tensors; 1 had one for each of its equal parts, 2 no norm of the tokens and no fine emotions in their head,
-# 3 biases in attention and at the end of residual branches, 4 corrections of answers that knew no unit
-LAYOUT = 5
+# 3 biases in attention and at the end of residual branches, 4 corrections of answers that knew no unit, 5 verdicts that heard the
+# text through their experts alone
+LAYOUT = 6
 # what names of these layouts begin with
-OLD_TENSORS = {"backbone.layers.0.": 1, "backbone.layers.attention_bias": 3, "aux.utility.correction.": 4}
+OLD_TENSORS = {
+    "backbone.layers.0.": 1,
+    "backbone.layers.attention_bias": 3,
+    "aux.utility.correction.": 4,
+    "heads.bentham.verdicts.": 5,
+}
 LOADED = "_is_hf_initialized"  # how Transformers marks a tensor that needs no initialisation
 ALIGNMENT = 64  # bytes; torch allocates at its multiples
 CARD = "README.md"  # the only file of an export that is the user's to change

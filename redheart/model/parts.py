@@ -228,7 +228,7 @@ PARTS: tuple[Part, ...] = (
             Answer("bentham", HEDONIC, "bentham_logits", prior=Prior("outputs.last.0.bias")),
             Answer("preference", PAIR, "utility", "utility_difference", pair=True),
             Answer("acceptability", PROBABILITIES, "acceptability_logits", prior=Prior("outputs.last.2.bias")),
-            Answer("ethics", PROBABILITIES, "ethics_logits", prior=Prior("verdicts.bias")),
+            Answer("ethics", PROBABILITIES, "ethics_logits", prior=Prior("verdict.bias")),
         ),
         contrasts=True,
         latents={"gate_logits": "theory_gate_logits"},

@@ -199,6 +199,22 @@ def test_a_fresh_network_passes_on_what_it_reads():
         assert nn.functional.cosine_similarity(before, after, -1).mean() > 0.98
 
 
+def test_a_fresh_network_hears_the_text_in_every_answer():
+    """What says nearly the same of all texts at first gives the backbone a gradient that is small beside the others'; a rare verdict
+    then is never learned. Views of regret alone are fainter: their observers' outcomes are near zero at first."""
+    torch.manual_seed(0)
+    network = RedHeartModel(RedHeartConfig(encoder_width=32)).eval()
+    texts = torch.randn(64, 12, 32) + torch.randn(64, 1, 32)
+    with torch.no_grad():
+        outputs = network(texts, contrast_features=texts.roll(1, 0), contrast_rows=torch.arange(64))
+    of = units()
+    spread = {n: t.raw(outputs).flatten(1).std(0).mean().item() / of.get(t.label, 1.0) for n, t in TASKS.items()}
+    assert {name: round(value, 3) for name, value in spread.items() if value < 0.04} == {
+        "regret_views": pytest.approx(0.008, abs=0.004)
+    }
+    assert spread["ethics"] > 0.1
+
+
 def test_fresh_queries_of_pooling_look_somewhere():
     torch.manual_seed(0)
     pooling, x = TaskPooling(Width(32), Width(16), 2), torch.randn(16, 20, 32)

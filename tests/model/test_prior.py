@@ -55,7 +55,7 @@ def test_every_place_is_there_and_takes_its_answer():
                 bias = network.get_submodule(part.name).get_parameter(answer.prior.bias)
                 assert bias.numel() in (LABELS[answer.label].size, LEVELS)
         start_at(part.name, network.get_submodule(part.name), Start(raw, {}))
-    assert network.heads["bentham"].verdicts.bias.tolist() == [[0.25]] * 4
+    assert network.heads["bentham"].verdict.bias.tolist() == [[0.25]] * 4
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.15, 0.4])
