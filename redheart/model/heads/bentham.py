@@ -1,7 +1,7 @@
 """The Bentham head: its feature [B, K] -> seven hedonic values, a utility, acceptability, and four ethical verdicts.
 
-Four experts stand for the utilitarian, deontological, virtue and justice theories; each has its own logit (`ethics`), to which the
-feature itself is added, and a gate weighs their states into the shared one (Bentham 1789, ch. IV, for the seven values). The utility is an
+Four experts stand for the utilitarian, deontological, virtue and justice theories; each has its own logit (`ethics`), a linear reading of
+the feature added, and a gate weighs their states into the shared one (Bentham 1789, ch. IV, for the seven values). The utility is an
 unbounded scalar: only differences of it mean anything, and pairs of texts train it. The utilitarian expert's logit is
 part of it: which of two texts is the more pleasant is what that theory of ETHICS asks (Hendrycks et al. 2021).
 """
